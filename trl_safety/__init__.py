@@ -1,0 +1,62 @@
+"""Keep an aligned language model's safety through LoRA and QLoRA fine-tuning.
+
+The names below are loaded on first use, so that `import trl_safety` and the command line start without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AlignmentSubspace": "trl_safety.adapters.subspace",
+    "AsftConfig": "trl_safety.config",
+    "CSULoRACallback": "trl_safety.training.csulora",
+    "CsuloraConfig": "trl_safety.config",
+    "SafeLoRACallback": "trl_safety.training.safe_lora",
+    "SafeLoraConfig": "trl_safety.config",
+    "SafeSFTConfig": "trl_safety.training.trainer",
+    "SafeSFTTrainer": "trl_safety.training.trainer",
+    "SafetyConfig": "trl_safety.config",
+    "SafetyError": "trl_safety.errors",
+    "SubspaceConfig": "trl_safety.config",
+    "apply_csulora": "trl_safety.training.csulora",
+    "apply_safe_lora": "trl_safety.training.safe_lora",
+    "asft_penalty": "trl_safety.training.asft",
+}
+
+if TYPE_CHECKING:
+    from trl_safety.adapters.subspace import AlignmentSubspace
+    from trl_safety.config import AsftConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
+    from trl_safety.errors import SafetyError
+    from trl_safety.training.asft import asft_penalty
+    from trl_safety.training.csulora import CSULoRACallback, apply_csulora
+    from trl_safety.training.safe_lora import SafeLoRACallback, apply_safe_lora
+    from trl_safety.training.trainer import SafeSFTConfig, SafeSFTTrainer
+
+__all__ = [
+    "AlignmentSubspace",
+    "AsftConfig",
+    "CSULoRACallback",
+    "CsuloraConfig",
+    "SafeLoRACallback",
+    "SafeLoraConfig",
+    "SafeSFTConfig",
+    "SafeSFTTrainer",
+    "SafetyConfig",
+    "SafetyError",
+    "SubspaceConfig",
+    "apply_csulora",
+    "apply_safe_lora",
+    "asft_penalty",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,208 @@
+"""Every option of every method, once.
+
+`SafeSFTConfig`, the CLI and the Axolotl plugin read these classes; nothing else defines an option. All of them forbid
+unknown keys and non-finite numbers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trl_safety.errors import ConfigurationError
+
+Operator = Literal["scaled", "orthogonal"]
+
+
+class Options(BaseModel):
+    """Base of all option blocks: unknown keys are errors, numbers are finite, instances are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class SubspaceConfig(Options):
+    """Build the alignment subspace from a pair of checkpoints before training. Exactly one of rank, tolerance, whole."""
+
+    base: str
+    """The unaligned model: a local folder or a Hub id. Full precision, safetensors."""
+    aligned: str
+    """The aligned model that is fine-tuned: a local folder or a Hub id. Full precision, safetensors."""
+    base_revision: str | None = None
+    """Hub revision of `base`."""
+    aligned_revision: str | None = None
+    """Hub revision of `aligned`."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Keep this many singular directions of every layer."""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep as many as bring the error of C, relative to its norm, below this: σ²ₖ₊₁ ≤ tolerance · σ²₁."""
+    whole: bool = False
+    """Keep V itself, for an exact C."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint, to learn its module names."""
+
+    @model_validator(mode="after")
+    def _one_cut(self) -> SubspaceConfig:
+        if sum((self.rank is not None, self.tolerance is not None, self.whole)) != 1:
+            raise ValueError("give exactly one of rank (e.g. 64), tolerance (e.g. 0.001) or whole: true")
+        return self
+
+
+class AsftConfig(Options):
+    """AsFT (arXiv 2506.08473): the loss term λ Σ ‖(I − C) ΔW‖²_F."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """λ. The paper found 0.1 to 10 to work. 0 measures and logs the penalty and protects nothing."""
+    operator: Operator = "scaled"
+    """How the alignment subspace acts, see `safe_lora.operator`."""
+    scaled: bool = False
+    """Penalise ΔW = s·B·A with PEFT's scaling s; false is the authors' ΔW = B·A."""
+    paper_lambda: bool = False
+    """Count λ once per micro-batch as the authors' code does, so that it grows with gradient accumulation."""
+
+
+class CorrectionConfig(Options):
+    """What all corrections of a trained adapter share."""
+
+    corrected_checkpoints: bool = False
+    """Write a corrected copy into `checkpoint-N/safety_corrected/`; the checkpoint itself stays resumable, uncorrected."""
+
+
+class SafeLoraConfig(CorrectionConfig):
+    """Safe LoRA (arXiv 2405.16833): replace B by C·B in the layers whose update is least aligned."""
+
+    threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """τ: correct the layers with cos(C·ΔW, ΔW) ≤ τ, rounded to 5 decimals as in the authors' code. Default 0.5."""
+    layers: Annotated[int, Field(ge=1)] | None = None
+    """K: correct the K layers with the smallest cosine, instead of a threshold."""
+    operator: Operator = "scaled"
+    """How the alignment subspace acts: 'scaled' is the authors' C = VVᵀ/‖V‖_F, 'orthogonal' the projector UₖUₖᵀ."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_threshold(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("threshold") is None and data.get("layers") is None:
+            return {**data, "threshold": 0.5}
+        return data
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> SafeLoraConfig:
+        if (self.threshold is None) == (self.layers is None):
+            raise ValueError("give either threshold (e.g. 0.35) or layers (e.g. 10), not both")
+        return self
+
+
+class CsuloraConfig(CorrectionConfig):
+    """CSULoRA (arXiv 2605.30640), a RECONSTRUCTION: keep the aligned part of ΔW, attenuate the rest by its energy."""
+
+    lambda_partial: Annotated[float, Field(ge=0)] = 1.0
+    """λ_M: attenuation of the part that is aligned on one side only."""
+    lambda_outside: Annotated[float, Field(ge=0)] = 1.0
+    """λ_O: attenuation of the part outside the subspace."""
+    output_rank: Literal["exact", "original"] = "exact"
+    """'exact' doubles the adapter's rank and loses nothing; 'original' cuts back and reports the energy lost."""
+
+
+class SafetyConfig(Options):
+    """The `safety` block: what protects the model, and from which alignment subspace."""
+
+    subspace: str | SubspaceConfig | None = None
+    """A subspace file made by `trl-safety subspace`, a Hub id, or a {base, aligned, rank} pair to build it from."""
+    skip_modules: tuple[str, ...] = ()
+    """Adapted modules (name or its ending) that every method leaves alone. The report lists them. No entry may match nothing."""
+    asft: AsftConfig | None = None
+    safe_lora: SafeLoraConfig | None = None
+    csulora: CsuloraConfig | None = None
+
+    @model_validator(mode="after")
+    def _acts(self) -> SafetyConfig:
+        if not self.methods():
+            raise ValueError(f"names no method, so that nothing would be protected: add one of {', '.join(METHODS)}")
+        if self.safe_lora and self.csulora:
+            raise ValueError("safe_lora and csulora both rewrite the trained adapter: keep one of them")
+        return self
+
+    def methods(self) -> dict[str, Options]:
+        """The methods that are on, by name, in the order in which they act."""
+        return {name: getattr(self, name) for name in METHODS if getattr(self, name) is not None}
+
+    @classmethod
+    def parse(cls, source: SafetyConfig | Mapping[str, Any] | str | Path) -> SafetyConfig:
+        """Read a `safety` block.
+
+        Args:
+            source: an instance, a mapping with the block's keys, or a YAML file that holds the block or, under the key
+                `safety`, the block among other keys.
+
+        Raises:
+            ConfigurationError: the file cannot be read, or an option is unknown, out of bounds or contradictory. The
+                message has a line per option with its full name, its value and the remedy.
+        """
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, str | Path):
+            source = _read_yaml(Path(source))
+        if not isinstance(source, Mapping):
+            raise ConfigurationError(
+                f"safety = {source!r}: expected a SafetyConfig, a mapping or the path of a YAML file, got {type(source).__name__}"
+            )
+        return validate(cls, source, "safety")
+
+
+METHODS = ("asft", "safe_lora", "csulora")
+T = TypeVar("T", bound=Options)
+
+
+def validate(cls: type[T], options: Mapping[str, Any], where: str) -> T:
+    """Build `cls` from a mapping; every complaint names the option under `where`, its value and the remedy.
+
+    Raises:
+        ConfigurationError: with one line per wrong option.
+    """
+    try:
+        return cls.model_validate(dict(options))
+    except ValidationError as error:
+        lines = [_explain(cls, item, where) for item in error.errors()]
+    raise ConfigurationError("\n".join(lines))
+
+
+def _explain(cls: type[BaseModel], item: Any, where: str) -> str:
+    location = [str(part) for part in item["loc"] if part not in ("str", "SubspaceConfig")]
+    name = ".".join([where, *location])
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(cls, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"{name} = {item['input']!r}: unknown option; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{name} = {item['input']!r}: {message}"
+
+
+def _known_keys(cls: type[BaseModel], path: list[str]) -> list[str]:
+    for key in path:
+        field = cls.model_fields.get(key)
+        candidates = getattr(field.annotation, "__args__", (field.annotation,)) if field else ()
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        cls = nested[0]
+    return sorted(cls.model_fields)
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(
+            f"safety = {str(path)!r}: cannot be read ({error.strerror}); give the path of a YAML file or the block itself"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"safety = {str(path)!r}: is not valid YAML: {error}") from error
+    if isinstance(content, Mapping) and "safety" in content:
+        return content["safety"]
+    return content

@@ -1,0 +1,29 @@
+"""Every error that this package raises on purpose.
+
+Each message names the setting, its value and the remedy. All concrete errors are also `ValueError`, so that code written
+for TRL's own checks catches them.
+"""
+
+
+class SafetyError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigurationError(SafetyError, ValueError):
+    """An option is unknown, out of bounds, or asks for something that would not act."""
+
+
+class CheckpointError(SafetyError, ValueError):
+    """A model checkpoint cannot be read as what is needed here."""
+
+
+class SubspaceError(SafetyError, ValueError):
+    """A pair gives no alignment subspace, or a subspace does not belong to the model at hand."""
+
+
+class AdapterError(SafetyError, ValueError):
+    """An adapter is missing, is of a kind that the methods do not cover, or was corrected before."""
+
+
+class ReportError(SafetyError, ValueError):
+    """A safety report is missing, damaged, or does not describe the adapter beside it."""

@@ -1,0 +1,45 @@
+"""Norms, inner products and singular values of low-rank products, through their r × r Grams and thin factors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.linalg import qr, svd
+
+
+def gram(X: Tensor) -> Tensor:
+    """XᵀX, shape (…, r, r), for X of shape (…, out, r)."""
+    return X.mT @ X
+
+
+def trace_product(left: Tensor, right: Tensor) -> Tensor:
+    """tr(left · right) for symmetric r × r matrices, shape (…). With left = XᵀX and right = AAᵀ it is ‖X A‖²_F."""
+    return (left * right).sum(dim=(-2, -1))
+
+
+def product_inner(X: Tensor, Y: Tensor, A: Tensor) -> Tensor:
+    """⟨X A, Y A⟩ without the products; X and Y are (out, r), A is (r, in)."""
+    return trace_product(X.mT @ Y, A @ A.mT)
+
+
+def product_norm_squared(X: Tensor, A: Tensor) -> Tensor:
+    """‖X A‖²_F without the product; X is (out, r), A is (r, in)."""
+    return product_inner(X, X, A)
+
+
+def truncate_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best approximation of B·A of the given rank, in factored form.
+
+    Args:
+        B: (out, m).
+        A: (m, in).
+        rank: rank to keep, at most m.
+
+    Returns:
+        Factors (out, rank) and (rank, in), singular values shared evenly between them, and the squared Frobenius norm of
+        what was cut off.
+    """
+    left, left_triangle = qr(B)
+    right, right_triangle = qr(A.mT)
+    U, S, Vh = svd(left_triangle @ right_triangle.mT, full_matrices=False)
+    root = S[:rank].sqrt()
+    return (left @ U[:, :rank]) * root, root.unsqueeze(-1) * (Vh[:rank] @ right.mT), S[rank:].square().sum()

@@ -1,0 +1,1 @@
+"""One paper a file: tensors in, tensors out, equations cited. Knows no model and no trainer."""

@@ -1,0 +1,27 @@
+"""AsFT: Anchoring Safety in Fine-Tuning within a narrow basin (arXiv 2506.08473), the penalty of its loss.
+
+Not Anchored SFT ("ASFT", arXiv 2509.23753).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trl_safety.linalg.low_rank import trace_product
+from trl_safety.linalg.operators import Operator
+
+
+def penalty(B: Tensor, A: Tensor, operator: Operator) -> Tensor:
+    """‖(I − M)·B·A‖²_F for each layer, differentiable in B and A.
+
+    Evaluated as tr(Bᵀ(I − M)²B · AAᵀ): two r × r Grams in place of the authors' dense out × out and out × in products.
+
+    Args:
+        B: (…, out, r), float32 or better; leading dimensions are layers of one shape.
+        A: (…, r, in), float32 or better.
+        operator: M, the alignment operator C (authors) or the orthogonal projector.
+
+    Returns:
+        Shape (…): the term under the sum of the paper's loss. With PEFT's scaling s inside ΔW multiply by s².
+    """
+    return trace_product(operator.residual_gram(B), A @ A.mT)
