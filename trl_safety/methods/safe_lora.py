@@ -12,18 +12,27 @@ COSINE_DECIMALS = 5
 """The authors' code rounds the cosine to this before it compares."""
 
 
-def cosine(B: Tensor, A: Tensor, operator: Operator) -> tuple[Tensor, Tensor, Tensor]:
+def project(B: Tensor, operator: Operator) -> Tensor:
+    """M·B, which makes the layer's update M·ΔW (Equation 3) and keeps the adapter's rank.
+
+    Args:
+        B: (out, r), float64 for the Grams of `cosine`.
+        operator: M, the alignment operator C (authors) or the orthogonal projector.
+    """
+    return operator.apply(B)
+
+
+def cosine(image: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """cos(M·ΔW, ΔW) for ΔW = B·A, the measure of Section 3.2; PEFT's scaling cancels out of it.
 
     Args:
-        B: (out, r), float64 (float32 where M is kept whole).
-        A: (r, in), of the same dtype.
-        operator: M, the alignment operator C (authors) or the orthogonal projector.
+        image: M·B, (out, r).
+        B: (out, r).
+        A: (r, in).
 
     Returns:
         The cosine, ‖ΔW‖_F and ‖M·ΔW‖_F, each 0-dimensional. The cosine is 0 where ΔW or M·ΔW is 0, as in the authors' code.
     """
-    image = operator.apply(B)
     norm = product_norm_squared(B, A).clamp(min=0).sqrt()
     image_norm = product_norm_squared(image, A).clamp(min=0).sqrt()
     product = norm * image_norm
@@ -44,7 +53,3 @@ def select(cosines: Tensor, *, threshold: float | None = None, layers: int | Non
         raise ValueError("select needs threshold or layers")
     return rounded <= threshold
 
-
-def project(B: Tensor, operator: Operator) -> Tensor:
-    """M·B, which makes the layer's update M·ΔW (Equation 3) and keeps the adapter's rank."""
-    return operator.apply(B)

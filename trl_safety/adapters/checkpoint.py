@@ -1,0 +1,159 @@
+"""A model checkpoint as tensors by name: one safetensors file or shards, local or on the Hub, read one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trl_safety.adapters.names import strip_wrappers
+from trl_safety.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FULL_PRECISION = {"F64", "F32", "F16", "BF16"}
+
+
+class Checkpoint:
+    """Read access to one checkpoint. Nothing is read until a tensor is asked for; the files are memory-mapped.
+
+    Attributes:
+        source: as the user named it.
+        revision: the Hub commit that is read, or None for a folder.
+        config: the checkpoint's `config.json`, empty if it has none.
+        modules: names of the modules that have a two-dimensional weight, mapped to the tensor's name.
+    """
+
+    def __init__(self, source: str | Path, revision: str | None = None) -> None:
+        """Open a checkpoint.
+
+        Args:
+            source: a local folder, or a Hub id.
+            revision: branch, tag or commit on the Hub.
+
+        Raises:
+            CheckpointError: there is none, it is stored quantised, it is not safetensors, or a file is damaged.
+        """
+        self.source = str(source)
+        self._folder = Path(source) if Path(source).is_dir() else None
+        self._asked_revision = revision
+        self.revision: str | None = None
+        self._handles: dict[str, Any] = {}
+        config = self._find("config.json")
+        self.config: dict[str, Any] = _json(config) if config else {}
+        if method := self.config.get("quantization_config"):
+            raise CheckpointError(
+                f"{self.source!r} is stored quantised ({_quantisation(method)}): V = W_aligned − W_base would be rounding noise. "
+                "Name the full-precision checkpoint that it was made from"
+            )
+        self._files = self._locate()
+        self.modules = {strip_wrappers(name.removesuffix(".weight")): name for name in self._files if name.endswith(".weight")}
+
+    def read(self, module: str) -> Tensor:
+        """The weight of a module as stored: shape and dtype of the file, on the CPU.
+
+        Raises:
+            CheckpointError: it is quantised, is no matrix, holds NaN or infinity, or its file is damaged.
+        """
+        name = self.modules[module]
+        handle = self._open(self._files[name])
+        try:
+            view = handle.get_slice(name)
+            dtype, shape = view.get_dtype(), view.get_shape()
+            if dtype not in FULL_PRECISION:
+                raise CheckpointError(
+                    f"layer {module!r} of {self.source!r} is stored as {dtype}, which is quantised: name the full-precision checkpoint"
+                )
+            if len(shape) != 2:
+                raise CheckpointError(f"layer {module!r} of {self.source!r} has shape {shape}: only matrices are supported")
+            tensor: Tensor = handle.get_tensor(name)
+        except SafetensorError as error:
+            raise self._damaged(self._files[name], error) from error
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"layer {module!r} of {self.source!r} holds NaN or infinity: the checkpoint is broken, fetch or save it again"
+            )
+        return tensor
+
+    def _locate(self) -> dict[str, str]:
+        """Tensor name → file name."""
+        index = self._find(INDEX)
+        if index:
+            files: dict[str, str] = _json(index).get("weight_map", {})
+            return files
+        if self._find(SINGLE):
+            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        pickled = self._folder and [path.name for path in self._folder.glob("*.bin")]
+        hint = (
+            f"its weights are pickled ({pickled[0]}), which is never read; load and save it with Transformers to get safetensors"
+            if pickled
+            else f"it has neither {SINGLE} nor {INDEX}; give the folder or Hub id of a Transformers model saved as safetensors"
+        )
+        raise CheckpointError(f"{self.source!r} cannot be read as a checkpoint: {hint}")
+
+    def _open(self, file: str) -> Any:
+        if file not in self._handles:
+            path = self._find(file)
+            if path is None:
+                raise CheckpointError(f"{self.source!r} lacks the file {file!r} that its index names: fetch the checkpoint again")
+            try:
+                self._handles[file] = safe_open(str(path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise self._damaged(file, error) from error
+        return self._handles[file]
+
+    def _find(self, file: str) -> Path | None:
+        if self._folder is not None:
+            path = self._folder / file
+            return path if path.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(self.source, file, revision=self._asked_revision))
+        except LocalEntryNotFoundError as error:
+            raise self._unreachable(error) from error
+        except EntryNotFoundError:
+            return None
+        except (HFValidationError, HfHubHTTPError, OSError) as error:
+            raise self._unreachable(error) from error
+        if "snapshots" in path.parts:
+            self.revision = path.parts[path.parts.index("snapshots") + 1]
+        return path
+
+    def _unreachable(self, error: Exception) -> CheckpointError:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return CheckpointError(
+            f"{self.source!r} is no local folder and could not be fetched from the Hub ({reason}): check the path or id, the "
+            "revision, the network and your access"
+        )
+
+    def _damaged(self, file: str, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{file!r} of {self.source!r} is truncated or no safetensors file ({error}): fetch or save it again"
+        )
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 over a tensor's dtype, shape and bytes, the first 32 hexadecimal digits."""
+    header = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    state = hashlib.sha256(header)
+    state.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()[:32]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} is no valid JSON ({error}): fetch or save the checkpoint again") from error
+    return content
+
+
+def _quantisation(config: Any) -> str:
+    return str(config.get("quant_method", "unknown method")) if isinstance(config, dict) else "unknown method"

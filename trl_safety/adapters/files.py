@@ -1,0 +1,95 @@
+"""Files that are either whole or absent: written aside, flushed, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, error: type[Exception], setting: str) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write to; rename it to `path` when the block ends well, else remove it.
+
+    Args:
+        path: the file to create or replace. Its folder is created.
+        error: what to raise when the file system refuses.
+        setting: how the user named the path, for the message.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        # mkstemp makes the file private; what we write is meant to be as readable as any other file of the user's.
+        temporary.chmod(0o666 & ~_umask())
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+        temporary = None
+    except OSError as failure:
+        raise error(_refused(path, setting, failure)) from failure
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, error: type[Exception], setting: str) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends well and is removed otherwise.
+
+    Raises:
+        error: `path` is there already and is not an empty folder, or the file system refuses.
+    """
+    temporary: Path | None = None
+    try:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise error(f"{setting} = {str(path)!r}: is there already and is never overwritten; name a new folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+        temporary = None
+    except OSError as failure:
+        raise error(_refused(path, setting, failure)) from failure
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _refused(path: Path, setting: str, failure: OSError) -> str:
+    return (
+        f"{setting} = {str(path)!r}: cannot be written ({failure.strerror or failure}); nothing was left behind. "
+        "Free space or name a folder that you may write to"
+    )

@@ -1,0 +1,160 @@
+"""Adapter folders as PEFT writes them: read as factors by module name, written whole or not at all, no model loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trl_safety.adapters.files import new_folder, sha256
+from trl_safety.adapters.lora import check_config
+from trl_safety.adapters.names import strip_wrappers
+from trl_safety.errors import AdapterError
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+COPIED_SUFFIXES = {".json", ".jinja", ".md", ".model", ".txt"}
+NOT_COPIED = {CONFIG, "trainer_state.json"}
+"""Tokenizer, chat template and card travel with the adapter; the state of the run that made it does not."""
+FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's LoRA factors: ΔW = scaling · B · A, with B (out, r) and A (r, in)."""
+
+    B: Tensor
+    A: Tensor
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.B.shape[0], self.A.shape[1]
+
+
+class AdapterFolder:
+    """A saved LoRA adapter.
+
+    Attributes:
+        path: the folder.
+        config: PEFT's LoraConfig, as PEFT reads it.
+        factors: module name (as the model class knows it) → `Factors`.
+        others: the remaining tensors (modules_to_save, biases, …), untouched by every method.
+    """
+
+    def __init__(self, path: Path, config: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self.config = config
+        self.metadata = dict(metadata)
+        self.factors: dict[str, Factors] = {}
+        self._paths: dict[str, str] = {}
+        sides: dict[str, dict[str, Tensor]] = {}
+        self.others: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            found = FACTOR.fullmatch(name)
+            if found and tensor.ndim == 2:
+                sides.setdefault(found["path"], {})[found["side"]] = tensor
+            elif "lora_magnitude_vector" in name or "lora_embedding" in name or found:
+                raise AdapterError(f"{str(path)!r}: tensor {name!r} belongs to a LoRA variant whose update is not s·B·A: it cannot be corrected")
+            else:
+                self.others[name] = tensor
+        for full, pair in sides.items():
+            if len(pair) != 2:
+                raise AdapterError(f"{str(path)!r}: {full!r} has only one of lora_A and lora_B: the file is incomplete, save the adapter again")
+            module = strip_wrappers(full)
+            self._paths[module] = full
+            self.factors[module] = Factors(pair["B"], pair["A"], self._scaling(module, pair["A"].shape[0]))
+        if not self.factors:
+            raise AdapterError(f"{str(path)!r}: holds no LoRA factors; give the folder of a trained LoRA adapter")
+
+    @classmethod
+    def open(cls, path: str | Path) -> AdapterFolder:
+        """Read a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+        Raises:
+            AdapterError: a file is missing, damaged or pickled, or the adapter is of a kind that the methods do not cover.
+        """
+        folder = Path(path)
+        if not (folder / CONFIG).is_file():
+            raise AdapterError(f"adapter = {str(path)!r}: has no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
+        if not (folder / WEIGHTS).is_file():
+            pickled = " (adapter_model.bin is a pickle, which is never read; save the adapter as safetensors)" if (folder / "adapter_model.bin").is_file() else ""
+            raise AdapterError(f"adapter = {str(path)!r}: has no {WEIGHTS}{pickled}")
+        config = _read_config(folder / CONFIG)
+        check_config(config)
+        try:
+            with safe_open(str(folder / WEIGHTS), framework="pt") as handle:
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # no mapping
+                metadata = handle.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(f"{str(folder / WEIGHTS)!r} is truncated or no safetensors file ({error}): save the adapter again") from error
+        return cls(folder, config, tensors, metadata)
+
+    def write(self, path: Path, factors: Mapping[str, tuple[Tensor, Tensor]], config: Any, *, setting: str, report: Callable[[str], Mapping[str, str]]) -> None:
+        """Write a copy with some factors replaced. The input stays as it is.
+
+        Args:
+            path: a new or empty folder.
+            factors: module name → (B, A); they are cast to the dtype of the ones they replace.
+            config: the LoraConfig to write.
+            setting: how the user named the output, for messages.
+            report: given the SHA-256 of the written weights, the texts of further files by name.
+
+        Raises:
+            AdapterError: the folder is there already or cannot be written to; nothing is left behind.
+        """
+        if path.resolve() == self.path.resolve():
+            raise AdapterError(f"{setting} = {str(path)!r}: is the input, which is never overwritten; name another folder")
+        tensors = dict(self.others)
+        for module, full in self._paths.items():
+            old = self.factors[module]
+            B, A = factors.get(module, (old.B, old.A))
+            tensors[f"{full}.lora_A.weight"] = A.to(old.A.dtype).contiguous()
+            tensors[f"{full}.lora_B.weight"] = B.to(old.B.dtype).contiguous()
+        with new_folder(path, error=AdapterError, setting=setting) as temporary:
+            try:
+                save_file(tensors, str(temporary / WEIGHTS), metadata=self.metadata or {"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+            config.save_pretrained(str(temporary))
+            for file in self.path.iterdir():
+                if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
+                    shutil.copyfile(file, temporary / file.name)
+            for name, text in report(sha256(temporary / WEIGHTS)).items():
+                (temporary / name).write_text(text, encoding="utf-8")
+
+    def _scaling(self, module: str, rank: int) -> float:
+        """PEFT's scaling of a module, and a check that the file's rank is the configuration's."""
+        config = self.config
+        expected = (config.rank_pattern or {}).get(get_pattern_key((config.rank_pattern or {}).keys(), module), config.r)
+        if expected != rank:
+            raise AdapterError(f"{str(self.path)!r}: layer {module!r} has rank {rank}, its configuration says {expected}: the two files do not belong together")
+        alpha = (config.alpha_pattern or {}).get(get_pattern_key((config.alpha_pattern or {}).keys(), module), config.lora_alpha)
+        return float(alpha / (rank**0.5 if config.use_rslora else rank))
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{str(path)!r} is no valid JSON ({error}): save the adapter again") from error
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+        raise AdapterError(f"{str(path)!r}: peft_type = {kind!r}; only LoRA adapters have an update ΔW = s·B·A")
+    known = set(LoraConfig.__dataclass_fields__)
+    if strange := [key for key, value in raw.items() if key not in known and value]:
+        raise AdapterError(
+            f"{str(path)!r}: sets {', '.join(strange)}, which this PEFT does not know and would ignore; install the PEFT that wrote it ({raw.get('peft_version')})"
+        )
+    return LoraConfig.from_pretrained(str(path.parent))

@@ -1,0 +1,277 @@
+"""The LoRA factors of a live PEFT model, by module name, with every variant refused whose ΔW is not s·B·A."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftType
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from trl_safety.adapters.names import strip_wrappers
+from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, LayerSubspace
+from trl_safety.errors import AdapterError
+
+PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
+"""Initialisations that leave the base weight as it is; all others (PiSSA, OLoRA, CorDA, LoftQ, …) move part of it into B·A."""
+
+MARK_PREFIX = "^trl_safety.corrected_by."
+"""Key in the adapter's `alpha_pattern` that says it was corrected. It matches no module, and PEFT carries it through loading,
+saving and training; a file beside the adapter would be lost at the first of these."""
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted linear layer of a live model: ΔW = scaling · B · A.
+
+    Attributes:
+        name: the module's name as the model class knows it.
+        layer: PEFT's wrapper.
+        adapter: the adapter's name within the wrapper.
+    """
+
+    name: str
+    layer: Any
+    adapter: str
+
+    @property
+    def A(self) -> nn.Parameter:
+        """(r, in)."""
+        weight: nn.Parameter = self.layer.lora_A[self.adapter].weight
+        return weight
+
+    @property
+    def B(self) -> nn.Parameter:
+        """(out, r)."""
+        weight: nn.Parameter = self.layer.lora_B[self.adapter].weight
+        return weight
+
+    @property
+    def scaling(self) -> float:
+        """PEFT's s: alpha / r, or alpha / √r with rsLoRA."""
+        return float(self.layer.scaling[self.adapter])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def replace(self, B: Tensor, A: Tensor) -> None:
+        """Put factors of another rank in place, keeping the scaling. The layer's own dtype and device are kept."""
+        for side, factor in (("lora_A", A), ("lora_B", B)):
+            linear = getattr(self.layer, side)[self.adapter]
+            old = linear.weight
+            linear.weight = nn.Parameter(factor.to(old.device, old.dtype).contiguous(), requires_grad=old.requires_grad)
+            linear.out_features, linear.in_features = factor.shape
+        self.layer.r[self.adapter] = A.shape[0]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or (
+            model.module if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) else None
+        )
+        if inner is None:
+            return model
+        model = inner
+
+
+def lora_modules(model: nn.Module, adapter: str | None = None) -> list[LoraModule]:
+    """The adapted layers of a model's active adapter.
+
+    Args:
+        model: a `PeftModel`, or a Transformers model with an adapter added; wrappers around it are looked through.
+        adapter: the adapter's name; by default the active one.
+
+    Raises:
+        AdapterError: there is no LoRA adapter, several are active, it is merged into the base, or it is of a variant whose
+            update is not s·B·A. The message names the setting and the remedy.
+    """
+    model = unwrap(model)
+    name = adapter_name(model, adapter)
+    config = adapter_config(model, name)
+    check_config(config)
+    modules = []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or name not in _adapters_of(layer):
+            continue
+        _check_layer(path, layer, name)
+        modules.append(LoraModule(strip_wrappers(path), layer, name))
+    if not modules:
+        raise AdapterError(f"adapter {name!r} wraps no linear layer: check target_modules of its LoraConfig")
+    return modules
+
+
+def adapter_name(model: nn.Module, adapter: str | None = None) -> str:
+    """The name of the adapter that is meant: the given one, else the only active one.
+
+    Raises:
+        AdapterError: the model has no adapter, no adapter of that name, or several active ones.
+    """
+    model = unwrap(model)
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        raise AdapterError(
+            f"{type(model).__name__} has no adapter: the methods act on LoRA. Pass peft_config=LoraConfig(...) to the trainer or a "
+            "PeftModel as the model"
+        )
+    if adapter is not None:
+        if adapter not in configs:
+            raise AdapterError(f"adapter = {adapter!r}: the model has {', '.join(map(repr, configs))}")
+        return adapter
+    active: Any = getattr(model, "active_adapters", None)
+    active = active() if callable(active) else active
+    active = [active] if isinstance(active, str) else list(active or [])
+    if len(active) != 1:
+        raise AdapterError(
+            f"{len(active)} adapters are active ({', '.join(map(repr, active)) or 'none'}): activate the one to protect with "
+            "model.set_adapter(name)"
+        )
+    return str(active[0])
+
+
+def adapter_config(model: nn.Module, adapter: str) -> Any:
+    """The adapter's PEFT configuration."""
+    configs: Any = unwrap(model).peft_config
+    return configs[adapter]
+
+
+def check_config(config: Any) -> None:
+    """Refuse adapters whose ΔW is not s·B·A on the linear layers of the model as it was aligned.
+
+    Raises:
+        AdapterError: naming the option of the LoraConfig, its value and what to use instead.
+    """
+    if config.peft_type != PeftType.LORA:
+        raise AdapterError(f"peft_type = {getattr(config.peft_type, 'value', config.peft_type)}: only LoRA has an update ΔW = s·B·A; use a LoraConfig")
+    variants = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
+    for option in dict.fromkeys(["use_dora", "use_qalora", *variants]):
+        if value := getattr(config, option, None):
+            raise AdapterError(f"{option} = {value!r}: the update of this LoRA variant is not s·B·A, so that it cannot be protected; unset it")
+    if config.init_lora_weights not in PLAIN_INITIALISATIONS:
+        raise AdapterError(
+            f"init_lora_weights = {config.init_lora_weights!r}: moves part of the aligned weight into the adapter, so that B·A is not what "
+            "training changed; use True, or convert the adapter to plain LoRA when saving (path_initial_model_for_weight_conversion)"
+        )
+    if config.target_parameters:
+        raise AdapterError(
+            f"target_parameters = {config.target_parameters!r}: fused expert weights have no alignment subspace here; adapt linear layers by target_modules"
+        )
+    if config.layer_replication:
+        raise AdapterError(f"layer_replication = {config.layer_replication!r}: replicated layers are in no checkpoint of the pair; unset it")
+
+
+def not_covered(model: nn.Module, modules: Iterable[LoraModule]) -> list[str]:
+    """Names of the trainable parameters that are no LoRA factor of the given modules: trained, but protected by no method."""
+    factors = {id(parameter) for module in modules for parameter in (module.A, module.B)}
+    return sorted(
+        strip_wrappers(name) for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad and id(parameter) not in factors
+    )
+
+
+def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubspace]) -> list[str]:
+    """Check that the model under the adapter is the aligned model that the subspaces were fitted on.
+
+    Compares 256 sampled entries a layer. Quantised layers are dequantised one at a time and compared with the quantisation's
+    own error in mind, which tells other models but not the base from the aligned one.
+
+    Returns:
+        Modules whose weight could not be read, and are therefore not verified.
+
+    Raises:
+        AdapterError: a weight has another shape or is another model's, naming the layer.
+    """
+    unverified = []
+    for module in modules:
+        subspace = subspaces.get(module.name)
+        if subspace is None:
+            continue
+        check_shape(module.name, module.shape, subspace)
+        layer = module.layer.get_base_layer()
+        if bool(getattr(module.layer, "fan_in_fan_out", False)) != subspace.transposed:
+            raise AdapterError(
+                f"layer {module.name!r} stores its weight {'in × out' if not subspace.transposed else 'out × in'}, the subspace was fitted on the "
+                "other orientation: build it from the checkpoint of this model class, with its config.json"
+            )
+        weight = _full_precision(layer)
+        if weight is None or weight.numel() != subspace.shape[0] * subspace.shape[1] or weight.is_meta:
+            unverified.append(module.name)
+            continue
+        quantised = weight is not layer.weight
+        to_aligned, to_base = subspace.difference(weight)
+        limit = QUANTISED_DIFFERENCE if quantised else FULL_PRECISION_DIFFERENCE
+        if to_aligned > limit or (not quantised and 2 * to_base < to_aligned and to_aligned > 1e-6):
+            which = "the unaligned base of the pair" if to_base < min(limit, to_aligned) else "another model"
+            raise AdapterError(
+                f"layer {module.name!r} of the model differs from the aligned model of the subspace by {to_aligned:.1%}: this is {which}. "
+                "Train the aligned model, or build the subspace from the pair that this model belongs to"
+            )
+    return unverified
+
+
+def check_shape(name: str, shape: tuple[int, int], subspace: LayerSubspace) -> None:
+    """Refuse an adapter layer whose shape is not the subspace's.
+
+    Raises:
+        AdapterError: naming the layer and both shapes.
+    """
+    if shape != subspace.shape:
+        raise AdapterError(
+            f"layer {name!r} is {shape[0]} × {shape[1]} in the adapter and {subspace.shape[0]} × {subspace.shape[1]} in the alignment subspace: "
+            "the subspace belongs to another model"
+        )
+
+
+def marks(config: Any) -> list[str]:
+    """The corrections that an adapter's configuration says it went through."""
+    return [key.removeprefix(MARK_PREFIX) for key in config.alpha_pattern or {} if key.startswith(MARK_PREFIX)]
+
+
+def refuse_corrected(config: Any, where: str) -> None:
+    """Refuse an adapter that was corrected before: C is not idempotent, so that a second time is another correction.
+
+    Raises:
+        AdapterError: naming the method that corrected it.
+    """
+    if found := marks(config):
+        raise AdapterError(
+            f"{where} was corrected by {', '.join(found)} already, and a second correction would shrink it again: start from the adapter as it "
+            "was trained (a checkpoint of the run, or the input of `trl-safety correct`)"
+        )
+
+
+def _adapters_of(layer: Any) -> set[str]:
+    return {*layer.lora_A, *layer.lora_embedding_A}
+
+
+def _check_layer(path: str, layer: Any, adapter: str) -> None:
+    if adapter in layer.lora_embedding_A:
+        raise AdapterError(f"layer {path!r} is an embedding: its update is no linear layer's; leave it out of target_modules (modules_to_save trains it whole)")
+    if variant := getattr(layer, "lora_variant", {}).get(adapter):
+        raise AdapterError(f"layer {path!r} uses the LoRA variant {type(variant).__name__}, whose update is not s·B·A: use plain LoRA")
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if A.ndim != 2 or B.ndim != 2:
+        raise AdapterError(f"layer {path!r} is a convolution: only linear layers are supported; leave it out of target_modules")
+    if type(layer).__name__ == "ParamWrapper":
+        raise AdapterError(f"layer {path!r} adapts a bare parameter (fused experts): only linear layers are supported; use target_modules")
+    if adapter in layer.merged_adapters:
+        raise AdapterError(f"adapter {adapter!r} is merged into layer {path!r}: call model.unmerge_adapter() first")
+
+
+def _full_precision(layer: nn.Module) -> Tensor | None:
+    """The layer's weight, dequantised where it is stored quantised; None where PEFT knows no way."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = getattr(layer, "weight", None)
+    if weight is None:
+        return None
+    if weight.is_floating_point() and type(weight).__name__ not in ("Params4bit", "Int8Params"):
+        return weight if not type(weight).__module__.startswith("torchao") else None
+    with torch.no_grad():
+        result: Tensor = dequantize_module_weight(layer)
+    return result if result.is_floating_point() else None

@@ -1,0 +1,448 @@
+"""`AlignmentSubspace`: what alignment changed in every linear layer of a model, fitted once from a pair and then only applied."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trl_safety import __version__
+from trl_safety.adapters.checkpoint import Checkpoint, digest
+from trl_safety.adapters.files import replacing
+from trl_safety.adapters.names import is_named, match
+from trl_safety.adapters.targets import resolve_targets
+from trl_safety.errors import SubspaceError
+from trl_safety.linalg.operators import LowRankOperator, Operator, WholeOperator
+from trl_safety.linalg.thin_svd import thin_svd
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "trl_safety.alignment_subspace"
+HUB_FILE = "alignment_subspace.safetensors"
+
+FINGERPRINT_ENTRIES = 256
+FULL_PRECISION_DIFFERENCE = 2**-8
+"""A cast to bfloat16 moves a weight by at most 2⁻⁹ of itself; other weights lie farther."""
+QUANTISED_DIFFERENCE = 0.5
+"""NF4 moves a layer by about a tenth of its norm, 2-bit formats by a third; another model's weights by more than their norm."""
+
+
+@dataclass(frozen=True)
+class LayerSubspace:
+    """What alignment changed in one layer: V = W_aligned − W_base, cut at a rank or whole.
+
+    Attributes:
+        name: the module's name in the model class.
+        shape: (out, in) of V.
+        transposed: the module stores its weight as in × out.
+        frobenius_norm: ‖V‖_F, of the uncut V.
+        error_bound: bound on the spectral norm of the error of C = VVᵀ/‖V‖_F as it is kept here.
+        left, singular_values, right: U (out, k), σ (k,), Z (in, k); None where V is whole.
+        whole: V, (out, in); None where it is cut.
+        base_digest, aligned_digest: fingerprints of the two tensors that were read.
+        samples: 256 entries of the base and of the aligned weight, (2, 256), by which a loaded model is recognised.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    transposed: bool
+    frobenius_norm: float
+    error_bound: float
+    base_digest: str
+    aligned_digest: str
+    samples: Tensor
+    left: Tensor | None = None
+    singular_values: Tensor | None = None
+    right: Tensor | None = None
+    whole: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """k, or min(out, in) where V is whole."""
+        return min(self.shape) if self.left is None else self.left.shape[1]
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U, σ and Z.
+
+        Raises:
+            SubspaceError: V is kept whole, so that no rank was chosen.
+        """
+        if self.left is None or self.singular_values is None or self.right is None:
+            raise SubspaceError(
+                f"layer {self.name!r}: the subspace keeps V whole, and a projector onto all of V would be the identity on a "
+                "full-rank layer; build the subspace with a rank or a tolerance"
+            )
+        return self.left, self.singular_values, self.right
+
+    def operator(self, kind: Literal["scaled", "orthogonal"]) -> Operator:
+        """C = VVᵀ/‖V‖_F ("scaled") or P = UₖUₖᵀ ("orthogonal").
+
+        Raises:
+            SubspaceError: "orthogonal" on a V kept whole or of full rank, where P is the identity and nothing would happen.
+        """
+        if kind == "scaled" and self.whole is not None:
+            return WholeOperator(self.whole, self.frobenius_norm)
+        left, singular_values, _ = self.factors()
+        if kind == "scaled":
+            return LowRankOperator(left, singular_values.square() / self.frobenius_norm)
+        if self.rank >= self.shape[0]:
+            raise SubspaceError(
+                f"operator = 'orthogonal': layer {self.name!r} has {self.shape[0]} outputs and the subspace rank {self.rank}, so "
+                "that the projector is the identity and would do nothing; build the subspace with a smaller rank"
+            )
+        return LowRankOperator(left, torch.ones_like(singular_values))
+
+    def difference(self, weight: Tensor) -> tuple[float, float]:
+        """Relative distance of a loaded weight from the aligned and from the base model's, over the sampled entries."""
+        sample = _sample(weight).to(self.samples)
+        base, aligned = (torch.linalg.vector_norm(reference).clamp(min=1e-30) for reference in self.samples)
+        distances = torch.linalg.vector_norm(sample - self.samples, dim=1) / torch.stack([base, aligned])
+        to_base, to_aligned = distances.tolist()
+        return to_aligned, to_base
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a subspace comes from: written into its file and into every report."""
+
+    base: str
+    aligned: str
+    base_revision: str | None
+    aligned_revision: str | None
+    cut: str
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    trl_safety: str = __version__
+    schema_version: int = SCHEMA_VERSION
+
+
+class AlignmentSubspace:
+    """The alignment subspaces of a model's layers, by module name, with their provenance.
+
+    Attributes:
+        layers: module name → `LayerSubspace`.
+        provenance: sources, revisions and the cut.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerSubspace], provenance: Provenance) -> None:
+        self.layers = dict(layers)
+        self.provenance = provenance
+
+    def __repr__(self) -> str:
+        source = self.provenance
+        return f"AlignmentSubspace({len(self.layers)} layers, {source.cut}, {source.base!r} → {source.aligned!r})"
+
+    @property
+    def identity(self) -> str:
+        """A fingerprint of what was read and how it was cut: equal for two builds from the same pair."""
+        rows = sorted((x.name, x.base_digest, x.aligned_digest, x.rank, x.whole is not None) for x in self.layers.values())
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+
+    @classmethod
+    def from_pair(
+        cls,
+        base: str | Path,
+        aligned: str | Path,
+        *,
+        target_modules: str | Iterable[str] | None = None,
+        adapter: str | Path | None = None,
+        rank: int | None = None,
+        tolerance: float | None = None,
+        whole: bool = False,
+        base_revision: str | None = None,
+        aligned_revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        progress: bool = True,
+    ) -> AlignmentSubspace:
+        """Fit the subspace of a pair, reading both checkpoints tensor by tensor.
+
+        Weights are paired by NAME; the authors' code pairs by position, which breaks on biases. Memory: one pair of tensors.
+
+        Args:
+            base: the unaligned model: a local folder or a Hub id. One safetensors file or shards, any float dtype.
+            aligned: the aligned model, likewise.
+            target_modules: names or endings, a regular expression, or "all-linear", as in PEFT's LoraConfig.
+            adapter: a trained adapter's folder whose modules to take instead.
+            rank: keep the K leading singular directions of every layer (fewer where V has a lower numerical rank).
+            tolerance: keep as many as bring the error of C, relative to its norm, below this: σ²ₖ₊₁ ≤ t·σ²₁.
+            whole: keep V itself. Exactly one of rank, tolerance and whole.
+            base_revision: Hub revision of `base`.
+            aligned_revision: Hub revision of `aligned`.
+            device: where to compute; a GPU when there is one.
+            dtype: of the kept V or factors. Factors are float32 by default; a whole V keeps the checkpoints' wider dtype. A
+                narrower one adds its rounding to the error bound.
+            trust_remote_code: run model code that comes with the aligned checkpoint, to learn its module names.
+            progress: show a progress bar.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be read, is stored quantised or pickled, or holds NaN.
+            SubspaceError: the pair is identical, differs in shape or lacks a layer, a rank is above a layer's, or no layer is
+                named. The message names the layer and the remedy.
+        """
+        cut = _describe_cut(rank, tolerance, whole)
+        base_checkpoint, aligned_checkpoint = Checkpoint(base, base_revision), Checkpoint(aligned, aligned_revision)
+        targets = resolve_targets(aligned_checkpoint, target_modules, adapter, trust_remote_code=trust_remote_code)
+        paired = match([target.tensor_module for target in targets.values()], base_checkpoint.modules)
+        if missing := [name for name, found in paired.items() if found is None]:
+            raise SubspaceError(
+                f"layer {missing[0]!r} is in the aligned checkpoint {str(aligned)!r} but not in the base {str(base)!r}: the two are no "
+                "pair of one architecture"
+            )
+        from tqdm.auto import tqdm
+
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        layers = {}
+        for name, target in tqdm(targets.items(), desc="Alignment subspace", unit="layer", disable=None if progress else True):
+            partner = paired[target.tensor_module]
+            assert partner is not None  # noqa: S101  # checked above
+            layers[name] = _fit(
+                name,
+                base_checkpoint.read(partner),
+                aligned_checkpoint.read(target.tensor_module),
+                transposed=target.transposed,
+                rank=rank,
+                tolerance=tolerance,
+                whole=whole,
+                device=where,
+                dtype=dtype,
+            )
+        return cls(layers, Provenance(str(base), str(aligned), base_checkpoint.revision, aligned_checkpoint.revision, cut))
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with the provenance in its header; the file is whole or absent.
+
+        Raises:
+            SubspaceError: the folder cannot be written to or the disk is full.
+        """
+        tensors: dict[str, Tensor] = {}
+        described = {}
+        for name, layer in self.layers.items():
+            parts = {"left": layer.left, "singular_values": layer.singular_values, "right": layer.right, "whole": layer.whole}
+            tensors |= {f"{name}:{part}": value.contiguous().cpu() for part, value in parts.items() if value is not None}
+            tensors[f"{name}:samples"] = layer.samples
+            described[name] = {
+                "shape": layer.shape,
+                "transposed": layer.transposed,
+                "rank": layer.rank,
+                "frobenius_norm": layer.frobenius_norm,
+                "error_bound": layer.error_bound,
+                "base_digest": layer.base_digest,
+                "aligned_digest": layer.aligned_digest,
+            }
+        header = json.dumps({"provenance": asdict(self.provenance), "identity": self.identity, "layers": described})
+        target = Path(path)
+        with replacing(target, error=SubspaceError, setting="output") as temporary:
+            try:
+                save_file(tensors, str(temporary), metadata={METADATA_KEY: header, "format": "pt"})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> AlignmentSubspace:
+        """Read a file written by `save`. Tensors are memory-mapped: a layer costs memory when it is used.
+
+        Raises:
+            SubspaceError: it is missing, truncated, no safetensors file, or no alignment subspace of this version.
+        """
+        name = str(path)
+        if not Path(path).is_file():
+            raise SubspaceError(f"subspace = {name!r}: no such file; make it with `trl-safety subspace BASE ALIGNED -o {name}`")
+        try:
+            with safe_open(name, framework="pt") as handle:
+                header = (handle.metadata() or {}).get(METADATA_KEY)
+                if header is None:
+                    raise SubspaceError(f"subspace = {name!r}: is a safetensors file but no alignment subspace; make one with `trl-safety subspace`")
+                content = json.loads(header)
+                version = content["provenance"]["schema_version"]
+                if version != SCHEMA_VERSION:
+                    raise SubspaceError(
+                        f"subspace = {name!r}: has schema version {version}, this trl-safety reads {SCHEMA_VERSION}; rebuild it or "
+                        "install the version that wrote it"
+                    )
+                keys = set(handle.keys())
+                layers = {
+                    layer: LayerSubspace(
+                        name=layer,
+                        shape=(int(row["shape"][0]), int(row["shape"][1])),
+                        transposed=row["transposed"],
+                        frobenius_norm=row["frobenius_norm"],
+                        error_bound=row["error_bound"],
+                        base_digest=row["base_digest"],
+                        aligned_digest=row["aligned_digest"],
+                        samples=handle.get_tensor(f"{layer}:samples"),
+                        **{
+                            part: handle.get_tensor(f"{layer}:{part}")
+                            for part in ("left", "singular_values", "right", "whole")
+                            if f"{layer}:{part}" in keys
+                        },
+                    )
+                    for layer, row in content["layers"].items()
+                }
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            if isinstance(error, SubspaceError):
+                raise
+            raise SubspaceError(
+                f"subspace = {name!r}: is truncated or no safetensors file ({error}); make it again with `trl-safety subspace`"
+            ) from error
+        return cls(layers, Provenance(**content["provenance"]))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, token: str | None = None) -> AlignmentSubspace:
+        """Load from a file, a folder, or a Hub repository that `push_to_hub` filled.
+
+        Raises:
+            SubspaceError: there is none, or it cannot be fetched.
+        """
+        path = Path(source)
+        if path.is_dir():
+            return cls.load(path / HUB_FILE)
+        if path.is_file() or path.suffix == ".safetensors" or str(source).count("/") != 1:
+            return cls.load(path)
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+        try:
+            return cls.load(hf_hub_download(str(source), HUB_FILE, revision=revision, token=token))
+        except (EntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+            raise SubspaceError(
+                f"subspace = {str(source)!r}: is no local file, and {HUB_FILE!r} could not be fetched from a Hub repository of that "
+                f"name ({str(error).splitlines()[0]}); give the path of a subspace file or check the id and your access"
+            ) from error
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
+        """Upload the file, with a card, so that others need not hold the unaligned base. Returns the commit's address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / HUB_FILE)
+            (Path(folder) / "README.md").write_text(self._card(repo_id), encoding="utf-8")
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload alignment subspace")
+        return str(commit)
+
+    def for_modules(self, names: Iterable[str], skip: Iterable[str] = ()) -> dict[str, LayerSubspace]:
+        """The subspace of every adapted module, found by name under every wrapper's prefix.
+
+        Args:
+            names: the adapted modules.
+            skip: entries (names or endings) of modules to leave out.
+
+        Raises:
+            SubspaceError: a module is not in the subspace, or an entry of `skip` matches none.
+        """
+        names, skip = list(names), list(skip)
+        if unused := [entry for entry in skip if not any(is_named(name, [entry]) for name in names)]:
+            raise SubspaceError(f"skip_modules = {unused!r}: matches no adapted module; remove it or correct its name")
+        found = match([name for name in names if not is_named(name, skip)], self.layers)
+        if missing := [name for name, layer in found.items() if layer is None]:
+            shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            raise SubspaceError(
+                f"{len(missing)} of {len(found)} adapted layers are not in the alignment subspace of {self.provenance.aligned!r}: {shown}. "
+                "They would train unprotected: rebuild the subspace for them (`trl-safety subspace … --adapter A` or "
+                "--target-modules), or list them in skip_modules to leave them alone on purpose"
+            )
+        if not found:
+            raise SubspaceError("skip_modules leaves no adapted layer to protect: remove entries from it")
+        return {name: self.layers[layer] for name, layer in found.items() if layer is not None}
+
+    def _card(self, repo_id: str) -> str:
+        source = self.provenance
+        return (
+            "---\nlibrary_name: trl-safety\ntags: [trl-safety, alignment-subspace]\n---\n\n"
+            f"# Alignment subspace of {source.aligned}\n\n"
+            f"What alignment changed from `{source.base}` to `{source.aligned}` in {len(self.layers)} linear layers "
+            f"({source.cut}), for trl-safety:\n\n"
+            f"```yaml\nsafety:\n  subspace: {repo_id}\n  asft: {{weight: 1.0}}\n```\n"
+        )
+
+
+def _fit(
+    name: str,
+    base: Tensor,
+    aligned: Tensor,
+    *,
+    transposed: bool,
+    rank: int | None,
+    tolerance: float | None,
+    whole: bool,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> LayerSubspace:
+    if base.shape != aligned.shape:
+        raise SubspaceError(
+            f"layer {name!r} has shape {tuple(base.shape)} in the base and {tuple(aligned.shape)} in the aligned model: the two are no "
+            "pair; where only the vocabulary differs, leave the layer out of target_modules"
+        )
+    compute = torch.float64 if torch.float64 in (base.dtype, aligned.dtype) else torch.float32
+    V = aligned.to(device, compute) - base.to(device, compute)
+    V = V.mT.contiguous() if transposed else V
+    norm = torch.linalg.vector_norm(V, dtype=torch.float64).item()
+    if norm == 0:
+        raise SubspaceError(
+            f"layer {name!r} is identical in the base and the aligned model, so that it has no alignment subspace: check that the "
+            "two are not the same model; if alignment left this layer alone, leave it out of target_modules"
+        )
+    if rank is not None and rank > min(V.shape):
+        raise SubspaceError(f"rank = {rank}: layer {name!r} of shape {tuple(V.shape)} has rank at most {min(V.shape)}; choose a smaller one")
+    out_features, in_features = V.shape
+    common: dict[str, Any] = {
+        "name": name,
+        "shape": (out_features, in_features),
+        "transposed": transposed,
+        "frobenius_norm": norm,
+        "base_digest": digest(base),
+        "aligned_digest": digest(aligned),
+        "samples": torch.stack([_sample(base), _sample(aligned)]).float(),
+    }
+    if whole:
+        kept = V.to(dtype or torch.promote_types(base.dtype, aligned.dtype))
+        rounding = torch.linalg.vector_norm(V - kept.to(V.dtype), dtype=torch.float64).item()
+        return LayerSubspace(**common, whole=kept.cpu(), error_bound=2 * rounding + rounding**2 / norm)
+    svd = thin_svd(V, rank=rank, tolerance=tolerance)
+    kept_dtype = dtype or torch.float32
+    left = svd.left.to(kept_dtype)
+    rounding = torch.linalg.matrix_norm((left.to(V.dtype) - svd.left), 2).item() if kept_dtype != V.dtype else 0.0
+    spectral = svd.singular_values[0].item() ** 2 / norm
+    return LayerSubspace(
+        **common,
+        left=left.cpu(),
+        singular_values=svd.singular_values.float().cpu(),
+        right=svd.right.to(kept_dtype).cpu(),
+        error_bound=svd.gram_error / norm + spectral * (2 * rounding + rounding**2),
+    )
+
+
+def _describe_cut(rank: int | None, tolerance: float | None, whole: bool) -> str:
+    if sum((rank is not None, tolerance is not None, whole)) != 1:
+        raise SubspaceError(
+            f"rank = {rank}, tolerance = {tolerance}, whole = {whole}: give exactly one of rank (e.g. 64), tolerance (e.g. 0.001) or whole"
+        )
+    if rank is not None:
+        if rank < 1:
+            raise SubspaceError(f"rank = {rank}: must be at least 1")
+        return f"rank {rank}"
+    if tolerance is not None:
+        if not 0 < tolerance < 1:
+            raise SubspaceError(f"tolerance = {tolerance}: must lie between 0 and 1; it is relative to the norm of C")
+        return f"tolerance {tolerance:g}"
+    return "whole"
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """256 entries of a weight at positions that depend on its size alone, on the CPU."""
+    generator = torch.Generator().manual_seed(weight.numel())
+    positions = torch.randint(weight.numel(), (FINGERPRINT_ENTRIES,), generator=generator)
+    return weight.detach().flatten()[positions.to(weight.device)].cpu()

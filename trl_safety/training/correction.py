@@ -1,0 +1,367 @@
+"""What every correction of a trained adapter shares: on a live model, on a saved folder, and as a Trainer callback."""
+
+from __future__ import annotations
+
+import copy
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from trl_safety.adapters.checkpoint import Checkpoint
+from trl_safety.adapters.folder import AdapterFolder
+from trl_safety.adapters.lora import (
+    MARK_PREFIX,
+    LoraModule,
+    adapter_config,
+    adapter_name,
+    check_shape,
+    lora_modules,
+    not_covered,
+    refuse_corrected,
+    unwrap,
+    verify_base,
+)
+from trl_safety.adapters.names import is_named
+from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
+from trl_safety.config import CorrectionConfig
+from trl_safety.errors import AdapterError
+from trl_safety.training.report import (
+    REPORT,
+    SOURCES,
+    LayerReport,
+    MethodReport,
+    SafetyReport,
+    attach_report,
+    describe_subspace,
+    read_report,
+    with_section,
+)
+
+CORRECTED_COPY = "safety_corrected"
+BASE_LAYERS_SAMPLED = 8
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """One trained layer: ΔW = scaling · B · A with B (out, r) and A (r, in), and its alignment subspace."""
+
+    name: str
+    B: Tensor
+    A: Tensor
+    scaling: float
+    subspace: LayerSubspace
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What a correction did to one layer; `factors` is None where it left the layer alone."""
+
+    report: LayerReport
+    factors: tuple[Tensor, Tensor] | None
+
+
+class Correction(ABC):
+    """A correction of a trained adapter: all layers in, all layers out, without model or trainer."""
+
+    name: str
+    reconstruction = False
+
+    def __init__(self, config: CorrectionConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def check(self, layers: Mapping[str, LayerSubspace]) -> None:
+        """Raise where the correction could not act on these subspaces."""
+
+    @abstractmethod
+    def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
+        """Correct every layer."""
+
+    @abstractmethod
+    def summary(self, results: Mapping[str, LayerReport]) -> str:
+        """One sentence on what was done."""
+
+    def report(self, results: Mapping[str, LayerReport], summary: str | None = None) -> MethodReport:
+        """The method's part of the safety report."""
+        return MethodReport(
+            name=self.name,
+            source=SOURCES[self.name],
+            reconstruction=self.reconstruction,
+            settings=self.config.model_dump(),
+            acted=any(result.action == "corrected" for result in results.values()),
+            summary=summary or self.summary(results),
+            layers=dict(results),
+        )
+
+
+def working_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors in float64, on their device: a trained adapter is small, and the Grams square the condition number."""
+    return B.detach().double(), A.detach().double()
+
+
+@dataclass
+class Prepared:
+    """A model's adapter, checked and matched with its subspaces before training or correction."""
+
+    adapter: str
+    modules: list[LoraModule]
+    subspaces: dict[str, LayerSubspace]
+    skipped: dict[str, str]
+    base_check: str
+    base_model: str | None
+    outside: list[str]
+
+    @property
+    def covered(self) -> list[LoraModule]:
+        """The modules that the methods act on."""
+        return [module for module in self.modules if module.name in self.subspaces]
+
+    def report(self, subspace: AlignmentSubspace, methods: list[MethodReport], *, final: bool) -> SafetyReport:
+        """The adapter's safety report."""
+        return SafetyReport(
+            stage="final" if final else "training",
+            protected=any(method.acted for method in methods),
+            base_model=self.base_model,
+            base_check=self.base_check,
+            subspace=describe_subspace(subspace),
+            methods=methods,
+            skipped=self.skipped,
+            not_covered=self.outside,
+        )
+
+
+def prepare(model: nn.Module, subspace: AlignmentSubspace, skip_modules: Iterable[str] = (), adapter: str | None = None) -> Prepared:
+    """Check that the methods will be able to act on a model's adapter.
+
+    Raises:
+        AdapterError: no adapter, an unsupported kind, one that was corrected before, or a base that is not the aligned model.
+        SubspaceError: an adapted layer is not in the subspace, or an entry of `skip_modules` matches nothing.
+    """
+    skip_modules = list(skip_modules)
+    adapter = adapter_name(model, adapter)
+    modules = lora_modules(model, adapter)
+    config = adapter_config(model, adapter)
+    refuse_corrected(config, f"adapter {adapter!r}")
+    subspaces = subspace.for_modules([module.name for module in modules], skip_modules)
+    unverified = verify_base(modules, subspaces)
+    base_check = f"weights match the subspace's aligned model in {len(subspaces) - len(unverified)} of {len(subspaces)} layers"
+    if unverified:
+        base_check += "; the others are stored in a format that could not be read"
+    covered = [module for module in modules if module.name in subspaces]
+    return Prepared(
+        adapter=adapter,
+        modules=modules,
+        subspaces=subspaces,
+        skipped={
+            module.name: f"skip_modules: {is_named(module.name, skip_modules)}" for module in modules if module.name not in subspaces
+        },
+        base_check=base_check,
+        base_model=config.base_model_name_or_path or getattr(getattr(unwrap(model), "config", None), "name_or_path", None),
+        outside=not_covered(model, covered),
+    )
+
+
+@torch.no_grad()
+def correct_model(model: nn.Module, subspace: AlignmentSubspace, correction: Correction, prepared: Prepared) -> SafetyReport:
+    """Correct a model's adapter in place, mark it, and make every later save write the report."""
+    results = correction.run(
+        [LayerInput(m.name, *working_factors(m.B, m.A), m.scaling, prepared.subspaces[m.name]) for m in prepared.covered]
+    )
+    model = unwrap(model)
+    config = adapter_config(model, prepared.adapter)
+    ranks = {}
+    for module in prepared.modules:
+        factors = results[module.name].factors if module.name in results else None
+        if factors is None:
+            continue
+        B, A = factors
+        if A.shape == module.A.shape:
+            module.B.copy_(B)
+            module.A.copy_(A)
+        else:
+            module.replace(B, A)
+            ranks[module.name] = A.shape[0]
+    scalings = {module.name: (int(module.A.shape[0]), module.scaling) for module in prepared.modules}
+    _update_config(config, correction, results, scalings if ranks else {})
+    report = prepared.report(subspace, [correction.report({name: r.report for name, r in results.items()})], final=True)
+    attach_report(model, prepared.adapter, lambda: report)
+    return report
+
+
+def correct_folder(
+    adapter: str | Path,
+    output: str | Path,
+    subspace: AlignmentSubspace,
+    correction: Correction,
+    *,
+    skip_modules: Iterable[str] = (),
+    device: str | torch.device | None = None,
+) -> SafetyReport:
+    """Correct a saved adapter into a new folder without loading any model.
+
+    Args:
+        adapter: a folder that PEFT wrote. It is never changed.
+        output: a new or empty folder.
+        subspace: of the model that the adapter was trained on.
+        correction: what to do.
+        skip_modules: modules to leave alone.
+        device: where to compute; a GPU when there is one.
+
+    Raises:
+        AdapterError: the adapter is of an unsupported kind, was corrected before, belongs to another model, or the output
+            cannot be written.
+        SubspaceError: an adapted layer is not in the subspace.
+    """
+    folder = AdapterFolder.open(adapter)
+    refuse_corrected(folder.config, f"adapter = {str(adapter)!r}")
+    skip_modules = list(skip_modules)
+    subspaces = subspace.for_modules(folder.factors, skip_modules)
+    for name, layer in subspaces.items():
+        check_shape(name, folder.factors[name].shape, layer)
+        if bool(folder.config.fan_in_fan_out) != layer.transposed:
+            raise AdapterError(
+                f"adapter = {str(adapter)!r}: fan_in_fan_out = {folder.config.fan_in_fan_out} does not fit the subspace's layer {name!r}: they belong "
+                "to different model classes"
+            )
+    correction.check(subspaces)
+    base_check = _check_base(folder, subspace, subspaces)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    inputs = []
+    for name, layer in subspaces.items():
+        factors = folder.factors[name]
+        inputs.append(LayerInput(name, *working_factors(factors.B.to(where), factors.A.to(where)), factors.scaling, layer))
+    results = correction.run(inputs)
+    changed = {name: (r.factors[0].cpu(), r.factors[1].cpu()) for name, r in results.items() if r.factors is not None}
+    config = copy.deepcopy(folder.config)
+    scalings = {
+        name: (changed[name][1].shape[0] if name in changed else factors.A.shape[0], factors.scaling) for name, factors in folder.factors.items()
+    }
+    reshaped = any(changed[name][1].shape != folder.factors[name].A.shape for name in changed)
+    _update_config(config, correction, results, scalings if reshaped else {})
+    earlier = read_report(adapter).methods if (Path(adapter) / REPORT).is_file() else []
+    methods = [method for method in earlier if method.acted] + [correction.report({name: r.report for name, r in results.items()})]
+    report = SafetyReport(
+        stage="final",
+        protected=any(method.acted for method in methods),
+        base_model=config.base_model_name_or_path,
+        base_check=base_check,
+        subspace=describe_subspace(subspace),
+        methods=methods,
+        skipped={name: f"skip_modules: {is_named(name, skip_modules)}" for name in folder.factors if name not in subspaces},
+        not_covered=sorted(folder.others),
+    )
+    card = folder.path / "README.md"
+    _write_corrected(folder, Path(output), changed, config, report, card.read_text(encoding="utf-8") if card.is_file() else "")
+    return report
+
+
+def _write_corrected(
+    folder: AdapterFolder, output: Path, changed: Mapping[str, tuple[Tensor, Tensor]], config: Any, report: SafetyReport, card: str
+) -> None:
+    folder.write(output, changed, config, setting="output", report=lambda digest: {
+        REPORT: report.model_copy(update={"adapter_sha256": digest}).model_dump_json(indent=2) + "\n",
+        "README.md": with_section(card, report),
+    })
+
+
+def _update_config(config: Any, correction: Correction, results: Mapping[str, LayerResult], scalings: Mapping[str, tuple[int, float]]) -> None:
+    """Mark the adapter, and write every module's rank and alpha in full where ranks changed.
+
+    PEFT takes the first pattern that matches and sorts them when saving, so that patterns of the user's that a changed rank
+    contradicts cannot stay.
+    """
+    if scalings:
+        config.rank_pattern = {f"^{name}": rank for name, (rank, _) in scalings.items()}
+        config.alpha_pattern = {
+            f"^{name}": scaling * (rank**0.5 if config.use_rslora else rank) for name, (rank, scaling) in scalings.items()
+        }
+    if any(result.factors is not None for result in results.values()):
+        config.alpha_pattern = {**(config.alpha_pattern or {}), f"{MARK_PREFIX}{correction.name}": 1}
+
+
+def _check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mapping[str, LayerSubspace]) -> str:
+    """Compare the adapter's base model with the subspace's, as far as it can be had without a network."""
+    base = folder.config.base_model_name_or_path
+    if base and Path(base).is_dir():
+        checkpoint = Checkpoint(base)
+        names = list(layers)
+        for name in names[:: max(1, len(names) // BASE_LAYERS_SAMPLED)]:
+            stored = next((module for module in checkpoint.modules if module == layers[name].name), None)
+            if stored is None:
+                continue
+            to_aligned, to_base = layers[name].difference(checkpoint.read(stored))
+            if to_aligned > 2**-8 or 2 * to_base < to_aligned:
+                raise AdapterError(
+                    f"base_model_name_or_path = {base!r} of the adapter differs from the subspace's aligned model {subspace.provenance.aligned!r} in layer "
+                    f"{name!r} by {to_aligned:.1%}: use the subspace of the model that the adapter was trained on"
+                )
+        return f"weights of {base} match the subspace's aligned model"
+    if base and base == subspace.provenance.aligned:
+        return f"{base}, by name the subspace's aligned model"
+    return f"not verified: {base or 'no name in the adapter'} is not at hand, the subspace is of {subspace.provenance.aligned}; names and shapes match"
+
+
+class CorrectionCallback(TrainerCallback):
+    """Correct the adapter when training ends, so that the next `save_model()` writes the corrected one.
+
+    Works with any Transformers `Trainer` on a PEFT model. It acts after `load_best_model_at_end`. Checkpoints on the way stay
+    resumable and therefore uncorrected; their `safety_report.json` says so.
+    """
+
+    def __init__(self, subspace: AlignmentSubspace | str | Path, correction: Correction, skip_modules: Iterable[str] = ()) -> None:
+        self.subspace = subspace if isinstance(subspace, AlignmentSubspace) else AlignmentSubspace.from_pretrained(subspace)
+        self.correction = correction
+        self.skip_modules = tuple(skip_modules)
+        self.other_methods: list[Any] = []
+        self.result: SafetyReport | None = None
+
+    def prepare(self, model: nn.Module) -> Prepared:
+        """Check that the correction will be able to act. Raises `AdapterError` or `SubspaceError` where it will not."""
+        prepared = prepare(model, self.subspace, self.skip_modules)
+        self.correction.check(prepared.subspaces)
+        return prepared
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Check, and have checkpoints say that they are uncorrected."""
+        refuse_sharded(args)
+        prepared = self.prepare(model)
+        pending = self.correction.report({}, "acts when training ends; this checkpoint is uncorrected and can be resumed")
+        attach_report(unwrap(model), prepared.adapter, lambda: prepared.report(self.subspace, [*self._others(), pending], final=False))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the corrected copy of a checkpoint where that is asked for."""
+        if not self.correction.config.corrected_checkpoints or not state.is_world_process_zero:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        correct_folder(checkpoint, checkpoint / CORRECTED_COPY, self.subspace, self.correction, skip_modules=self.skip_modules)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Correct the adapter in memory."""
+        others = self._others()
+        report = correct_model(model, self.subspace, self.correction, self.prepare(model))
+        report.methods[:0] = others
+        report.protected = any(method.acted for method in report.methods)
+        self.result = report
+
+    def _others(self) -> list[MethodReport]:
+        return [provider() for provider in self.other_methods]
+
+
+def refuse_sharded(args: Any) -> None:
+    """Refuse engines that shard the LoRA factors over processes, on which nothing here has been shown to act.
+
+    Raises:
+        AdapterError: FSDP or DeepSpeed is on.
+    """
+    if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+        raise AdapterError("deepspeed: shards optimizer or parameters, which the safety methods do not support yet; use DDP (accelerate launch --multi_gpu)")
+    plugin = getattr(args, "fsdp_plugin_args", None) or getattr(args, "fsdp", None)
+    if plugin or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise AdapterError("fsdp: shards the LoRA factors, which the safety methods do not support yet; use DDP (accelerate launch --multi_gpu)")

@@ -1,0 +1,154 @@
+"""CSULoRA (a reconstruction) as a callback and as a function on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
+from trl_safety.config import CsuloraConfig, validate
+from trl_safety.errors import SubspaceError
+from trl_safety.methods import csulora
+from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, correct_model, prepare
+from trl_safety.training.report import LayerReport, SafetyReport
+
+
+class CsuloraCorrection(Correction):
+    """ΔW ← F + M/(1 + λ_M e_M) + O/(1 + λ_O e_O)."""
+
+    name = "csulora"
+    reconstruction = True
+    config: CsuloraConfig
+
+    def check(self, layers: Mapping[str, LayerSubspace]) -> None:
+        """No layer's subspace is everything, where the split would put all of ΔW into the part that is kept."""
+        for layer in layers.values():
+            layer.factors()
+            if layer.rank >= max(layer.shape):
+                raise SubspaceError(
+                    f"layer {layer.name!r} of shape {layer.shape} has a subspace of rank {layer.rank}, which is everything, so that csulora would "
+                    "change nothing; build the subspace with a smaller rank"
+                )
+
+    def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
+        """Correct every layer with a non-zero update; one transfer to the host."""
+        off = self.config.lambda_partial == 0 and self.config.lambda_outside == 0
+        computed: list[tuple[tuple[Tensor, Tensor], Tensor]] = []
+        for layer in layers:
+            left, _, right = layer.subspace.factors()
+            U, Z = left.to(layer.B), right.to(layer.A)
+            parts = csulora.energies(layer.B, layer.A, U, Z)
+            a, b = csulora.attenuations(parts, self.config.lambda_partial, self.config.lambda_outside)
+            B, A = csulora.correct(layer.B, layer.A, U, Z, a, b)
+            lost = torch.zeros_like(a)
+            if self.config.output_rank == "original":
+                B, A, lost = csulora.cut_back(B, A, layer.A.shape[0])
+            computed.append(((B, A), torch.stack([*parts, a, b, lost]).cpu()))
+        results = {}
+        rows = torch.stack([row for _, row in computed]).tolist()
+        for layer, (factors, _), (inside, partial, outside, a, b, lost) in zip(layers, computed, rows, strict=True):
+            total = inside + partial + outside
+            measured = {
+                "update_norm": total**0.5 * layer.scaling,
+                "inside": inside / total if total else 0.0,
+                "partial": partial / total if total else 0.0,
+                "outside": outside / total if total else 0.0,
+            }
+            if off or total == 0:
+                reason = "the update is zero" if total == 0 else "lambda_partial and lambda_outside are 0"
+                results[layer.name] = LayerResult(LayerReport(action="left_alone", reason=reason, measured=measured), None)
+                continue
+            kept = inside + a**2 * partial + b**2 * outside
+            measured |= {"attenuation_partial": a, "attenuation_outside": b, "energy_lost_by_rank": lost}
+            measured["corrected_norm"] = (kept * (1 - lost)) ** 0.5 * layer.scaling
+            results[layer.name] = LayerResult(LayerReport(action="corrected", measured=measured), factors)
+        return results
+
+    def summary(self, results: Mapping[str, LayerReport]) -> str:
+        """How many layers were corrected, how much of the update is left, and what the output rank cost."""
+        corrected = [report for report in results.values() if report.action == "corrected"]
+        if not corrected:
+            return "both λ are 0 or every update is zero: the adapter is as it was trained"
+        before = sum(report.measured["update_norm"] ** 2 for report in results.values()) ** 0.5
+        after = sum(report.measured["corrected_norm"] ** 2 for report in corrected) ** 0.5
+        rank = "twice the rank, exact" if self.config.output_rank == "exact" else (
+            f"cut back to the original rank, at most {max(report.measured['energy_lost_by_rank'] for report in corrected):.2%} of a layer's energy lost"
+        )
+        return f"{len(corrected)} of {len(results)} layers corrected ({rank}); ‖ΔW‖ went from {before:.3g} to {after:.3g}"
+
+
+class CSULoRACallback(CorrectionCallback):
+    """CSULoRA (arXiv 2605.30640), a RECONSTRUCTION, at the end of training, for any Transformers `Trainer` on a PEFT model.
+
+    Checks at the start of training that it will be able to act. Its formula is ours; the paper's is not public.
+
+    Args:
+        subspace: an `AlignmentSubspace` with a rank, its file, or a Hub id.
+        lambda_partial: λ_M, attenuation of what is aligned on one side only.
+        lambda_outside: λ_O, attenuation of what is outside the subspace.
+        output_rank: "exact" doubles the adapter's rank, "original" cuts back and reports the energy lost.
+        skip_modules: modules to leave alone.
+        corrected_checkpoints: write a corrected copy into each checkpoint.
+
+    Raises:
+        ConfigurationError: an option is out of bounds.
+        SubspaceError: the subspace cannot be read.
+    """
+
+    def __init__(
+        self,
+        subspace: AlignmentSubspace | str | Path,
+        *,
+        lambda_partial: float = 1.0,
+        lambda_outside: float = 1.0,
+        output_rank: Literal["exact", "original"] = "exact",
+        skip_modules: Iterable[str] = (),
+        corrected_checkpoints: bool = False,
+    ) -> None:
+        options = {
+            "lambda_partial": lambda_partial,
+            "lambda_outside": lambda_outside,
+            "output_rank": output_rank,
+            "corrected_checkpoints": corrected_checkpoints,
+        }
+        super().__init__(subspace, CsuloraCorrection(validate(CsuloraConfig, options, "csulora")), skip_modules)
+
+
+def apply_csulora(
+    model: nn.Module,
+    subspace: AlignmentSubspace,
+    *,
+    lambda_partial: float = 1.0,
+    lambda_outside: float = 1.0,
+    output_rank: Literal["exact", "original"] = "exact",
+    skip_modules: Iterable[str] = (),
+    adapter: str | None = None,
+) -> SafetyReport:
+    """Correct a PEFT model's adapter in place by the reconstructed CSULoRA; the next save writes its report, too.
+
+    Args:
+        model: with one active LoRA adapter, trained.
+        subspace: must hold every adapted layer, with a rank.
+        lambda_partial: λ_M.
+        lambda_outside: λ_O.
+        output_rank: "exact" doubles the adapter's rank (PEFT's `rank_pattern` says so), "original" cuts back.
+        skip_modules: modules to leave alone.
+        adapter: the adapter's name; by default the active one.
+
+    Returns:
+        What was measured and done, layer by layer.
+
+    Raises:
+        AdapterError: no adapter, an unsupported kind, another model's, or one that was corrected before.
+        SubspaceError: an adapted layer is not in the subspace, or the subspace has no rank.
+        ConfigurationError: an option is out of bounds.
+    """
+    options = {"lambda_partial": lambda_partial, "lambda_outside": lambda_outside, "output_rank": output_rank}
+    correction = CsuloraCorrection(validate(CsuloraConfig, options, "csulora"))
+    prepared = prepare(model, subspace, skip_modules, adapter)
+    correction.check(prepared.subspaces)
+    return correct_model(model, subspace, correction, prepared)

@@ -1,0 +1,127 @@
+"""Safe LoRA as a callback and as a function on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
+from trl_safety.config import Operator, SafeLoraConfig, validate
+from trl_safety.methods import safe_lora
+from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, correct_model, prepare
+from trl_safety.training.report import LayerReport, SafetyReport
+
+
+class SafeLoraCorrection(Correction):
+    """B ← M·B in the layers whose update is least aligned."""
+
+    name = "safe_lora"
+    config: SafeLoraConfig
+
+    def check(self, layers: Mapping[str, LayerSubspace]) -> None:
+        """Every layer's operator can be had, and differs from the identity."""
+        for layer in layers.values():
+            layer.operator(self.config.operator)
+
+    def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
+        """Measure all layers, choose, project; one transfer to the host."""
+        images = [
+            safe_lora.project(layer.B, layer.subspace.operator(self.config.operator).to(layer.B.device, layer.B.dtype))
+            for layer in layers
+        ]
+        measured = torch.stack(
+            [torch.stack(safe_lora.cosine(image, layer.B, layer.A)).cpu() for image, layer in zip(images, layers, strict=True)]
+        )
+        chosen = safe_lora.select(measured[:, 0], threshold=self.config.threshold, layers=self.config.layers).tolist()
+        results = {}
+        for layer, image, (cosine, norm, image_norm), act in zip(layers, images, measured.tolist(), chosen, strict=True):
+            row = {"cosine": cosine, "update_norm": norm * layer.scaling}
+            if act and norm > 0:
+                row["corrected_norm"] = image_norm * layer.scaling
+                results[layer.name] = LayerResult(LayerReport(action="corrected", measured=row), (image, layer.A))
+            else:
+                reason = "the update is zero" if norm == 0 else "cosine above the threshold"
+                results[layer.name] = LayerResult(LayerReport(action="left_alone", reason=reason, measured=row), None)
+        return results
+
+    def summary(self, results: Mapping[str, LayerReport]) -> str:
+        """How many layers were corrected, and how much of the update is left in them."""
+        corrected = [report for report in results.values() if report.action == "corrected"]
+        choice = f"cosine ≤ {self.config.threshold}" if self.config.layers is None else f"the {self.config.layers} smallest cosines"
+        if not corrected:
+            return f"no layer met {choice}: the adapter is as it was trained"
+        before = sum(report.measured["update_norm"] ** 2 for report in corrected) ** 0.5
+        after = sum(report.measured["corrected_norm"] ** 2 for report in corrected) ** 0.5
+        return f"{len(corrected)} of {len(results)} layers corrected ({choice}); their ‖ΔW‖ went from {before:.3g} to {after:.3g}"
+
+
+class SafeLoRACallback(CorrectionCallback):
+    """Safe LoRA (arXiv 2405.16833) at the end of training, for any Transformers `Trainer` on a PEFT model.
+
+    Checks at the start of training that it will be able to act. The next `save_model()` writes the corrected adapter and its
+    report. Differs from the authors' code, which runs on a finished PEFT model, in pairing layers by name and in forming
+    nothing of size out × out.
+
+    Args:
+        subspace: an `AlignmentSubspace`, its file, or a Hub id.
+        threshold: τ, correct layers with cos(C·ΔW, ΔW) ≤ τ. Default 0.5.
+        layers: K, correct the K layers of smallest cosine instead.
+        operator: "scaled" (authors) or "orthogonal".
+        skip_modules: modules to leave alone.
+        corrected_checkpoints: write a corrected copy into each checkpoint.
+
+    Raises:
+        ConfigurationError: an option is out of bounds, or both threshold and layers are given.
+        SubspaceError: the subspace cannot be read.
+    """
+
+    def __init__(
+        self,
+        subspace: AlignmentSubspace | str | Path,
+        *,
+        threshold: float | None = None,
+        layers: int | None = None,
+        operator: Operator = "scaled",
+        skip_modules: Iterable[str] = (),
+        corrected_checkpoints: bool = False,
+    ) -> None:
+        options = {"threshold": threshold, "layers": layers, "operator": operator, "corrected_checkpoints": corrected_checkpoints}
+        super().__init__(subspace, SafeLoraCorrection(validate(SafeLoraConfig, options, "safe_lora")), skip_modules)
+
+
+def apply_safe_lora(
+    model: nn.Module,
+    subspace: AlignmentSubspace,
+    *,
+    threshold: float | None = None,
+    layers: int | None = None,
+    operator: Operator = "scaled",
+    skip_modules: Iterable[str] = (),
+    adapter: str | None = None,
+) -> SafetyReport:
+    """Correct a PEFT model's adapter in place by Safe LoRA (arXiv 2405.16833); the next save writes its report, too.
+
+    Args:
+        model: with one active LoRA adapter, trained.
+        subspace: must hold every adapted layer.
+        threshold: τ, correct layers with cos(C·ΔW, ΔW) ≤ τ, rounded to 5 decimals. Default 0.5.
+        layers: K, correct the K layers of smallest cosine instead.
+        operator: "scaled" (authors) or "orthogonal".
+        skip_modules: modules to leave alone.
+        adapter: the adapter's name; by default the active one.
+
+    Returns:
+        What was measured and done, layer by layer.
+
+    Raises:
+        AdapterError: no adapter, an unsupported kind, another model's, or one that was corrected before.
+        SubspaceError: an adapted layer is not in the subspace.
+        ConfigurationError: an option is out of bounds.
+    """
+    correction = SafeLoraCorrection(validate(SafeLoraConfig, {"threshold": threshold, "layers": layers, "operator": operator}, "safe_lora"))
+    prepared = prepare(model, subspace, skip_modules, adapter)
+    correction.check(prepared.subspaces)
+    return correct_model(model, subspace, correction, prepared)
