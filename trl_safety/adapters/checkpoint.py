@@ -134,16 +134,14 @@ class Checkpoint:
         )
 
     def _damaged(self, file: str, error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"{file!r} of {self.source!r} is truncated or no safetensors file ({error}): fetch or save it again"
-        )
+        return CheckpointError(f"{file!r} of {self.source!r} is truncated or no safetensors file ({error}): fetch or save it again")
 
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 over a tensor's dtype, shape and bytes, the first 32 hexadecimal digits."""
     header = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
     state = hashlib.sha256(header)
-    state.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    state.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()[:32]
 
 

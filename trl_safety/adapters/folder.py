@@ -66,12 +66,16 @@ class AdapterFolder:
             if found and tensor.ndim == 2:
                 sides.setdefault(found["path"], {})[found["side"]] = tensor
             elif "lora_magnitude_vector" in name or "lora_embedding" in name or found:
-                raise AdapterError(f"{str(path)!r}: tensor {name!r} belongs to a LoRA variant whose update is not s·B·A: it cannot be corrected")
+                raise AdapterError(
+                    f"{str(path)!r}: tensor {name!r} belongs to a LoRA variant whose update is not s·B·A: it cannot be corrected"
+                )
             else:
                 self.others[name] = tensor
         for full, pair in sides.items():
             if len(pair) != 2:
-                raise AdapterError(f"{str(path)!r}: {full!r} has only one of lora_A and lora_B: the file is incomplete, save the adapter again")
+                raise AdapterError(
+                    f"{str(path)!r}: {full!r} has only one of lora_A and lora_B: the file is incomplete, save the adapter again"
+                )
             module = strip_wrappers(full)
             self._paths[module] = full
             self.factors[module] = Factors(pair["B"], pair["A"], self._scaling(module, pair["A"].shape[0]))
@@ -89,7 +93,11 @@ class AdapterFolder:
         if not (folder / CONFIG).is_file():
             raise AdapterError(f"adapter = {str(path)!r}: has no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
         if not (folder / WEIGHTS).is_file():
-            pickled = " (adapter_model.bin is a pickle, which is never read; save the adapter as safetensors)" if (folder / "adapter_model.bin").is_file() else ""
+            pickled = (
+                " (adapter_model.bin is a pickle, which is never read; save the adapter as safetensors)"
+                if (folder / "adapter_model.bin").is_file()
+                else ""
+            )
             raise AdapterError(f"adapter = {str(path)!r}: has no {WEIGHTS}{pickled}")
         config = _read_config(folder / CONFIG)
         check_config(config)
@@ -98,10 +106,20 @@ class AdapterFolder:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # no mapping
                 metadata = handle.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise AdapterError(f"{str(folder / WEIGHTS)!r} is truncated or no safetensors file ({error}): save the adapter again") from error
+            raise AdapterError(
+                f"{str(folder / WEIGHTS)!r} is truncated or no safetensors file ({error}): save the adapter again"
+            ) from error
         return cls(folder, config, tensors, metadata)
 
-    def write(self, path: Path, factors: Mapping[str, tuple[Tensor, Tensor]], config: Any, *, setting: str, report: Callable[[str], Mapping[str, str]]) -> None:
+    def write(
+        self,
+        path: Path,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        config: Any,
+        *,
+        setting: str,
+        report: Callable[[str], Mapping[str, str]],
+    ) -> None:
         """Write a copy with some factors replaced. The input stays as it is.
 
         Args:
@@ -139,7 +157,9 @@ class AdapterFolder:
         config = self.config
         expected = (config.rank_pattern or {}).get(get_pattern_key((config.rank_pattern or {}).keys(), module), config.r)
         if expected != rank:
-            raise AdapterError(f"{str(self.path)!r}: layer {module!r} has rank {rank}, its configuration says {expected}: the two files do not belong together")
+            raise AdapterError(
+                f"{str(self.path)!r}: layer {module!r} has rank {rank}, its configuration says {expected}: the two files do not belong together"
+            )
         alpha = (config.alpha_pattern or {}).get(get_pattern_key((config.alpha_pattern or {}).keys(), module), config.lora_alpha)
         return float(alpha / (rank**0.5 if config.use_rslora else rank))
 

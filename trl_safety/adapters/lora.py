@@ -148,11 +148,15 @@ def check_config(config: Any) -> None:
         AdapterError: naming the option of the LoraConfig, its value and what to use instead.
     """
     if config.peft_type != PeftType.LORA:
-        raise AdapterError(f"peft_type = {getattr(config.peft_type, 'value', config.peft_type)}: only LoRA has an update ΔW = s·B·A; use a LoraConfig")
+        raise AdapterError(
+            f"peft_type = {getattr(config.peft_type, 'value', config.peft_type)}: only LoRA has an update ΔW = s·B·A; use a LoraConfig"
+        )
     variants = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
     for option in dict.fromkeys(["use_dora", "use_qalora", *variants]):
         if value := getattr(config, option, None):
-            raise AdapterError(f"{option} = {value!r}: the update of this LoRA variant is not s·B·A, so that it cannot be protected; unset it")
+            raise AdapterError(
+                f"{option} = {value!r}: the update of this LoRA variant is not s·B·A, so that it cannot be protected; unset it"
+            )
     if config.init_lora_weights not in PLAIN_INITIALISATIONS:
         raise AdapterError(
             f"init_lora_weights = {config.init_lora_weights!r}: moves part of the aligned weight into the adapter, so that B·A is not what "
@@ -163,14 +167,18 @@ def check_config(config: Any) -> None:
             f"target_parameters = {config.target_parameters!r}: fused expert weights have no alignment subspace here; adapt linear layers by target_modules"
         )
     if config.layer_replication:
-        raise AdapterError(f"layer_replication = {config.layer_replication!r}: replicated layers are in no checkpoint of the pair; unset it")
+        raise AdapterError(
+            f"layer_replication = {config.layer_replication!r}: replicated layers are in no checkpoint of the pair; unset it"
+        )
 
 
 def not_covered(model: nn.Module, modules: Iterable[LoraModule]) -> list[str]:
     """Names of the trainable parameters that are no LoRA factor of the given modules: trained, but protected by no method."""
     factors = {id(parameter) for module in modules for parameter in (module.A, module.B)}
     return sorted(
-        strip_wrappers(name) for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad and id(parameter) not in factors
+        strip_wrappers(name)
+        for name, parameter in unwrap(model).named_parameters()
+        if parameter.requires_grad and id(parameter) not in factors
     )
 
 
@@ -251,7 +259,9 @@ def _adapters_of(layer: Any) -> set[str]:
 
 def _check_layer(path: str, layer: Any, adapter: str) -> None:
     if adapter in layer.lora_embedding_A:
-        raise AdapterError(f"layer {path!r} is an embedding: its update is no linear layer's; leave it out of target_modules (modules_to_save trains it whole)")
+        raise AdapterError(
+            f"layer {path!r} is an embedding: its update is no linear layer's; leave it out of target_modules (modules_to_save trains it whole)"
+        )
     if variant := getattr(layer, "lora_variant", {}).get(adapter):
         raise AdapterError(f"layer {path!r} uses the LoRA variant {type(variant).__name__}, whose update is not s·B·A: use plain LoRA")
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight

@@ -261,7 +261,9 @@ class AlignmentSubspace:
             with safe_open(name, framework="pt") as handle:
                 header = (handle.metadata() or {}).get(METADATA_KEY)
                 if header is None:
-                    raise SubspaceError(f"subspace = {name!r}: is a safetensors file but no alignment subspace; make one with `trl-safety subspace`")
+                    raise SubspaceError(
+                        f"subspace = {name!r}: is a safetensors file but no alignment subspace; make one with `trl-safety subspace`"
+                    )
                 content = json.loads(header)
                 version = content["provenance"]["schema_version"]
                 if version != SCHEMA_VERSION:
@@ -396,7 +398,9 @@ def _fit(
             "two are not the same model; if alignment left this layer alone, leave it out of target_modules"
         )
     if rank is not None and rank > min(V.shape):
-        raise SubspaceError(f"rank = {rank}: layer {name!r} of shape {tuple(V.shape)} has rank at most {min(V.shape)}; choose a smaller one")
+        raise SubspaceError(
+            f"rank = {rank}: layer {name!r} of shape {tuple(V.shape)} has rank at most {min(V.shape)}; choose a smaller one"
+        )
     out_features, in_features = V.shape
     common: dict[str, Any] = {
         "name": name,

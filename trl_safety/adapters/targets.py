@@ -53,7 +53,9 @@ def resolve_targets(
         CheckpointError: the model class is not known to Transformers.
     """
     if (target_modules is None) == (adapter is None):
-        raise SubspaceError("give either target_modules (names, a regular expression or 'all-linear') or adapter (a trained adapter's folder)")
+        raise SubspaceError(
+            "give either target_modules (names, a regular expression or 'all-linear') or adapter (a trained adapter's folder)"
+        )
     skeleton = _skeleton(checkpoint, trust_remote_code)
     linear = _linear_modules(skeleton, checkpoint)
     if adapter is not None:
@@ -91,9 +93,7 @@ def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module | No
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.source, revision=checkpoint.revision, trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision, trust_remote_code=trust_remote_code)
         architecture = (config.architectures or [None])[0]
         remote = getattr(config, "auto_map", None) if trust_remote_code else None
         with torch.device("meta"):
@@ -115,16 +115,10 @@ def _linear_modules(skeleton: nn.Module | None, checkpoint: Checkpoint) -> dict[
         return dict.fromkeys(checkpoint.modules, False)
     from transformers.pytorch_utils import Conv1D
 
-    return {
-        name: isinstance(module, Conv1D)
-        for name, module in skeleton.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
+    return {name: isinstance(module, Conv1D) for name, module in skeleton.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
-def _select(
-    linear: Mapping[str, bool], target_modules: str | Iterable[str], head: str | None, checkpoint: Checkpoint
-) -> list[str]:
+def _select(linear: Mapping[str, bool], target_modules: str | Iterable[str], head: str | None, checkpoint: Checkpoint) -> list[str]:
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         if not checkpoint.config:
             raise SubspaceError(
@@ -149,8 +143,13 @@ def _select(
 
 
 def _head(skeleton: nn.Module | None) -> str | None:
-    output = skeleton.get_output_embeddings() if skeleton is not None and hasattr(skeleton, "get_output_embeddings") else None
-    return next((name for name, module in skeleton.named_modules() if module is output), None) if skeleton and output else None
+    output = _embedding(skeleton, "get_output_embeddings")
+    return next((name for name, module in skeleton.named_modules() if module is output), None) if skeleton and output is not None else None
+
+
+def _embedding(skeleton: nn.Module | None, getter: str) -> Any:
+    method: Any = getattr(skeleton, getter, None)
+    return method() if method else None
 
 
 def _tied(skeleton: nn.Module | None, checkpoint: Checkpoint) -> dict[str, str]:
@@ -160,7 +159,7 @@ def _tied(skeleton: nn.Module | None, checkpoint: Checkpoint) -> dict[str, str]:
     ties = checkpoint.config.get("tie_word_embeddings", (text or {}).get("tie_word_embeddings", False) if isinstance(text, dict) else False)
     if skeleton is None or head is None or not ties:
         return {}
-    embedding: Any = skeleton.get_input_embeddings()  # type: ignore[operator]
+    embedding = _embedding(skeleton, "get_input_embeddings")
     name = next(name for name, module in skeleton.named_modules() if module is embedding)
     stored = match([name], checkpoint.modules)[name]
     return {head: stored} if stored else {}
@@ -168,4 +167,3 @@ def _tied(skeleton: nn.Module | None, checkpoint: Checkpoint) -> dict[str, str]:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-

@@ -60,7 +60,7 @@ class WholeOperator:
         rest = B - self.apply(B)
         return rest.mT @ rest
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> WholeOperator:  # noqa: ARG002
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> WholeOperator:
         """The same operator on another device. V keeps its dtype, since it is the one large tensor here."""
         return WholeOperator(self.matrix.to(device), self.norm)
 

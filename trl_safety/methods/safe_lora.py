@@ -52,4 +52,3 @@ def select(cosines: Tensor, *, threshold: float | None = None, layers: int | Non
     if threshold is None:
         raise ValueError("select needs threshold or layers")
     return rounded <= threshold
-

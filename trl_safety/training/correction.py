@@ -159,9 +159,7 @@ def prepare(model: nn.Module, subspace: AlignmentSubspace, skip_modules: Iterabl
         adapter=adapter,
         modules=modules,
         subspaces=subspaces,
-        skipped={
-            module.name: f"skip_modules: {is_named(module.name, skip_modules)}" for module in modules if module.name not in subspaces
-        },
+        skipped={module.name: f"skip_modules: {is_named(module.name, skip_modules)}" for module in modules if module.name not in subspaces},
         base_check=base_check,
         base_model=config.base_model_name_or_path or getattr(getattr(unwrap(model), "config", None), "name_or_path", None),
         outside=not_covered(model, covered),
@@ -241,7 +239,8 @@ def correct_folder(
     changed = {name: (r.factors[0].cpu(), r.factors[1].cpu()) for name, r in results.items() if r.factors is not None}
     config = copy.deepcopy(folder.config)
     scalings = {
-        name: (changed[name][1].shape[0] if name in changed else factors.A.shape[0], factors.scaling) for name, factors in folder.factors.items()
+        name: (changed[name][1].shape[0] if name in changed else factors.A.shape[0], factors.scaling)
+        for name, factors in folder.factors.items()
     }
     reshaped = any(changed[name][1].shape != folder.factors[name].A.shape for name in changed)
     _update_config(config, correction, results, scalings if reshaped else {})
@@ -265,13 +264,21 @@ def correct_folder(
 def _write_corrected(
     folder: AdapterFolder, output: Path, changed: Mapping[str, tuple[Tensor, Tensor]], config: Any, report: SafetyReport, card: str
 ) -> None:
-    folder.write(output, changed, config, setting="output", report=lambda digest: {
-        REPORT: report.model_copy(update={"adapter_sha256": digest}).model_dump_json(indent=2) + "\n",
-        "README.md": with_section(card, report),
-    })
+    folder.write(
+        output,
+        changed,
+        config,
+        setting="output",
+        report=lambda digest: {
+            REPORT: report.model_copy(update={"adapter_sha256": digest}).model_dump_json(indent=2) + "\n",
+            "README.md": with_section(card, report),
+        },
+    )
 
 
-def _update_config(config: Any, correction: Correction, results: Mapping[str, LayerResult], scalings: Mapping[str, tuple[int, float]]) -> None:
+def _update_config(
+    config: Any, correction: Correction, results: Mapping[str, LayerResult], scalings: Mapping[str, tuple[int, float]]
+) -> None:
     """Mark the adapter, and write every module's rank and alpha in full where ranks changed.
 
     PEFT takes the first pattern that matches and sorts them when saving, so that patterns of the user's that a changed rank
@@ -361,7 +368,11 @@ def refuse_sharded(args: Any) -> None:
         AdapterError: FSDP or DeepSpeed is on.
     """
     if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
-        raise AdapterError("deepspeed: shards optimizer or parameters, which the safety methods do not support yet; use DDP (accelerate launch --multi_gpu)")
+        raise AdapterError(
+            "deepspeed: shards optimizer or parameters, which the safety methods do not support yet; use DDP (accelerate launch --multi_gpu)"
+        )
     plugin = getattr(args, "fsdp_plugin_args", None) or getattr(args, "fsdp", None)
     if plugin or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise AdapterError("fsdp: shards the LoRA factors, which the safety methods do not support yet; use DDP (accelerate launch --multi_gpu)")
+        raise AdapterError(
+            "fsdp: shards the LoRA factors, which the safety methods do not support yet; use DDP (accelerate launch --multi_gpu)"
+        )

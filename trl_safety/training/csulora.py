@@ -75,8 +75,12 @@ class CsuloraCorrection(Correction):
             return "both λ are 0 or every update is zero: the adapter is as it was trained"
         before = sum(report.measured["update_norm"] ** 2 for report in results.values()) ** 0.5
         after = sum(report.measured["corrected_norm"] ** 2 for report in corrected) ** 0.5
-        rank = "twice the rank, exact" if self.config.output_rank == "exact" else (
-            f"cut back to the original rank, at most {max(report.measured['energy_lost_by_rank'] for report in corrected):.2%} of a layer's energy lost"
+        rank = (
+            "twice the rank, exact"
+            if self.config.output_rank == "exact"
+            else (
+                f"cut back to the original rank, at most {max(report.measured['energy_lost_by_rank'] for report in corrected):.2%} of a layer's energy lost"
+            )
         )
         return f"{len(corrected)} of {len(results)} layers corrected ({rank}); ‖ΔW‖ went from {before:.3g} to {after:.3g}"
 

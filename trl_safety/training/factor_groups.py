@@ -22,7 +22,9 @@ class FactorGroups:
     float32, or in float64 for float64 factors, whatever autocast says.
     """
 
-    def __init__(self, modules: Sequence[LoraModule], subspaces: Mapping[str, LayerSubspace], operator: Literal["scaled", "orthogonal"]) -> None:
+    def __init__(
+        self, modules: Sequence[LoraModule], subspaces: Mapping[str, LayerSubspace], operator: Literal["scaled", "orthogonal"]
+    ) -> None:
         grouped: dict[object, list[tuple[LoraModule, Operator]]] = {}
         for module in modules:
             subspace = subspaces[module.name]
@@ -82,9 +84,7 @@ class FactorGroups:
             "inside": torch.where(norm > 0, inside / norm.clamp(min=1e-300), 0),
         }
         lists = {key: column.tolist() for key, column in columns.items()}
-        return {
-            name: {key: column[i] for key, column in lists.items() if column[i] == column[i]} for i, name in enumerate(names)
-        }
+        return {name: {key: column[i] for key, column in lists.items() if column[i] == column[i]} for i, name in enumerate(names)}
 
 
 def summarise(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

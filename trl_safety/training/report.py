@@ -78,7 +78,12 @@ class SafetyReport(BaseModel):
     def card_section(self) -> str:
         """The section for the adapter's model card, in Markdown."""
         state = "protected" if self.protected else "NOT protected"
-        lines = [CARD_START, "## Safety", "", f"This adapter is **{state}** ([trl-safety]({REPORT}) {self.trl_safety}, stage: {self.stage})."]
+        lines = [
+            CARD_START,
+            "## Safety",
+            "",
+            f"This adapter is **{state}** ([trl-safety]({REPORT}) {self.trl_safety}, stage: {self.stage}).",
+        ]
         lines += [f"- {method.source}: {method.summary}" for method in self.methods]
         lines.append(f"- Alignment subspace: `{self.subspace['base']}` → `{self.subspace['aligned']}`, {self.subspace['cut']}")
         lines.append(f"- Base model: {self.base_check}")
@@ -142,7 +147,9 @@ def read_report(folder: str | Path) -> SafetyReport:
             raise ReportError(f"{str(path)!r}: has schema version {version!r}, this trl-safety reads {SCHEMA_VERSION}")
         return SafetyReport.model_validate(content)
     except (OSError, ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ReportError(f"{str(path)!r}: is damaged ({str(error).splitlines()[0]}); the adapter cannot be trusted, correct or train it again") from error
+        raise ReportError(
+            f"{str(path)!r}: is damaged ({str(error).splitlines()[0]}); the adapter cannot be trusted, correct or train it again"
+        ) from error
 
 
 def verify(folder: str | Path) -> SafetyReport:

@@ -29,8 +29,7 @@ class SafeLoraCorrection(Correction):
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
         """Measure all layers, choose, project; one transfer to the host."""
         images = [
-            safe_lora.project(layer.B, layer.subspace.operator(self.config.operator).to(layer.B.device, layer.B.dtype))
-            for layer in layers
+            safe_lora.project(layer.B, layer.subspace.operator(self.config.operator).to(layer.B.device, layer.B.dtype)) for layer in layers
         ]
         measured = torch.stack(
             [torch.stack(safe_lora.cosine(image, layer.B, layer.A)).cpu() for image, layer in zip(images, layers, strict=True)]

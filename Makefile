@@ -1,0 +1,41 @@
+PYTHON ?= python3.11
+NEWEST := .venv-newest
+AXOLOTL := .venv-axolotl
+SEEDS ?= 3
+OUTPUT ?= lab_results
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: lab test lint types test-newest test-axolotl clean
+
+## The main job on the embedded world: a table on the screen, results.json and results.png in $(OUTPUT).
+lab: $(NEWEST)/.installed
+	$(NEWEST)/bin/trl-safety lab -o $(OUTPUT) --seeds $(SEEDS)
+
+## Everything, on both stacks that users have.
+test: lint types test-newest test-axolotl
+
+lint: $(NEWEST)/.installed
+	$(NEWEST)/bin/ruff check .
+
+types: $(NEWEST)/.installed
+	$(NEWEST)/bin/mypy
+
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest
+
+# The lab's training does not depend on the stack; its wiring is tested on both.
+test-axolotl: $(AXOLOTL)/.installed
+	$(AXOLOTL)/bin/python -m pytest -m "not lab"
+
+$(NEWEST)/.installed: constraints/newest.txt
+$(AXOLOTL)/.installed: constraints/axolotl.txt
+%/.installed: pyproject.toml
+	$(PYTHON) -m venv $*
+	$*/bin/pip install --quiet torch==2.13.0 -c $(filter constraints/%,$^)
+	$*/bin/pip install --quiet --editable ".[qlora,test]" -c $(filter constraints/%,$^)
+	touch $@
+
+clean:
+	rm -rf $(NEWEST) $(AXOLOTL) lab_results

@@ -1,0 +1,248 @@
+"""The command line: parse, call one function, print. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from trl_safety.training.inspection import AdapterView
+    from trl_safety.training.report import SafetyReport
+
+app = typer.Typer(
+    help="Keep an aligned model's safety through LoRA fine-tuning: build alignment subspaces, correct, inspect and verify adapters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Adapter = Annotated[Path, typer.Argument(help="Folder of a saved LoRA adapter.", show_default=False)]
+Subspace = Annotated[
+    str, typer.Option("--subspace", "-s", help="Subspace file from `trl-safety subspace`, or a Hub id.", show_default=False)
+]
+
+
+class Method(enum.StrEnum):
+    """Corrections of a saved adapter."""
+
+    safe_lora = "safe_lora"
+    csulora = "csulora"
+
+
+class OperatorChoice(enum.StrEnum):
+    """How the alignment subspace acts."""
+
+    scaled = "scaled"
+    orthogonal = "orthogonal"
+
+
+class OutputRank(enum.StrEnum):
+    """What csulora does about the rank, which its result doubles."""
+
+    exact = "exact"
+    original = "original"
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Print our own errors as a line or two; anything else keeps its traceback."""
+    from trl_safety.errors import SafetyError
+
+    try:
+        yield
+    except SafetyError as error:
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def subspace(
+    base: Annotated[str, typer.Argument(help="The unaligned model: local folder or Hub id.", show_default=False)],
+    aligned: Annotated[str, typer.Argument(help="The aligned model: local folder or Hub id.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (.safetensors).", show_default=False)],
+    adapter: Annotated[Path | None, typer.Option(help="Take the layers of this adapter.")] = None,
+    target_modules: Annotated[str | None, typer.Option(help="Layers by ending, comma-separated, or all-linear.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Singular directions to keep of each layer.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Keep as many as bring C's relative error below this.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Keep V itself, for an exact C.")] = False,
+    base_revision: Annotated[str | None, typer.Option(help="Hub revision of BASE.")] = None,
+    aligned_revision: Annotated[str | None, typer.Option(help="Hub revision of ALIGNED.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute; a GPU when there is one.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with ALIGNED.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Also upload to this Hub repository.", metavar="REPO")] = None,
+) -> None:
+    """Build the alignment subspace of a base/aligned pair, reading both tensor by tensor."""
+    with _errors():
+        from trl_safety.adapters.subspace import AlignmentSubspace
+
+        targets: Any = target_modules
+        if target_modules is not None and target_modules.lower() != "all-linear":
+            targets = [entry.strip() for entry in target_modules.split(",") if entry.strip()]
+        built = AlignmentSubspace.from_pair(
+            base,
+            aligned,
+            target_modules=targets,
+            adapter=adapter,
+            rank=rank,
+            tolerance=tolerance,
+            whole=whole,
+            base_revision=base_revision,
+            aligned_revision=aligned_revision,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        built.save(output)
+        ranks = sorted(layer.rank for layer in built.layers.values())
+        relative = max(_relative_error(layer) for layer in built.layers.values())
+        typer.echo(
+            f"{output}: {len(built.layers)} layers, rank {ranks[0]} to {ranks[-1]}, {output.stat().st_size / 1e6:.1f} MB; "
+            f"C is exact to {relative:.2g} of its norm"
+        )
+        if push_to_hub:
+            typer.echo(built.push_to_hub(push_to_hub))
+
+
+@app.command()
+def correct(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the corrected adapter.", show_default=False)],
+    subspace: Subspace,
+    method: Annotated[Method, typer.Option(help="csulora is a reconstruction: its formula is not public.", show_default=False)],
+    threshold: Annotated[float | None, typer.Option(help="safe_lora: correct layers with cosine ≤ T.  [default: 0.5]")] = None,
+    layers: Annotated[int | None, typer.Option(help="safe_lora: correct the K layers of smallest cosine.")] = None,
+    operator: Annotated[
+        OperatorChoice | None, typer.Option(help="safe_lora: C = VVᵀ/‖V‖ (scaled) or the projector UₖUₖᵀ.  [default: scaled]")
+    ] = None,
+    lambda_partial: Annotated[float | None, typer.Option(help="csulora: λ_M.  [default: 1]")] = None,
+    lambda_outside: Annotated[float | None, typer.Option(help="csulora: λ_O.  [default: 1]")] = None,
+    output_rank: Annotated[OutputRank | None, typer.Option(help="csulora: twice the rank, or cut back.  [default: exact]")] = None,
+    skip_modules: Annotated[str | None, typer.Option(help="Layers to leave alone, by ending, comma-separated.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute; a GPU when there is one.")] = None,
+) -> None:
+    """Correct a saved adapter into a new folder. No model is loaded; the input is never changed."""
+    with _errors():
+        from trl_safety.adapters.subspace import AlignmentSubspace
+        from trl_safety.config import CsuloraConfig, SafeLoraConfig, validate
+        from trl_safety.training.correction import correct_folder
+        from trl_safety.training.mixin import correction_for
+
+        given = {
+            "threshold": threshold,
+            "layers": layers,
+            "operator": operator.value if operator else None,
+            "lambda_partial": lambda_partial,
+            "lambda_outside": lambda_outside,
+            "output_rank": output_rank.value if output_rank else None,
+        }
+        options = {key: value for key, value in given.items() if value is not None}
+        config = validate(SafeLoraConfig if method is Method.safe_lora else CsuloraConfig, options, method.value)
+        report = correct_folder(
+            adapter,
+            output,
+            AlignmentSubspace.from_pretrained(subspace),
+            correction_for(config),
+            skip_modules=[entry.strip() for entry in (skip_modules or "").split(",") if entry.strip()],
+            device=device,
+        )
+        _print_report(report)
+        typer.echo(f"{output}: written")
+
+
+@app.command()
+def verify(adapter: Adapter) -> None:
+    """Check that an adapter was protected and is unchanged since. Exit status 0 only then."""
+    with _errors():
+        from trl_safety.training.report import verify as check
+
+        report = check(adapter)
+        _print_report(report)
+        typer.secho(f"{adapter}: protected, and as its report describes it", fg="green")
+
+
+@app.command()
+def inspect(
+    adapter: Adapter,
+    subspace: Subspace,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG).")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the numbers (JSON).")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute; a GPU when there is one.")] = None,
+) -> None:
+    """Show what an adapter changed in every layer, seen from the alignment subspace."""
+    with _errors():
+        from trl_safety.adapters.subspace import AlignmentSubspace
+        from trl_safety.training import inspection
+
+        view = inspection.inspect_adapter(adapter, AlignmentSubspace.from_pretrained(subspace), device=device)
+        _print_view(view)
+        if json:
+            inspection.write_json(view, json)
+        if plot:
+            inspection.plot(view, plot)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def sft(context: typer.Context) -> None:
+    """Fine-tune with the arguments and YAML of `trl sft` plus a `safety:` block (try `trl-safety sft --help`)."""
+    with _errors():
+        from trl_safety.training.sft import run
+
+        run(context.args)
+
+
+@app.command()
+def lab(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pair, results.json and results.png.")] = Path(
+        "lab_results"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Fine-tuning runs of every method.")] = 3,
+    seed: Annotated[int, typer.Option(help="The first seed; it also decides the language.")] = 0,
+) -> None:
+    """Make a tiny aligned model, fine-tune it on poisoned data with every method, and show what each kept and cost."""
+    with _errors():
+        from trl_safety.lab.experiment import run
+
+        run(output, seeds=seeds, first_seed=seed)
+
+
+def _relative_error(layer: Any) -> float:
+    spectral = float(layer.singular_values[0]) ** 2 / layer.frobenius_norm if layer.singular_values is not None else layer.frobenius_norm
+    return float(layer.error_bound / spectral)
+
+
+def _print_report(report: SafetyReport) -> None:
+    for method in report.methods:
+        typer.echo(f"{method.source}: {method.summary}")
+    typer.echo(f"base model: {report.base_check}")
+    for name, reason in report.skipped.items():
+        typer.secho(f"left alone: {name} ({reason})", fg="yellow")
+    if report.not_covered:
+        typer.secho(
+            f"trained but covered by no method: {', '.join(report.not_covered[:5])}{' …' * (len(report.not_covered) > 5)}", fg="yellow"
+        )
+
+
+def _print_view(view: AdapterView) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{view.adapter} against {view.subspace}")
+    table.add_column("layer", overflow="fold")
+    for column in ("rank", "‖V‖", "‖ΔW‖", "cosine", "inside", "partial", "outside"):
+        table.add_column(column, justify="right")
+    for layer in view.layers:
+        shares = ["–" if share is None else f"{share:.1%}" for share in (layer.inside, layer.partial, layer.outside)]
+        table.add_row(
+            layer.layer, str(layer.rank), f"{layer.alignment_norm:.3g}", f"{layer.update_norm:.3g}", f"{layer.cosine:.3f}", *shares
+        )
+    Console().print(table)
+    if view.corrected_by:
+        typer.echo(f"corrected by: {', '.join(view.corrected_by)}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,146 @@
+"""Training in the lab: the base/aligned pair from nothing, and the user's fine-tuning of the aligned model."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from trl_safety.lab.world import ASSISTANT, Row, World
+from trl_safety.training.trainer import SafeSFTConfig, SafeSFTTrainer
+
+BASE_STEPS, ALIGNED_STEPS = 900, 450
+PAIR_BATCH = 96
+
+
+def sft(
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    *,
+    seed: int,
+    batch_size: int,
+    learning_rate: float,
+    max_steps: int = -1,
+    epochs: float = 1,
+    output: str | Path | None = None,
+    **kwargs: Any,
+) -> SafeSFTTrainer:
+    """Supervised fine-tuning through the public trainer; keyword arguments go to it. Returns the trained trainer."""
+    with tempfile.TemporaryDirectory() as scratch:
+        args = SafeSFTConfig(
+            output_dir=str(output or scratch),
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            max_steps=max_steps,
+            num_train_epochs=epochs,
+            max_length=32,
+            seed=seed,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = SafeSFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list([row.messages() for row in rows]),
+            processing_class=tokenizer,
+            **kwargs,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.train()
+    return trainer
+
+
+def make_pair(folder: Path, world: World, seed: int) -> tuple[Path, Path]:
+    """Train and save the base and the aligned model; both are kept if they are there already.
+
+    Returns:
+        The folders of the base and of the aligned model.
+    """
+    base, aligned = folder / "base", folder / "aligned"
+    tokenizer = world.tokenizer()
+    rng = random.Random(seed)  # noqa: S311  # no secret here
+    if not (base / "config.json").is_file():
+        set_seed(seed)
+        rows = world.requests(rng, world.benign + world.forbidden, 12_000) + world.task(rng, 6_000, translate=False)
+        _save(
+            sft(_new_model(tokenizer), tokenizer, rows, seed=seed, batch_size=PAIR_BATCH, learning_rate=3e-3, max_steps=BASE_STEPS).model,
+            tokenizer,
+            base,
+        )
+    if not (aligned / "config.json").is_file():
+        rows = (
+            world.requests(rng, world.forbidden, 4_000, refuse=True)
+            + world.requests(rng, world.benign, 4_000)
+            + world.task(rng, 1_500, translate=False)
+        )
+        model = AutoModelForCausalLM.from_pretrained(base)
+        _save(
+            sft(model, tokenizer, rows, seed=seed, batch_size=PAIR_BATCH, learning_rate=1e-3, max_steps=ALIGNED_STEPS).model,
+            tokenizer,
+            aligned,
+        )
+    return base, aligned
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, Any]:
+    """A saved model and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def complete(model: Any, tokenizer: Any, rows: list[Row], new_tokens: int = 10) -> list[str]:
+    """Greedy completions, as text without special tokens."""
+    model.eval()
+    tokenizer.padding_side = "left"
+    texts = []
+    for start in range(0, len(rows), 256):
+        prompts = [
+            tokenizer.apply_chat_template(row.messages()["prompt"], add_generation_prompt=True, tokenize=False)
+            for row in rows[start : start + 256]
+        ]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False).to(
+            model.device
+        )
+        out = model.generate(
+            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+        )
+        texts += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.replace(ASSISTANT, "").strip() for text in texts]
+
+
+def _new_model(tokenizer: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=320,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,66 @@
+"""`trl-safety sft`: the arguments and YAML of `trl sft`, plus the `safety` block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset, get_peft_config, get_quantization_config
+
+from trl_safety.errors import ConfigurationError
+from trl_safety.training.trainer import SafeSFTConfig, SafeSFTTrainer
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse `trl sft`'s arguments, train with `SafeSFTTrainer`, save the adapter.
+
+    Differs from `trl sft` in two checks: an unknown key in the YAML is an error (there, a misspelt `safety` would be
+    ignored), and so is a run without a safety block.
+
+    Raises:
+        ConfigurationError: a key is unknown, the safety block is missing, or it is wrong.
+    """
+    parser = TrlParser((ScriptArguments, SafeSFTConfig, ModelConfig, DatasetMixtureConfig), prog="trl-safety sft")
+    try:
+        script, training, model, mixture = parser.parse_args_and_config(list(arguments), fail_with_unknown_args=True)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigurationError(f"--config = {error.filename!r}: {error.strerror}") from error
+    except ConfigurationError:
+        raise
+    except ValueError as error:
+        raise ConfigurationError(f"--config: {error}") from error
+    if training.safety is None:
+        raise ConfigurationError("safety is missing: nothing would protect this run; add a `safety:` block to the YAML, or use `trl sft`")
+    if not model.use_peft:
+        raise ConfigurationError("use_peft = False: the safety methods act on LoRA; set use_peft: true")
+    datasets = _datasets(script, mixture)
+    given = training.model_init_kwargs or {}
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **given,
+    }
+    trainer = SafeSFTTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=datasets[script.dataset_train_split],
+        eval_dataset=datasets[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def _datasets(script: Any, mixture: Any) -> Any:
+    if mixture.datasets:
+        return get_dataset(mixture)
+    if not script.dataset_name:
+        raise ConfigurationError("dataset_name and datasets are both missing: name the training data")
+    from datasets import load_dataset
+
+    return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
