@@ -1,0 +1,45 @@
+"""Shared fixtures: the two small pairs of `tests/data`, their adapters and subspaces, and a tiny training set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session", params=["mha", "gqa"])
+def pair(request: pytest.FixtureRequest) -> str:
+    """The name of a small base/aligned pair: multi-head and grouped-query attention."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def gqa_subspace() -> Any:
+    from trl_safety import AlignmentSubspace
+
+    return AlignmentSubspace.from_pair(DATA / "gqa-base", DATA / "gqa-aligned", target_modules="all-linear", rank=8, progress=False)
+
+
+@pytest.fixture
+def gqa_model() -> Any:
+    """The aligned model with its trained-looking adapter, trainable."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(DATA / "gqa-aligned")
+    return PeftModel.from_pretrained(model, str(DATA / "gqa-adapter"), is_trainable=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    # The models are tiny: threads cost more than they bring, and sums in one order are equal from run to run.
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
