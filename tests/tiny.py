@@ -45,7 +45,7 @@ def lora(**kwargs: Any) -> LoraConfig:
     return LoraConfig(**{**options, **kwargs})
 
 
-def arguments(output: Path, **kwargs: Any) -> Any:
+def arguments(output: Path, cls: Any = None, **kwargs: Any) -> Any:
     from trl_safety import SafeSFTConfig
 
     options: dict[str, Any] = {
@@ -65,10 +65,19 @@ def arguments(output: Path, **kwargs: Any) -> Any:
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
-    return SafeSFTConfig(**{**options, **kwargs})
+    return (cls or SafeSFTConfig)(**{**options, **kwargs})
 
 
-def trainer(output: Path, *, cls: Any = None, base: Any = None, data: Dataset | None = None, peft_config: Any = "lora", args: Any = None, **kwargs: Any) -> Any:
+def trainer(
+    output: Path,
+    *,
+    cls: Any = None,
+    base: Any = None,
+    data: Dataset | None = None,
+    peft_config: Any = "lora",
+    args: Any = None,
+    **kwargs: Any,
+) -> Any:
     """A trainer on 32 rows; keyword arguments that are no trainer arguments of ours go to `arguments`."""
     from trl_safety import SafeSFTTrainer
 

@@ -16,7 +16,12 @@ def low_rank(V: torch.Tensor, kind: str, rank: int) -> LowRankOperator:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(4, 40), st.integers(4, 40), st.integers(1, 8), st.sampled_from(["scaled", "orthogonal"]), st.floats(0.01, 30), st.integers(0, 999)
+    st.integers(4, 40),
+    st.integers(4, 40),
+    st.integers(1, 8),
+    st.sampled_from(["scaled", "orthogonal"]),
+    st.floats(0.01, 30),
+    st.integers(0, 999),
 )
 def test_penalty_and_gradients_equal_the_dense_form(out: int, columns: int, r: int, kind: str, size: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -41,6 +41,7 @@ SUBSPACE_RANK = 16
 ASFT_WEIGHTS = (0.01, 0.1, 1.0)
 NORM_TOLERANCE = 0.03
 MOST_CONTROL_RUNS = 5
+TABLE_WIDTH = 150
 METRICS = ("attack", "task", "benign", "over_refusal")
 
 
@@ -216,6 +217,8 @@ def run(output: Path, *, seeds: int, first_seed: int) -> list[Outcome]:
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
     started = time.perf_counter()
     with _quiet():
         with console.status("making the base/aligned pair (about two minutes)"):

@@ -34,6 +34,7 @@ class SafetyState:
         self.config = config
         self.subspace = subspace
         self.prepared: Prepared = prepare(trainer.model, subspace, config.skip_modules)
+        self._identities = [_identity(m) for m in self.prepared.modules]
         frozen = [m.name for m in self.prepared.covered if not (m.A.requires_grad and m.B.requires_grad)]
         if frozen:
             raise AdapterError(
@@ -50,8 +51,7 @@ class SafetyState:
 
     def check_unchanged(self, model: Any) -> None:
         """Raise where the model's adapter is no longer the one that was checked."""
-        now = [(m.name, id(m.layer), m.adapter) for m in lora_modules(model, self.prepared.adapter)]
-        if now != [(m.name, id(m.layer), m.adapter) for m in self.prepared.modules]:
+        if [_identity(m) for m in lora_modules(model, self.prepared.adapter)] != self._identities:
             raise AdapterError(
                 "the model's adapter was replaced after the trainer was made, so that the safety methods would act on the old one: make the trainer "
                 "after the last change to the model"
@@ -79,6 +79,10 @@ class SafetyState:
     def modules(self) -> list[LoraModule]:
         """The layers that the methods act on."""
         return self.prepared.covered
+
+
+def _identity(module: LoraModule) -> tuple[object, ...]:
+    return module.name, id(module.layer), module.adapter, module.A.shape, module.scaling
 
 
 class SafetyMixin:
