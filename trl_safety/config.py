@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from trl_safety.errors import ConfigurationError
 
@@ -106,10 +106,18 @@ class CsuloraConfig(CorrectionConfig):
     """'exact' doubles the adapter's rank and loses nothing; 'original' cuts back and reports the energy lost."""
 
 
+def _kind(value: Any) -> str:
+    return "<pair>" if isinstance(value, Mapping | SubspaceConfig) else "<path>"
+
+
+# Told apart by their type, so that a complaint about a pair is not also one about a path.
+SubspaceSource = Annotated[Annotated[str, Tag("<path>")] | Annotated[SubspaceConfig, Tag("<pair>")], Discriminator(_kind)]
+
+
 class SafetyConfig(Options):
     """The `safety` block: what protects the model, and from which alignment subspace."""
 
-    subspace: str | SubspaceConfig | None = None
+    subspace: SubspaceSource | None = None
     """A subspace file made by `trl-safety subspace`, a Hub id, or a {base, aligned, rank} pair to build it from."""
     skip_modules: tuple[str, ...] = ()
     """Adapted modules (name or its ending) that every method leaves alone. The report lists them. No entry may match nothing."""
@@ -170,11 +178,11 @@ def validate(cls: type[T], options: Mapping[str, Any], where: str) -> T:
 
 
 def _explain(cls: type[BaseModel], item: Any, where: str) -> str:
-    location = [str(part) for part in item["loc"] if part not in ("str", "SubspaceConfig")]
+    location = [str(part) for part in item["loc"] if not str(part).startswith(("<", "function-"))]
     name = ".".join([where, *location])
     if item["type"] == "extra_forbidden":
         known = _known_keys(cls, location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         return f"{name} = {item['input']!r}: unknown option; {hint}"
     message = item["msg"].removeprefix("Value error, ")
@@ -184,12 +192,17 @@ def _explain(cls: type[BaseModel], item: Any, where: str) -> str:
 def _known_keys(cls: type[BaseModel], path: list[str]) -> list[str]:
     for key in path:
         field = cls.model_fields.get(key)
-        candidates = getattr(field.annotation, "__args__", (field.annotation,)) if field else ()
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        nested = _models_in(field.annotation) if field else []
         if not nested:
             return []
         cls = nested[0]
     return sorted(cls.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
 
 
 def _read_yaml(path: Path) -> Any:

@@ -1,8 +1,7 @@
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests import references
 from trl_safety.linalg.operators import LowRankOperator, WholeOperator

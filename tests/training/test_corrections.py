@@ -189,7 +189,8 @@ def test_acts_on_the_best_model_that_is_loaded_at_the_end(tmp_path: Path, gqa_su
         "save_strategy": "steps",
         "save_steps": 1,
         "load_best_model_at_end": True,
-        "learning_rate": 0.5,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
     }
     trainer = plain_trainer(tmp_path, callbacks=[callback("safe_lora", gqa_subspace)], **options)
     trainer.train()
