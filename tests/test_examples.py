@@ -1,0 +1,104 @@
+"""Every shipped YAML is found, and run with its model and data swapped for tiny ones."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tests import tiny
+from trl_safety import AlignmentSubspace
+from trl_safety.cli import app
+from trl_safety.config import METHODS, SafetyConfig
+from trl_safety.training.report import verify
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "example_configs" / "trl").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("pair")
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    for name in ("base", "aligned"):
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        tiny.tokenizer().save_pretrained(folder / name)
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in tiny.rows(16)))
+    AlignmentSubspace.from_pair(folder / "base", folder / "aligned", target_modules="all-linear", rank=8, progress=False).save(
+        folder / "S.safetensors"
+    )
+    return folder
+
+
+def tiny_version(config: dict[str, Any], pair: Path, output: Path) -> dict[str, Any]:
+    """The example with model, data, subspace source and length swapped; all other keys stay."""
+    config["model_name_or_path"] = str(pair / "aligned")
+    config["datasets"][0]["data_files"] = str(pair / "train.jsonl")
+    config |= {
+        "output_dir": str(output),
+        "max_steps": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "dtype": "float32",
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    subspace = config["safety"]["subspace"]
+    if isinstance(subspace, dict):
+        subspace |= {"base": str(pair / "base"), "aligned": str(pair / "aligned"), "rank": 8}
+    else:
+        config["safety"]["subspace"] = str(pair / "S.safetensors")
+    if "safe_lora" in config["safety"]:
+        # Random weights have cosines of their own; every layer is to be corrected here.
+        config["safety"]["safe_lora"] = {**config["safety"]["safe_lora"], "layers": 99, "threshold": None}
+    return config
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path: Path, pair: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load(path.read_text())
+    methods = list(SafetyConfig.parse(config["safety"]).methods())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_version(config, pair, tmp_path / "out")))
+    result = CliRunner().invoke(app, ["sft", "--config", str(tmp_path / "config.yaml")])
+    assert result.exit_code == 0, (result.output, result.exception)
+    report = verify(tmp_path / "out")
+    assert [method.name for method in report.methods] == methods
+    assert all(method.acted for method in report.methods)
+
+
+def test_every_method_has_an_example() -> None:
+    assert {path.stem for path in EXAMPLES} >= set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("safety"), "safety is missing"),
+        (lambda c: c.update(saftey=c.pop("safety")), "saftey"),
+        (lambda c: c.update(use_peft=False), "use_peft = False"),
+        (lambda c: c["safety"]["asft"].update(wait=1), "wait = 1: unknown option"),
+        (lambda c: c.pop("datasets"), "name the training data"),
+    ],
+)
+def test_a_run_that_would_be_unprotected_is_refused(pair: Path, tmp_path: Path, change: Any, message: str) -> None:
+    config = tiny_version(yaml.safe_load((EXAMPLES[0].parent / "asft.yaml").read_text()), pair, tmp_path / "out")
+    change(config)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    result = CliRunner().invoke(app, ["sft", "--config", str(tmp_path / "config.yaml")])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_on_the_command_line_override(pair: Path, tmp_path: Path) -> None:
+    config = tiny_version(yaml.safe_load((EXAMPLES[0].parent / "asft.yaml").read_text()), pair, tmp_path / "out")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    block = json.dumps({"subspace": str(pair / "S.safetensors"), "csulora": {}})
+    result = CliRunner().invoke(app, ["sft", "--config", str(tmp_path / "config.yaml"), "--max_steps", "1", "--safety", block])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert [method.name for method in verify(tmp_path / "out").methods] == ["csulora"]
+    shutil.rmtree(tmp_path / "out")
