@@ -1,0 +1,44 @@
+"""Two gloo processes end where one with twice the batch does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from trl_safety import AlignmentSubspace
+from trl_safety.training.report import read_report, verify
+
+
+def launch(processes: int, *arguments: object) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        "-m",
+        "tests.training.two_processes",
+    ]
+    root = Path(__file__).parent.parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, arguments)], cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_equal_one(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    path = gqa_subspace.save(tmp_path / "S.safetensors")
+    launch(1, tmp_path / "one", 8, path)
+    launch(2, tmp_path / "two", 4, path)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert tiny.largest_difference(two, one) < 2e-5
+    for name in ("one", "two"):
+        assert verify(tmp_path / name).methods[1].acted
+        assert not read_report(tmp_path / name / "checkpoint-3").methods[1].acted
+    plain = tiny.trainer(tmp_path / "plain", optim="sgd", max_steps=3)
+    plain.train()
+    saved = {name.replace(".default", ""): value for name, value in tiny.factors(plain.model).items()}
+    assert torch.stack([(saved[name] - one[name]).norm() for name in one]).max() > 1e-3
