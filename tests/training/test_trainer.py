@@ -12,7 +12,7 @@ from packaging.version import Version
 from trl import SFTConfig, SFTTrainer
 
 from tests import references, tiny
-from trl_safety import AlignmentSubspace, SafeSFTConfig, SafetyConfig, asft_penalty
+from trl_safety import AlignmentSubspace, CSULoRACallback, SafeLoRACallback, SafeSFTConfig, SafetyConfig, asft_penalty
 from trl_safety.errors import AdapterError, ConfigurationError, SubspaceError
 from trl_safety.training.report import read_report
 
@@ -230,7 +230,7 @@ def test_report_of_an_asft_run(tmp_path: Path, gqa_subspace: AlignmentSubspace) 
     trainer.train()
     checkpoint = read_report(tmp_path / "checkpoint-2")
     assert (checkpoint.stage, checkpoint.protected) == ("training", True)
-    assert "in 2 optimizer steps" in checkpoint.methods[0].summary
+    assert "in optimizer steps 1 to 2" in checkpoint.methods[0].summary
     trainer.save_model()
     report = read_report(tmp_path)
     assert (report.stage, report.protected, report.not_covered) == ("final", True, [])
@@ -310,3 +310,38 @@ def test_config_survives_its_own_serialisation(tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path, safety={"subspace": "S.safetensors", "safe_lora": {"layers": 3}})
     again = SafeSFTConfig(**{key: value for key, value in args.to_dict().items() if not key.endswith("_token")})
     assert again.safety == args.safety == {"subspace": "S.safetensors", "safe_lora": {"layers": 3}}
+
+
+def test_training_on_without_protection_is_seen(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    for block in (ASFT, {"safe_lora": {"threshold": 1.0}}):
+        trainer = tiny.trainer(tmp_path / "first", safety=block, subspace=gqa_subspace)
+        trainer.train()
+        trainer.save_model(tmp_path / "protected")
+        assert read_report(tmp_path / "protected").protected
+        trainer.model.to(torch.bfloat16)
+        trainer.save_model(tmp_path / "cast")
+        assert read_report(tmp_path / "cast").protected
+        trainer.model.to(torch.float32)
+        further = tiny.trainer(
+            tmp_path / "second", cls=SFTTrainer, args=tiny.arguments(tmp_path, SFTConfig), base=trainer.model, peft_config=None
+        )
+        further.train()
+        further.save_model(tmp_path / "further")
+        report = read_report(tmp_path / "further")
+        assert not report.protected
+        assert "changed afterwards, without protection" in report.methods[0].summary
+
+
+def test_a_callback_and_a_block_work_together_or_are_refused(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    callback = SafeLoRACallback(gqa_subspace, threshold=1.0)
+    trainer = tiny.trainer(tmp_path, safety=ASFT, subspace=gqa_subspace, callbacks=[callback])
+    trainer.train()
+    trainer.save_model()
+    assert [(m.name, m.acted) for m in read_report(tmp_path).methods] == [("asft", True), ("safe_lora", True)]
+    with pytest.raises(ConfigurationError, match="two corrections"):
+        tiny.trainer(tmp_path, safety={"csulora": {}}, subspace=gqa_subspace, callbacks=[SafeLoRACallback(gqa_subspace)])
+    both = [SafeLoRACallback(gqa_subspace), CSULoRACallback(gqa_subspace)]
+    plain = tiny.trainer(tmp_path, cls=SFTTrainer, args=tiny.arguments(tmp_path, SFTConfig), callbacks=both)
+    with pytest.raises(ConfigurationError, match="keep one of them"):
+        plain.train()
+    assert plain.state.global_step == 0

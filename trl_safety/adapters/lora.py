@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from trl_safety.adapters.names import strip_wrappers
-from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, LayerSubspace
+from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, LayerSubspace, sample
 from trl_safety.errors import AdapterError
 
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
@@ -220,6 +220,25 @@ def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubs
                 "Train the aligned model, or build the subspace from the pair that this model belongs to"
             )
     return unverified
+
+
+class Snapshot:
+    """Sampled entries of an adapter's factors, by which a later change is recognised; a cast to a narrower dtype is none."""
+
+    def __init__(self, modules: Iterable[LoraModule]) -> None:
+        self._modules = list(modules)
+        self._samples = self._sample()
+
+    def unchanged(self) -> bool:
+        """Whether the factors are still those of the snapshot."""
+        return all(
+            one.shape == other.shape
+            and bool(torch.linalg.vector_norm(one - other) <= FULL_PRECISION_DIFFERENCE * torch.linalg.vector_norm(other))
+            for one, other in zip(self._sample(), self._samples, strict=True)
+        )
+
+    def _sample(self) -> list[Tensor]:
+        return [sample(factor).float() for module in self._modules for factor in (module.A, module.B)]
 
 
 def check_shape(name: str, shape: tuple[int, int], subspace: LayerSubspace) -> None:

@@ -102,9 +102,9 @@ class LayerSubspace:
 
     def difference(self, weight: Tensor) -> tuple[float, float]:
         """Relative distance of a loaded weight from the aligned and from the base model's, over the sampled entries."""
-        sample = _sample(weight).to(self.samples)
+        entries = sample(weight).to(self.samples)
         base, aligned = (torch.linalg.vector_norm(reference).clamp(min=1e-30) for reference in self.samples)
-        distances = torch.linalg.vector_norm(sample - self.samples, dim=1) / torch.stack([base, aligned])
+        distances = torch.linalg.vector_norm(entries - self.samples, dim=1) / torch.stack([base, aligned])
         to_base, to_aligned = distances.tolist()
         return to_aligned, to_base
 
@@ -409,7 +409,7 @@ def _fit(
         "frobenius_norm": norm,
         "base_digest": digest(base),
         "aligned_digest": digest(aligned),
-        "samples": torch.stack([_sample(base), _sample(aligned)]).float(),
+        "samples": torch.stack([sample(base), sample(aligned)]).float(),
     }
     if whole:
         kept = V.to(dtype or torch.promote_types(base.dtype, aligned.dtype))
@@ -445,7 +445,7 @@ def _describe_cut(rank: int | None, tolerance: float | None, whole: bool) -> str
     return "whole"
 
 
-def _sample(weight: Tensor) -> Tensor:
+def sample(weight: Tensor) -> Tensor:
     """256 entries of a weight at positions that depend on its size alone, on the CPU."""
     generator = torch.Generator().manual_seed(weight.numel())
     positions = torch.randint(weight.numel(), (FINGERPRINT_ENTRIES,), generator=generator)

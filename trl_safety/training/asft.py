@@ -55,13 +55,13 @@ class AsftTerm:
             factor /= steps
         return self.config.weight * factor * self._groups.penalty(self.config.scaled)
 
-    def report(self, measured: dict[str, dict[str, float]], steps: int) -> MethodReport:
-        """What the penalty did so far."""
-        acted = self.config.weight > 0 and steps > 0
+    def report(self, measured: dict[str, dict[str, float]], first_step: int, steps: int) -> MethodReport:
+        """What the penalty did from the step at which this run started, or was resumed, until now."""
+        acted = self.config.weight > 0 and steps > first_step
         if self.config.weight == 0:
             summary = "weight 0: the penalty was measured, nothing was protected"
         else:
-            summary = f"penalty of weight {self.config.weight:g} on {len(measured)} layers in {steps} optimizer steps"
+            summary = f"penalty of weight {self.config.weight:g} on {len(measured)} layers in optimizer steps {first_step + 1} to {steps}"
         action = "penalised" if acted else "left_alone"
         return MethodReport(
             name="asft",

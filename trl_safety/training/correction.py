@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.lora import (
     MARK_PREFIX,
     LoraModule,
+    Snapshot,
     adapter_config,
     adapter_name,
     check_shape,
@@ -31,7 +33,7 @@ from trl_safety.adapters.lora import (
 from trl_safety.adapters.names import is_named
 from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
 from trl_safety.config import CorrectionConfig
-from trl_safety.errors import AdapterError
+from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.training.report import (
     REPORT,
     SOURCES,
@@ -43,6 +45,8 @@ from trl_safety.training.report import (
     read_report,
     with_section,
 )
+
+logger = logging.getLogger(__name__)
 
 CORRECTED_COPY = "safety_corrected"
 BASE_LAYERS_SAMPLED = 8
@@ -166,6 +170,17 @@ def prepare(model: nn.Module, subspace: AlignmentSubspace, skip_modules: Iterabl
     )
 
 
+def changed_since(report: SafetyReport) -> SafetyReport:
+    """The report of an adapter whose factors were changed after the methods had acted, by training it further, say."""
+    methods = [
+        method.model_copy(
+            update={"acted": False, "summary": f"{method.summary}; BUT the adapter was changed afterwards, without protection"}
+        )
+        for method in report.methods
+    ]
+    return report.model_copy(update={"protected": False, "methods": methods})
+
+
 @torch.no_grad()
 def correct_model(model: nn.Module, subspace: AlignmentSubspace, correction: Correction, prepared: Prepared) -> SafetyReport:
     """Correct a model's adapter in place, mark it, and make every later save write the report."""
@@ -189,7 +204,8 @@ def correct_model(model: nn.Module, subspace: AlignmentSubspace, correction: Cor
     scalings = {module.name: (int(module.A.shape[0]), module.scaling) for module in prepared.modules}
     _update_config(config, correction, results, scalings if ranks else {})
     report = prepared.report(subspace, [correction.report({name: r.report for name, r in results.items()})], final=True)
-    attach_report(model, prepared.adapter, lambda: report)
+    snapshot = Snapshot(prepared.modules)
+    attach_report(model, prepared.adapter, lambda: report if snapshot.unchanged() else changed_since(report))
     return report
 
 
@@ -338,6 +354,12 @@ class CorrectionCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Check, and have checkpoints say that they are uncorrected."""
         refuse_sharded(args)
+        # The state lives as long as one run, and all of the run's callbacks see it.
+        other = vars(state).setdefault("trl_safety_correction", self)
+        if other is not self:
+            raise ConfigurationError(
+                f"callbacks: {other.correction.name} and {self.correction.name} would both rewrite the trained adapter: keep one of them"
+            )
         prepared = self.prepare(model)
         pending = self.correction.report({}, "acts when training ends; this checkpoint is uncorrected and can be resumed")
         attach_report(unwrap(model), prepared.adapter, lambda: prepared.report(self.subspace, [*self._others(), pending], final=False))
@@ -356,6 +378,9 @@ class CorrectionCallback(TrainerCallback):
         report.methods[:0] = others
         report.protected = any(method.acted for method in report.methods)
         self.result = report
+        if state.is_world_process_zero:
+            own = report.methods[-1]
+            logger.log(logging.INFO if own.acted else logging.WARNING, "%s: %s", own.source, own.summary)
 
     def _others(self) -> list[MethodReport]:
         return [provider() for provider in self.other_methods]

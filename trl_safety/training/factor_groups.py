@@ -36,16 +36,26 @@ class FactorGroups:
                 else module.name
             )
             grouped.setdefault(key, []).append((module, single))
+        self._placed: set[int] = set()
         self._groups: list[tuple[list[LoraModule], Operator, Tensor]] = []
         for members in grouped.values():
-            device, dtype = members[0][0].B.device, torch.promote_types(members[0][0].B.dtype, torch.float32)
-            scalings = torch.tensor([module.scaling for module, _ in members], device=device, dtype=dtype)
-            self._groups.append(([module for module, _ in members], _stack([op for _, op in members]).to(device, dtype), scalings))
+            modules_of_group = [module for module, _ in members]
+            scalings = torch.tensor([module.scaling for module in modules_of_group], dtype=torch.float64)
+            self._groups.append((modules_of_group, _stack([op for _, op in members]), scalings))
+
+    def _on_device(self) -> list[tuple[list[LoraModule], Operator, Tensor]]:
+        """The groups with operators where the factors are now: a model may be moved after the trainer was made."""
+        for index, (modules, operator, scalings) in enumerate(self._groups):
+            device, dtype = modules[0].B.device, torch.promote_types(modules[0].B.dtype, torch.float32)
+            if (scalings.device, scalings.dtype) != (device, dtype) or index not in self._placed:
+                self._groups[index] = modules, operator.to(device, dtype), scalings.to(device, dtype)
+                self._placed.add(index)
+        return self._groups
 
     def penalty(self, scaled: bool) -> Tensor:
         """Σ ‖(I − M)ΔW‖²_F over all layers, differentiable in the factors; ΔW = B·A, or s·B·A where `scaled`."""
         total = None
-        for modules, operator, scalings in self._groups:
+        for modules, operator, scalings in self._on_device():
             with torch.autocast(scalings.device.type, enabled=False):
                 B, A = _factors(modules, scalings.dtype)
                 values = asft.penalty(B, A, operator).reshape(-1)
@@ -61,7 +71,7 @@ class FactorGroups:
         `inside` is missing where V is kept whole. One transfer to the host for all layers together.
         """
         rows, names = [], []
-        for modules, operator, scalings in self._groups:
+        for modules, operator, scalings in self._on_device():
             with torch.autocast(scalings.device.type, enabled=False):
                 B, A = _factors(modules, scalings.dtype)
                 image = operator.apply(B)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from trl_safety.adapters.lora import LoraModule, lora_modules, unwrap
+from trl_safety.adapters.lora import LoraModule, Snapshot, lora_modules, unwrap
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.config import CorrectionConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.training.asft import AsftTerm
 from trl_safety.training.compat import trainer_divides_loss
-from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, prepare, refuse_sharded
+from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, changed_since, prepare, refuse_sharded
 from trl_safety.training.csulora import CsuloraCorrection
 from trl_safety.training.factor_groups import FactorGroups, summarise
-from trl_safety.training.report import SafetyReport, add_to_card, attach_report
+from trl_safety.training.report import MethodReport, SafetyReport, add_to_card, attach_report
 from trl_safety.training.safe_lora import SafeLoraCorrection
 
 BUILT_SUBSPACE = "alignment_subspace.safetensors"
@@ -44,10 +44,12 @@ class SafetyState:
         operator = (config.asft or config.safe_lora or SafeLoraConfig()).operator
         self.groups = FactorGroups(self.prepared.covered, self.prepared.subspaces, operator)
         self.asft = AsftTerm(config.asft, self.groups) if config.asft else None
+        self.first_step = 0
+        self.finished: Snapshot | None = None
         self.correction = _correction_callback(config, subspace)
         if self.correction:
             self.correction.prepare(trainer.model)
-            self.correction.other_methods = [lambda: self._asft_report(trainer)] if self.asft else []
+        self.adopt(trainer)
 
     def check_unchanged(self, model: Any) -> None:
         """Raise where the model's adapter is no longer the one that was checked."""
@@ -68,13 +70,24 @@ class SafetyState:
 
     def live_report(self, trainer: Any) -> SafetyReport:
         """The report of the adapter as it is now, for a run without a correction."""
-        return self.prepared.report(self.subspace, [self._asft_report(trainer)], final=self.finished)
+        report = self.prepared.report(self.subspace, [self._asft_report(trainer)], final=self.finished is not None)
+        return report if self.finished is None or self.finished.unchanged() else changed_since(report)
 
-    finished = False
-
-    def _asft_report(self, trainer: Any) -> Any:
+    def _asft_report(self, trainer: Any) -> MethodReport:
         assert self.asft is not None  # noqa: S101  # called where asft is on
-        return self.asft.report(self.groups.measure(), trainer.state.global_step)
+        return self.asft.report(self.groups.measure(), self.first_step, trainer.state.global_step)
+
+    def adopt(self, trainer: Any) -> None:
+        """Work with a correction callback that the user gave to the trainer."""
+        given = [c for c in trainer.callback_handler.callbacks if isinstance(c, CorrectionCallback) and c is not self.correction]
+        if given and (self.correction or len(given) > 1):
+            raise ConfigurationError(
+                "callbacks and the safety block name two corrections, which would both rewrite the trained adapter: keep one of them"
+            )
+        if given:
+            self.correction = given[0]
+        if self.correction and self.asft:
+            self.correction.other_methods = [lambda: self._asft_report(trainer)]
 
     def modules(self) -> list[LoraModule]:
         """The layers that the methods act on."""
@@ -108,7 +121,7 @@ class SafetyMixin:
         refuse_sharded(trainer.args)
         self._safety = SafetyState(trainer, config, _subspace(trainer, config, subspace))
         trainer.add_callback(_StartAndEnd(self))
-        if self._safety.correction:
+        if config.safe_lora or config.csulora:
             trainer.add_callback(self._safety.correction)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -166,11 +179,13 @@ class _StartAndEnd(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         safety = self._trainer._safety
         safety.check_unchanged(self._trainer.model)
+        safety.adopt(self._trainer)
+        safety.first_step, safety.finished = state.global_step, None
         if safety.correction is None:
             attach_report(unwrap(self._trainer.model), safety.prepared.adapter, lambda: safety.live_report(self._trainer))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._safety.finished = True
+        self._trainer._safety.finished = Snapshot(self._trainer._safety.prepared.modules)
 
 
 def safety_section(trainer: Any, card: Path) -> None:
@@ -210,13 +225,13 @@ def _subspace(trainer: Any, config: SafetyConfig, given: AlignmentSubspace | str
 
 
 def _built(trainer: Any, config: SafetyConfig, pair: SubspaceConfig) -> AlignmentSubspace:
-    """Build the subspace for the adapted layers into the output folder, once for all processes."""
+    """Build the subspace for the adapted layers into the output folder, once on every node."""
     from trl_safety.adapters.names import is_named
 
     names = [m.name for m in lora_modules(trainer.model) if not is_named(m.name, config.skip_modules)]
     path = Path(trainer.args.output_dir) / BUILT_SUBSPACE
-    with trainer.accelerator.main_process_first():
-        if trainer.accelerator.is_main_process:
+    with trainer.accelerator.local_main_process_first():
+        if trainer.accelerator.is_local_main_process:
             AlignmentSubspace.from_pair(
                 pair.base,
                 pair.aligned,

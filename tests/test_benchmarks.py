@@ -1,0 +1,28 @@
+"""Every benchmark runs at a tiny size. Timings are not tested."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(name: str, *arguments: object) -> str:
+    done = subprocess.run([sys.executable, str(BENCHMARKS / name), *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_asft_penalty(tmp_path: Path) -> None:
+    out = run(
+        "asft_penalty.py", "--size", 64, "--hidden", 256, "--layers", 1, "--tokens", 16, "--subspace-rank", 8, "--json", tmp_path / "r.json"
+    )
+    assert "× faster" in out
+    assert "% of the step" in out
+    assert json.loads((tmp_path / "r.json").read_text())["adapted_layers"] == 7
+
+
+def test_nano_pair_says_what_it_needs() -> None:
+    assert "FOLDER" in (BENCHMARKS / "nano_pair.py").read_text()
+    assert "folder" in run("nano_pair.py", "--help")
