@@ -62,7 +62,7 @@ def test_csulora_and_orthogonal(tmp_path: Path, ranked: Path) -> None:
 
 def test_inspect(tmp_path: Path, ranked: Path, subspace: Path) -> None:
     output = run("inspect", ADAPTER, "--subspace", ranked, "--plot", tmp_path / "p.png", "--json", tmp_path / "p.json")
-    assert "model.layers.0.self_attn.q_proj" in output
+    assert "0.self_attn.q_proj" in output
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     layers = json.loads((tmp_path / "p.json").read_text())["layers"]
     assert len(layers) == 9

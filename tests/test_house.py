@@ -13,44 +13,17 @@ from trl_safety.config import METHODS
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trl_safety"
 
+ADAPTERS = {"adapters", "linalg", "errors", "torch", "peft", "safetensors", "huggingface_hub", "transformers", "tqdm"}
+TRAINING = ADAPTERS | {"training", "methods", "config", "trl", "pydantic", "matplotlib", "datasets"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors", "pydantic", "yaml"},
     "linalg": {"linalg", "torch"},
     "methods": {"linalg", "errors", "torch"},
     # Transformers only to build a model class on the meta device (adapters/targets.py), as PEFT itself does.
-    "adapters": {"adapters", "linalg", "errors", "torch", "peft", "safetensors", "huggingface_hub", "transformers", "tqdm"},
-    "training": {
-        "training",
-        "adapters",
-        "methods",
-        "linalg",
-        "config",
-        "errors",
-        "torch",
-        "peft",
-        "transformers",
-        "trl",
-        "pydantic",
-        "matplotlib",
-        "datasets",
-    },
-    "lab": {
-        "lab",
-        "training",
-        "adapters",
-        "methods",
-        "linalg",
-        "config",
-        "errors",
-        "torch",
-        "peft",
-        "transformers",
-        "datasets",
-        "tokenizers",
-        "rich",
-        "matplotlib",
-    },
+    "adapters": ADAPTERS,
+    "training": TRAINING,
+    "lab": TRAINING | {"lab", "tokenizers", "rich"},
 }
 IMPORTS_TRL = {"trainer.py", "sft.py"}
 

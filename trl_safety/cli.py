@@ -230,14 +230,22 @@ def _print_view(view: AdapterView) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from trl_safety.training.inspection import common_prefix
+
     table = Table(title=f"{view.adapter} against {view.subspace}")
-    table.add_column("layer", overflow="fold")
+    table.add_column("layer", overflow="fold", min_width=28)
     for column in ("rank", "‖V‖", "‖ΔW‖", "cosine", "inside", "partial", "outside"):
         table.add_column(column, justify="right")
+    common = common_prefix([layer.layer for layer in view.layers])
     for layer in view.layers:
         shares = ["–" if share is None else f"{share:.1%}" for share in (layer.inside, layer.partial, layer.outside)]
         table.add_row(
-            layer.layer, str(layer.rank), f"{layer.alignment_norm:.3g}", f"{layer.update_norm:.3g}", f"{layer.cosine:.3f}", *shares
+            layer.layer.removeprefix(common),
+            str(layer.rank),
+            f"{layer.alignment_norm:.3g}",
+            f"{layer.update_norm:.3g}",
+            f"{layer.cosine:.3f}",
+            *shares,
         )
     Console().print(table)
     if view.corrected_by:

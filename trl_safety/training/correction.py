@@ -209,6 +209,15 @@ def correct_model(model: nn.Module, subspace: AlignmentSubspace, correction: Cor
     return report
 
 
+def apply_correction(
+    model: nn.Module, subspace: AlignmentSubspace, correction: Correction, skip_modules: Iterable[str], adapter: str | None
+) -> SafetyReport:
+    """Check a model's adapter and correct it in place; what `apply_safe_lora` and its like do after reading their options."""
+    prepared = prepare(model, subspace, skip_modules, adapter)
+    correction.check(prepared.subspaces)
+    return correct_model(model, subspace, correction, prepared)
+
+
 def correct_folder(
     adapter: str | Path,
     output: str | Path,

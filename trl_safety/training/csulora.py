@@ -13,7 +13,7 @@ from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
 from trl_safety.config import CsuloraConfig, validate
 from trl_safety.errors import SubspaceError
 from trl_safety.methods import csulora
-from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, correct_model, prepare
+from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction
 from trl_safety.training.report import LayerReport, SafetyReport
 
 
@@ -153,6 +153,4 @@ def apply_csulora(
     """
     options = {"lambda_partial": lambda_partial, "lambda_outside": lambda_outside, "output_rank": output_rank}
     correction = CsuloraCorrection(validate(CsuloraConfig, options, "csulora"))
-    prepared = prepare(model, subspace, skip_modules, adapter)
-    correction.check(prepared.subspaces)
-    return correct_model(model, subspace, correction, prepared)
+    return apply_correction(model, subspace, correction, skip_modules, adapter)

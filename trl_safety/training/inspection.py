@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def write_json(view: BaseModel, path: Path) -> None:
         temporary.write_text(json.dumps(view.model_dump(), indent=2) + "\n", encoding="utf-8")
 
 
+def common_prefix(names: Sequence[str]) -> str:
+    """The leading name parts that all of several modules share, up to and with the dot."""
+    shared = os.path.commonprefix(list(names)) if len(names) > 1 else ""  # noqa: RUF071  # cut at a dot below
+    return shared[: shared.rfind(".") + 1]
+
+
 def plot(view: AdapterView, path: Path) -> None:
     """Draw a view as PNG: energy shares, update norm and cosine by layer. Raises `SafetyError` where it cannot be written."""
     from matplotlib.figure import Figure
@@ -89,7 +96,8 @@ def plot(view: AdapterView, path: Path) -> None:
         shares.barh(positions, values, left=start, color=colour, label=part, height=0.8)
         start = [a + b for a, b in zip(start, values, strict=True)]
     shares.set(xlabel="share of ‖ΔW‖²", xlim=(0, 1), yticks=positions)
-    shares.set_yticklabels(_short([layer.layer for layer in layers]), fontsize=6)
+    shared = common_prefix([layer.layer for layer in layers])
+    shares.set_yticklabels([layer.layer.removeprefix(shared) for layer in layers], fontsize=6)
     shares.invert_yaxis()
     shares.legend(loc="lower right", fontsize=7)
     norms.barh(positions, [layer.update_norm for layer in layers], color="#44617b", height=0.8)
@@ -99,12 +107,3 @@ def plot(view: AdapterView, path: Path) -> None:
     figure.suptitle(f"{Path(view.adapter).name}: update against the alignment subspace", fontsize=10)
     with replacing(path, error=SafetyError, setting="plot") as temporary:
         figure.savefig(temporary, format="png", dpi=130)
-
-
-def _short(names: Sequence[str]) -> list[str]:
-    """Names without the parts that all of them share."""
-    split = [name.split(".") for name in names]
-    common = 0
-    while len(names) > 1 and all(len(parts) > common + 1 and parts[common] == split[0][common] for parts in split):
-        common += 1
-    return [".".join(parts[common:]) for parts in split]

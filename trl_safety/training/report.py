@@ -77,12 +77,12 @@ class SafetyReport(BaseModel):
 
     def card_section(self) -> str:
         """The section for the adapter's model card, in Markdown."""
-        state = "protected" if self.protected else "NOT protected"
+        state = "A safety method acted on this adapter" if self.protected else "This adapter is NOT protected"
         lines = [
             CARD_START,
             "## Safety",
             "",
-            f"This adapter is **{state}** ([trl-safety]({REPORT}) {self.trl_safety}, stage: {self.stage}).",
+            f"**{state}** (trl-safety {self.trl_safety}, stage: {self.stage}). That is no proof of safety: evaluate it.",
         ]
         lines += [f"- {method.source}: {method.summary}" for method in self.methods]
         lines.append(f"- Alignment subspace: `{self.subspace['base']}` → `{self.subspace['aligned']}`, {self.subspace['cut']}")

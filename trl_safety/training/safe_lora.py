@@ -11,7 +11,7 @@ from torch import nn
 from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
 from trl_safety.config import Operator, SafeLoraConfig, validate
 from trl_safety.methods import safe_lora
-from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, correct_model, prepare
+from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction
 from trl_safety.training.report import LayerReport, SafetyReport
 
 
@@ -121,6 +121,4 @@ def apply_safe_lora(
         ConfigurationError: an option is out of bounds.
     """
     correction = SafeLoraCorrection(validate(SafeLoraConfig, {"threshold": threshold, "layers": layers, "operator": operator}, "safe_lora"))
-    prepared = prepare(model, subspace, skip_modules, adapter)
-    correction.check(prepared.subspaces)
-    return correct_model(model, subspace, correction, prepared)
+    return apply_correction(model, subspace, correction, skip_modules, adapter)
