@@ -125,6 +125,14 @@ class SafetyConfig(Options):
     safe_lora: SafeLoraConfig | None = None
     csulora: CsuloraConfig | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_empty_methods(cls, data: Any) -> Any:
+        # In YAML `asft:` with nothing behind it is null, which would switch off what the user wrote down to have.
+        if isinstance(data, Mapping) and (empty := [name for name in METHODS if name in data and data[name] is None]):
+            raise ValueError(f"{empty[0]} has nothing behind it: write `{empty[0]}: {{}}` for its defaults, or remove the key")
+        return data
+
     @model_validator(mode="after")
     def _acts(self) -> SafetyConfig:
         if not self.methods():
@@ -152,7 +160,7 @@ class SafetyConfig(Options):
         if isinstance(source, cls):
             return source
         if isinstance(source, str | Path):
-            source = _read_yaml(Path(source))
+            source = _block_of(read_yaml(Path(source), "safety"))
         if not isinstance(source, Mapping):
             raise ConfigurationError(
                 f"safety = {source!r}: expected a SafetyConfig, a mapping or the path of a YAML file, got {type(source).__name__}"
@@ -205,17 +213,30 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, setting: str) -> Any:
+    """A YAML file's content.
+
+    Raises:
+        ConfigurationError: it cannot be read, is no YAML, or has a key twice, of which YAML keeps the last in silence.
+    """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses duplicate keys."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise yaml.YAMLError(f"the key {twice[0]!r} is there twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)  # noqa: S506  # a subclass of the safe loader
     except OSError as error:
-        raise ConfigurationError(
-            f"safety = {str(path)!r}: cannot be read ({error.strerror}); give the path of a YAML file or the block itself"
-        ) from error
+        raise ConfigurationError(f"{setting} = {str(path)!r}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"safety = {str(path)!r}: is not valid YAML: {error}") from error
-    if isinstance(content, Mapping) and "safety" in content:
-        return content["safety"]
-    return content
+        raise ConfigurationError(f"{setting} = {str(path)!r}: is not valid YAML: {error}") from error
+
+
+def _block_of(content: Any) -> Any:
+    return content["safety"] if isinstance(content, Mapping) and "safety" in content else content

@@ -1,5 +1,6 @@
 """rsLoRA, patterns, modules_to_save, several adapters, GPT-2, tied weights, QLoRA, and every variant that is refused."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,28 @@ class TestQLoRA:
         subspace = AlignmentSubspace.from_pair(pair / "base", pair / "stranger", target_modules=tiny.TARGETS, rank=8, progress=False)
         with pytest.raises(AdapterError, match="another model"):
             tiny.trainer(tmp_path, base=quantised(), safety={"asft": {}}, subspace=subspace)
+
+    @pytest.mark.parametrize("which", ["base", "aligned"])
+    def test_the_base_is_told_from_the_aligned_model_through_the_quantisation(self, tmp_path: Path, pair: Path, which: str) -> None:
+        """V at 5 % of W is below NF4's error of 9 % in every entry; over all layers together it shows."""
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        near = AutoModelForCausalLM.from_pretrained(pair / "base")
+        torch.manual_seed(4)
+        with torch.no_grad():
+            for parameter in near.parameters():
+                parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.05)
+        near.save_pretrained(tmp_path / "aligned")
+        shutil.copytree(pair / "base", tmp_path / "base")
+        subspace = AlignmentSubspace.from_pair(tmp_path / "base", tmp_path / "aligned", target_modules="all-linear", rank=8, progress=False)
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / which, quantization_config=config, device_map={"": "cpu"})
+        model = get_peft_model(model, tiny.lora(target_modules="all-linear"))
+        if which == "base":
+            with pytest.raises(AdapterError, match="the unaligned base of the pair, quantised"):
+                apply_safe_lora(model, subspace)
+        else:
+            assert "in 21 of 21 layers, up to quantisation" in apply_safe_lora(model, subspace).base_check
 
     def test_a_quantised_checkpoint_gives_no_subspace(self, tmp_path: Path, pair: Path, quantised: Any) -> None:
         quantised().save_pretrained(tmp_path / "stored")

@@ -175,8 +175,8 @@ def test_checkpoints_stay_uncorrected_and_say_so(tmp_path: Path, gqa_subspace: A
         assert (read_report(checkpoint).stage, read_report(checkpoint).protected) == ("training", False)
         with pytest.raises(ReportError, match="corrections act when training ends"):
             verify(checkpoint)
-        verify(checkpoint / "safety_corrected")
-    final = load_file(tmp_path / "ours" / "checkpoint-4" / "safety_corrected" / "adapter_model.safetensors")
+        verify(checkpoint / "safety" / "corrected")
+    final = load_file(tmp_path / "ours" / "checkpoint-4" / "safety" / "corrected" / "adapter_model.safetensors")
     trainer.save_model()
     assert tiny.largest_difference(load_file(tmp_path / "ours" / "adapter_model.safetensors"), final) < 1e-6
 

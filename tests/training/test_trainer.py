@@ -222,7 +222,7 @@ def test_a_pair_in_the_block_is_built_for_the_adapted_layers(tmp_path: Path) -> 
     block = {"subspace": {"base": str(tiny.DATA / "gqa-base"), "aligned": str(tiny.DATA / "gqa-aligned"), "rank": 4}, "asft": {}}
     trainer = tiny.trainer(tmp_path, safety=block)
     assert len(trainer._safety.subspace.layers) == 9
-    assert AlignmentSubspace.load(tmp_path / "alignment_subspace.safetensors").identity == trainer._safety.subspace.identity
+    assert AlignmentSubspace.load(tmp_path / "safety" / "built_subspace.safetensors").identity == trainer._safety.subspace.identity
 
 
 def test_report_of_an_asft_run(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
@@ -295,7 +295,7 @@ def test_frozen_adapter_and_replaced_adapter_are_errors(tmp_path: Path, gqa_subs
     trainer.model.delete_adapter("default")
     trainer.model.add_adapter("default", tiny.lora(r=8))
     trainer.model.set_adapter("default")
-    with pytest.raises(AdapterError, match="adapter was replaced"):
+    with pytest.raises(AdapterError, match="active adapter was changed or replaced"):
         trainer.train()
 
 

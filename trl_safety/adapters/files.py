@@ -40,15 +40,15 @@ def replacing(path: Path, *, error: type[Exception], setting: str) -> Iterator[P
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, error: type[Exception], setting: str) -> Iterator[Path]:
+def new_folder(path: Path, *, error: type[Exception], setting: str, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends well and is removed otherwise.
 
     Raises:
-        error: `path` is there already and is not an empty folder, or the file system refuses.
+        error: `path` is there already, is not an empty folder and not to be replaced, or the file system refuses.
     """
     temporary: Path | None = None
     try:
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise error(f"{setting} = {str(path)!r}: is there already and is never overwritten; name a new folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -58,7 +58,7 @@ def new_folder(path: Path, *, error: type[Exception], setting: str) -> Iterator[
             if file.is_file():
                 _flush(file)
         if path.exists():
-            path.rmdir()
+            shutil.rmtree(path)
         temporary.rename(path)
         temporary = None
     except OSError as failure:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trl_safety.adapters.files import new_folder, sha256
+from trl_safety.adapters.files import new_folder
 from trl_safety.adapters.lora import check_config
 from trl_safety.adapters.names import strip_wrappers
 from trl_safety.errors import AdapterError
@@ -118,7 +118,8 @@ class AdapterFolder:
         config: Any,
         *,
         setting: str,
-        report: Callable[[str], Mapping[str, str]],
+        report: Callable[[Path], Mapping[str, str]],
+        replace: bool = False,
     ) -> None:
         """Write a copy with some factors replaced. The input stays as it is.
 
@@ -127,7 +128,8 @@ class AdapterFolder:
             factors: module name → (B, A); they are cast to the dtype of the ones they replace.
             config: the LoraConfig to write.
             setting: how the user named the output, for messages.
-            report: given the SHA-256 of the written weights, the texts of further files by name.
+            report: given the folder with weights and configuration, the texts of further files by name.
+            replace: remove what is there at `path` once the new folder is complete.
 
         Raises:
             AdapterError: the folder is there already or cannot be written to; nothing is left behind.
@@ -140,7 +142,7 @@ class AdapterFolder:
             B, A = factors.get(module, (old.B, old.A))
             tensors[f"{full}.lora_A.weight"] = A.to(old.A.dtype).contiguous()
             tensors[f"{full}.lora_B.weight"] = B.to(old.B.dtype).contiguous()
-        with new_folder(path, error=AdapterError, setting=setting) as temporary:
+        with new_folder(path, error=AdapterError, setting=setting, replace=replace) as temporary:
             try:
                 save_file(tensors, str(temporary / WEIGHTS), metadata=self.metadata or {"format": "pt"})
             except SafetensorError as error:
@@ -149,7 +151,7 @@ class AdapterFolder:
             for file in self.path.iterdir():
                 if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
                     shutil.copyfile(file, temporary / file.name)
-            for name, text in report(sha256(temporary / WEIGHTS)).items():
+            for name, text in report(temporary).items():
                 (temporary / name).write_text(text, encoding="utf-8")
 
     def _scaling(self, module: str, rank: int) -> float:

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from trl_safety.adapters.names import strip_wrappers
-from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, LayerSubspace, sample
+from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, LayerSubspace
 from trl_safety.errors import AdapterError
 
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
@@ -182,23 +182,25 @@ def not_covered(model: nn.Module, modules: Iterable[LoraModule]) -> list[str]:
     )
 
 
-def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubspace]) -> list[str]:
+def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubspace]) -> str:
     """Check that the model under the adapter is the aligned model that the subspaces were fitted on.
 
-    Compares 256 sampled entries a layer. Quantised layers are dequantised one at a time and compared with the quantisation's
-    own error in mind, which tells other models but not the base from the aligned one.
+    Compares 256 sampled entries a layer: in full precision each layer must be the aligned one, cast to whatever dtype; a
+    quantised layer (dequantised one at a time) must lie within the quantisation's error of it, and all of them together must
+    lie closer to the aligned model than to the base.
 
     Returns:
-        Modules whose weight could not be read, and are therefore not verified.
+        What was verified, for the report.
 
     Raises:
         AdapterError: a weight has another shape or is another model's, naming the layer.
     """
-    unverified = []
+    unread, layers, closer, apart = 0, 0, 0.0, 0.0
     for module in modules:
         subspace = subspaces.get(module.name)
         if subspace is None:
             continue
+        layers += 1
         check_shape(module.name, module.shape, subspace)
         layer = module.layer.get_base_layer()
         if bool(getattr(module.layer, "fan_in_fan_out", False)) != subspace.transposed:
@@ -208,37 +210,38 @@ def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubs
             )
         weight = _full_precision(layer)
         if weight is None or weight.numel() != subspace.shape[0] * subspace.shape[1] or weight.is_meta:
-            unverified.append(module.name)
+            unread += 1
             continue
+        to_aligned, to_base, pair = subspace.difference(weight)
         quantised = weight is not layer.weight
-        to_aligned, to_base = subspace.difference(weight)
-        limit = QUANTISED_DIFFERENCE if quantised else FULL_PRECISION_DIFFERENCE
-        if to_aligned > limit or (not quantised and 2 * to_base < to_aligned and to_aligned > 1e-6):
-            which = "the unaligned base of the pair" if to_base < min(limit, to_aligned) else "another model"
-            raise AdapterError(
-                f"layer {module.name!r} of the model differs from the aligned model of the subspace by {to_aligned:.1%}: this is {which}. "
-                "Train the aligned model, or build the subspace from the pair that this model belongs to"
-            )
-    return unverified
+        if to_aligned > (QUANTISED_DIFFERENCE if quantised else FULL_PRECISION_DIFFERENCE):
+            which = "the unaligned base of the pair" if to_base <= FULL_PRECISION_DIFFERENCE else "another model"
+            raise AdapterError(_wrong_model(module.name, to_aligned, which))
+        if quantised:
+            closer += to_base**2 - to_aligned**2
+            apart += pair**2
+    return _base_check(layers, unread, closer / apart if apart else None)
 
 
-class Snapshot:
-    """Sampled entries of an adapter's factors, by which a later change is recognised; a cast to a narrower dtype is none."""
+def _base_check(layers: int, unread: int, verdict: float | None) -> str:
+    """`verdict` is +1 in expectation under the quantised aligned model and −1 under the quantised base."""
+    text = f"weights match the subspace's aligned model in {layers - unread} of {layers} layers"
+    if unread:
+        text += "; the others are stored in a format that could not be read"
+    if verdict is None:
+        return text
+    if verdict < -0.5:
+        raise AdapterError(_wrong_model("all layers together", -verdict, "the unaligned base of the pair, quantised"))
+    if verdict < 0.5:
+        return text + ", up to quantisation, which is too coarse here to tell the aligned model from the base"
+    return text + ", up to quantisation"
 
-    def __init__(self, modules: Iterable[LoraModule]) -> None:
-        self._modules = list(modules)
-        self._samples = self._sample()
 
-    def unchanged(self) -> bool:
-        """Whether the factors are still those of the snapshot."""
-        return all(
-            one.shape == other.shape
-            and bool(torch.linalg.vector_norm(one - other) <= FULL_PRECISION_DIFFERENCE * torch.linalg.vector_norm(other))
-            for one, other in zip(self._sample(), self._samples, strict=True)
-        )
-
-    def _sample(self) -> list[Tensor]:
-        return [sample(factor).float() for module in self._modules for factor in (module.A, module.B)]
+def _wrong_model(layer: str, difference: float, which: str) -> str:
+    return (
+        f"layer {layer!r} of the model differs from the aligned model of the subspace by {difference:.1%}: this is {which}. Train the aligned model, or "
+        "build the subspace from the pair that this model belongs to"
+    )
 
 
 def check_shape(name: str, shape: tuple[int, int], subspace: LayerSubspace) -> None:

@@ -29,8 +29,9 @@ METADATA_KEY = "trl_safety.alignment_subspace"
 HUB_FILE = "alignment_subspace.safetensors"
 
 FINGERPRINT_ENTRIES = 256
-FULL_PRECISION_DIFFERENCE = 2**-8
-"""A cast to bfloat16 moves a weight by at most 2⁻⁹ of itself; other weights lie farther."""
+FULL_PRECISION_DIFFERENCE = 1e-6
+"""Weights of the same model are equal once both are in the narrower of their dtypes."""
+CASTS = (torch.float32, torch.bfloat16, torch.float16)
 QUANTISED_DIFFERENCE = 0.5
 """NF4 moves a layer by about a tenth of its norm, 2-bit formats by a third; another model's weights by more than their norm."""
 
@@ -100,13 +101,15 @@ class LayerSubspace:
             )
         return LowRankOperator(left, torch.ones_like(singular_values))
 
-    def difference(self, weight: Tensor) -> tuple[float, float]:
-        """Relative distance of a loaded weight from the aligned and from the base model's, over the sampled entries."""
-        entries = sample(weight).to(self.samples)
-        base, aligned = (torch.linalg.vector_norm(reference).clamp(min=1e-30) for reference in self.samples)
-        distances = torch.linalg.vector_norm(entries - self.samples, dim=1) / torch.stack([base, aligned])
-        to_base, to_aligned = distances.tolist()
-        return to_aligned, to_base
+    def difference(self, weight: Tensor) -> tuple[float, float, float]:
+        """Relative distances over the sampled entries: of a loaded weight from the aligned and from the base model's, as they are
+        or cast as the loaded one may have been, and of the two from each other.
+        """
+        entries = sample(weight).float()
+        norms = torch.linalg.vector_norm(self.samples, dim=1).clamp(min=1e-30)
+        casts = torch.stack([torch.linalg.vector_norm(entries - self.samples.to(cast).float(), dim=1) for cast in CASTS])
+        to_base, to_aligned = (casts.min(dim=0).values / norms).tolist()
+        return to_aligned, to_base, (torch.linalg.vector_norm(self.samples[1] - self.samples[0]) / norms[1]).item()
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,24 @@ class AsftTerm:
             factor /= steps
         return self.config.weight * factor * self._groups.penalty(self.config.scaled)
 
-    def report(self, measured: dict[str, dict[str, float]], first_step: int, steps: int) -> MethodReport:
-        """What the penalty did from the step at which this run started, or was resumed, until now."""
-        acted = self.config.weight > 0 and steps > first_step
+    def report(self, measured: dict[str, dict[str, float]], first_step: int, steps: int, start_norm: float) -> MethodReport:
+        """What the penalty did until now.
+
+        Args:
+            measured: per layer, from `FactorGroups.measure`.
+            first_step: the steps before it, in a resumed run, were trained without the penalty.
+            steps: optimizer steps so far.
+            start_norm: ‖ΔW‖ of an adapter that was trained before.
+        """
+        acted = self.config.weight > 0 and first_step == 0 and steps > 0
         if self.config.weight == 0:
             summary = "weight 0: the penalty was measured, nothing was protected"
         else:
             summary = f"penalty of weight {self.config.weight:g} on {len(measured)} layers in optimizer steps {first_step + 1} to {steps}"
+            if first_step:
+                summary += f"; steps 1 to {first_step} were trained without it"
+            if start_norm:
+                summary += f"; the adapter came with an update of norm {start_norm:.3g}"
         action = "penalised" if acted else "left_alone"
         return MethodReport(
             name="asft",
@@ -70,6 +81,7 @@ class AsftTerm:
             settings=self.config.model_dump(),
             acted=acted,
             summary=summary,
+            steps=(first_step + 1, steps) if steps > first_step else None,
             layers={
                 name: LayerReport.model_validate({"action": action, "reason": None if acted else summary, "measured": row})
                 for name, row in measured.items()

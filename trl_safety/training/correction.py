@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.lora import (
     MARK_PREFIX,
     LoraModule,
-    Snapshot,
     adapter_config,
     adapter_name,
     check_shape,
@@ -30,8 +29,8 @@ from trl_safety.adapters.lora import (
     unwrap,
     verify_base,
 )
-from trl_safety.adapters.names import is_named
-from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
+from trl_safety.adapters.names import is_named, match
+from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, AlignmentSubspace, LayerSubspace
 from trl_safety.config import CorrectionConfig
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.training.report import (
@@ -40,16 +39,20 @@ from trl_safety.training.report import (
     LayerReport,
     MethodReport,
     SafetyReport,
-    attach_report,
     describe_subspace,
+    describes,
+    fingerprints,
     read_report,
     with_section,
 )
+from trl_safety.training.report_source import adapter_folder, report_source
 
 logger = logging.getLogger(__name__)
 
-CORRECTED_COPY = "safety_corrected"
+CORRECTED_COPY = Path("safety") / "corrected"
+"""Two levels down: Transformers takes a folder with an adapter directly inside a checkpoint for a second adapter of the model."""
 BASE_LAYERS_SAMPLED = 8
+NOT_VERIFIED = "not verified"
 
 
 @dataclass(frozen=True)
@@ -154,10 +157,7 @@ def prepare(model: nn.Module, subspace: AlignmentSubspace, skip_modules: Iterabl
     config = adapter_config(model, adapter)
     refuse_corrected(config, f"adapter {adapter!r}")
     subspaces = subspace.for_modules([module.name for module in modules], skip_modules)
-    unverified = verify_base(modules, subspaces)
-    base_check = f"weights match the subspace's aligned model in {len(subspaces) - len(unverified)} of {len(subspaces)} layers"
-    if unverified:
-        base_check += "; the others are stored in a format that could not be read"
+    base_check = verify_base(modules, subspaces)
     covered = [module for module in modules if module.name in subspaces]
     return Prepared(
         adapter=adapter,
@@ -170,20 +170,11 @@ def prepare(model: nn.Module, subspace: AlignmentSubspace, skip_modules: Iterabl
     )
 
 
-def changed_since(report: SafetyReport) -> SafetyReport:
-    """The report of an adapter whose factors were changed after the methods had acted, by training it further, say."""
-    methods = [
-        method.model_copy(
-            update={"acted": False, "summary": f"{method.summary}; BUT the adapter was changed afterwards, without protection"}
-        )
-        for method in report.methods
-    ]
-    return report.model_copy(update={"protected": False, "methods": methods})
-
-
 @torch.no_grad()
-def correct_model(model: nn.Module, subspace: AlignmentSubspace, correction: Correction, prepared: Prepared) -> SafetyReport:
-    """Correct a model's adapter in place, mark it, and make every later save write the report."""
+def correct_model(
+    model: nn.Module, subspace: AlignmentSubspace, correction: Correction, prepared: Prepared, others: Sequence[MethodReport] = ()
+) -> SafetyReport:
+    """Correct a model's adapter in place, mark it, and make every later save write the report, with that of other methods."""
     results = correction.run(
         [LayerInput(m.name, *working_factors(m.B, m.A), m.scaling, prepared.subspaces[m.name]) for m in prepared.covered]
     )
@@ -203,9 +194,9 @@ def correct_model(model: nn.Module, subspace: AlignmentSubspace, correction: Cor
             ranks[module.name] = A.shape[0]
     scalings = {module.name: (int(module.A.shape[0]), module.scaling) for module in prepared.modules}
     _update_config(config, correction, results, scalings if ranks else {})
-    report = prepared.report(subspace, [correction.report({name: r.report for name, r in results.items()})], final=True)
-    snapshot = Snapshot(prepared.modules)
-    attach_report(model, prepared.adapter, lambda: report if snapshot.unchanged() else changed_since(report))
+    own = correction.report({name: r.report for name, r in results.items()})
+    report = prepared.report(subspace, [*others, own], final=True)
+    report_source(model, prepared.adapter).freeze(model, report)
     return report
 
 
@@ -226,6 +217,7 @@ def correct_folder(
     *,
     skip_modules: Iterable[str] = (),
     device: str | torch.device | None = None,
+    replace: bool = False,
 ) -> SafetyReport:
     """Correct a saved adapter into a new folder without loading any model.
 
@@ -236,6 +228,7 @@ def correct_folder(
         correction: what to do.
         skip_modules: modules to leave alone.
         device: where to compute; a GPU when there is one.
+        replace: remove what is at `output` once the new folder is complete.
 
     Raises:
         AdapterError: the adapter is of an unsupported kind, was corrected before, belongs to another model, or the output
@@ -255,6 +248,12 @@ def correct_folder(
             )
     correction.check(subspaces)
     base_check = _check_base(folder, subspace, subspaces)
+    loose = [name for name, layer in subspaces.items() if name != layer.name]
+    if loose and base_check.startswith(NOT_VERIFIED):
+        raise AdapterError(
+            f"adapter = {str(adapter)!r}: its layer {loose[0]!r} is {subspaces[loose[0]].name!r} in the subspace, and its base model is not at hand to tell "
+            "whether they are the same: put the base model where base_model_name_or_path says, or build the subspace for this model"
+        )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     inputs = []
     for name, layer in subspaces.items():
@@ -269,8 +268,10 @@ def correct_folder(
     }
     reshaped = any(changed[name][1].shape != folder.factors[name].A.shape for name in changed)
     _update_config(config, correction, results, scalings if reshaped else {})
-    earlier = read_report(adapter).methods if (Path(adapter) / REPORT).is_file() else []
-    methods = [method for method in earlier if method.acted] + [correction.report({name: r.report for name, r in results.items()})]
+    earlier = read_report(adapter) if (Path(adapter) / REPORT).is_file() else None
+    # A report that is not of this adapter, as it is now, says nothing about it.
+    carried = earlier.methods if earlier and describes(earlier, Path(adapter)) else []
+    methods = [method for method in carried if method.acted] + [correction.report({name: r.report for name, r in results.items()})]
     report = SafetyReport(
         stage="final",
         protected=any(method.acted for method in methods),
@@ -282,23 +283,19 @@ def correct_folder(
         not_covered=sorted(folder.others),
     )
     card = folder.path / "README.md"
-    _write_corrected(folder, Path(output), changed, config, report, card.read_text(encoding="utf-8") if card.is_file() else "")
-    return report
-
-
-def _write_corrected(
-    folder: AdapterFolder, output: Path, changed: Mapping[str, tuple[Tensor, Tensor]], config: Any, report: SafetyReport, card: str
-) -> None:
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
     folder.write(
-        output,
+        Path(output),
         changed,
         config,
         setting="output",
-        report=lambda digest: {
-            REPORT: report.model_copy(update={"adapter_sha256": digest}).model_dump_json(indent=2) + "\n",
-            "README.md": with_section(card, report),
+        replace=replace,
+        report=lambda written: {
+            REPORT: report.model_copy(update=fingerprints(written)).model_dump_json(indent=2) + "\n",
+            "README.md": with_section(text, report),
         },
     )
+    return report
 
 
 def _update_config(
@@ -324,20 +321,22 @@ def _check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mapp
     if base and Path(base).is_dir():
         checkpoint = Checkpoint(base)
         names = list(layers)
-        for name in names[:: max(1, len(names) // BASE_LAYERS_SAMPLED)]:
-            stored = next((module for module in checkpoint.modules if module == layers[name].name), None)
-            if stored is None:
-                continue
-            to_aligned, to_base = layers[name].difference(checkpoint.read(stored))
-            if to_aligned > 2**-8 or 2 * to_base < to_aligned:
+        names = names[:: max(1, len(names) // BASE_LAYERS_SAMPLED)]
+        stored = {name: found for name, found in match(names, checkpoint.modules).items() if found is not None}
+        for name, found in stored.items():
+            to_aligned, _, _ = layers[name].difference(checkpoint.read(found))
+            if to_aligned > FULL_PRECISION_DIFFERENCE:
                 raise AdapterError(
                     f"base_model_name_or_path = {base!r} of the adapter differs from the subspace's aligned model {subspace.provenance.aligned!r} in layer "
                     f"{name!r} by {to_aligned:.1%}: use the subspace of the model that the adapter was trained on"
                 )
-        return f"weights of {base} match the subspace's aligned model"
+        if stored:
+            return f"weights of {base} match the subspace's aligned model in {len(stored)} of {len(layers)} layers, which were compared"
     if base and base == subspace.provenance.aligned:
         return f"{base}, by name the subspace's aligned model"
-    return f"not verified: {base or 'no name in the adapter'} is not at hand, the subspace is of {subspace.provenance.aligned}; names and shapes match"
+    return (
+        f"{NOT_VERIFIED}: {base or 'no name in the adapter'} is not at hand, the subspace is of {subspace.provenance.aligned}; shapes match"
+    )
 
 
 class CorrectionCallback(TrainerCallback):
@@ -351,7 +350,8 @@ class CorrectionCallback(TrainerCallback):
         self.subspace = subspace if isinstance(subspace, AlignmentSubspace) else AlignmentSubspace.from_pretrained(subspace)
         self.correction = correction
         self.skip_modules = tuple(skip_modules)
-        self.other_methods: list[Any] = []
+        self.other_methods: list[Callable[[], MethodReport]] = []
+        self._adapter = ""
         self.result: SafetyReport | None = None
 
     def prepare(self, model: nn.Module) -> Prepared:
@@ -370,25 +370,28 @@ class CorrectionCallback(TrainerCallback):
                 f"callbacks: {other.correction.name} and {self.correction.name} would both rewrite the trained adapter: keep one of them"
             )
         prepared = self.prepare(model)
+        self._adapter, self.result = prepared.adapter, None
         pending = self.correction.report({}, "acts when training ends; this checkpoint is uncorrected and can be resumed")
-        attach_report(unwrap(model), prepared.adapter, lambda: prepared.report(self.subspace, [*self._others(), pending], final=False))
+        report_source(model, prepared.adapter).live(
+            lambda: prepared.report(self.subspace, [*self._others(), pending], final=False).model_copy(update={"protected": False})
+        )
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Write the corrected copy of a checkpoint where that is asked for."""
         if not self.correction.config.corrected_checkpoints or not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        correct_folder(checkpoint, checkpoint / CORRECTED_COPY, self.subspace, self.correction, skip_modules=self.skip_modules)
+        saved = adapter_folder(unwrap(model), checkpoint, self._adapter)
+        # A resumed run comes by the same checkpoint again.
+        correct_folder(saved, checkpoint / CORRECTED_COPY, self.subspace, self.correction, skip_modules=self.skip_modules, replace=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        """Correct the adapter in memory."""
-        others = self._others()
-        report = correct_model(model, self.subspace, self.correction, self.prepare(model))
-        report.methods[:0] = others
-        report.protected = any(method.acted for method in report.methods)
-        self.result = report
+        """Correct in memory the adapter that was checked at the start."""
+        prepared = prepare(model, self.subspace, self.skip_modules, self._adapter)
+        self.result = correct_model(model, self.subspace, self.correction, prepared, self._others())
+        self.other_methods = []
         if state.is_world_process_zero:
-            own = report.methods[-1]
+            own = self.result.methods[-1]
             logger.log(logging.INFO if own.acted else logging.WARNING, "%s: %s", own.source, own.summary)
 
     def _others(self) -> list[MethodReport]:

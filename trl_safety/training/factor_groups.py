@@ -37,6 +37,7 @@ class FactorGroups:
             )
             grouped.setdefault(key, []).append((module, single))
         self._placed: set[int] = set()
+        self._whole = {name for name, layer in subspaces.items() if layer.whole is not None}
         self._groups: list[tuple[list[LoraModule], Operator, Tensor]] = []
         for members in grouped.values():
             modules_of_group = [module for module, _ in members]
@@ -94,7 +95,10 @@ class FactorGroups:
             "inside": torch.where(norm > 0, inside / norm.clamp(min=1e-300), 0),
         }
         lists = {key: column.tolist() for key, column in columns.items()}
-        return {name: {key: column[i] for key, column in lists.items() if column[i] == column[i]} for i, name in enumerate(names)}
+        return {
+            name: {key: column[i] for key, column in lists.items() if key != "inside" or name not in self._whole}
+            for i, name in enumerate(names)
+        }
 
 
 def summarise(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

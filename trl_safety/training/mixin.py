@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
-from trl_safety.adapters.lora import LoraModule, Snapshot, lora_modules, unwrap
+from trl_safety.adapters.lora import LoraModule, adapter_name, lora_modules, not_covered, unwrap
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.config import CorrectionConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.training.asft import AsftTerm
 from trl_safety.training.compat import trainer_divides_loss
-from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, changed_since, prepare, refuse_sharded
+from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, prepare, refuse_sharded
 from trl_safety.training.csulora import CsuloraCorrection
 from trl_safety.training.factor_groups import FactorGroups, summarise
-from trl_safety.training.report import MethodReport, SafetyReport, add_to_card, attach_report
+from trl_safety.training.report import REPORT, MethodReport, SafetyReport, add_to_card, describes, read_report
+from trl_safety.training.report_source import adapter_folder, report_source
 from trl_safety.training.safe_lora import SafeLoraCorrection
 
-BUILT_SUBSPACE = "alignment_subspace.safetensors"
+logger = logging.getLogger(__name__)
+
+BUILT_SUBSPACE = Path("safety") / "built_subspace.safetensors"
 
 
 class SafetyState:
@@ -33,49 +38,69 @@ class SafetyState:
     def __init__(self, trainer: Any, config: SafetyConfig, subspace: AlignmentSubspace) -> None:
         self.config = config
         self.subspace = subspace
+        self._model = trainer.model
         self.prepared: Prepared = prepare(trainer.model, subspace, config.skip_modules)
         self._identities = [_identity(m) for m in self.prepared.modules]
+        self._refuse_frozen()
+        operator = (config.asft or config.safe_lora or SafeLoraConfig()).operator
+        self.groups = FactorGroups(self.prepared.covered, self.prepared.subspaces, operator)
+        self.asft = AsftTerm(config.asft, self.groups) if config.asft else None
+        self.first_step = 0
+        self.start_norm = 0.0
+        self.correction = _correction_callback(config, subspace)
+        if self.correction:
+            self.correction.prepare(trainer.model)
+        self.adopt(trainer)
+
+    def check(self, model: Any) -> None:
+        """At the start of training, raise where the adapter to be trained is no longer the one that was checked."""
+        active = adapter_name(model)
+        if active != self.prepared.adapter or [_identity(m) for m in lora_modules(model, active)] != self._identities:
+            raise AdapterError(
+                "the model's active adapter was changed or replaced after the trainer was made, so that the safety methods would act on the old one: "
+                "make the trainer after the last change to the model"
+            )
+        self._refuse_frozen()
+        self.prepared.outside = not_covered(model, self.prepared.covered)
+
+    def begin(self, trainer: Any, checkpoint: Path | None) -> None:
+        """Note where AsFT starts to act: at the first step, also of a run whose checkpoint it protected from there."""
+        step = trainer.state.global_step
+        self.first_step = 0 if step == 0 or self._protected_until(checkpoint) == step else step
+        self.start_norm = summarise(self.groups.measure())["update_norm"] if step == 0 else 0.0
+
+    def _protected_until(self, checkpoint: Path | None) -> int | None:
+        folder = adapter_folder(unwrap(self._model), checkpoint, self.prepared.adapter) if checkpoint else None
+        if folder is None or not (folder / REPORT).is_file():
+            return None
+        report = read_report(folder)
+        asft = next((method for method in report.methods if method.name == "asft" and method.acted and method.steps), None)
+        return asft.steps[1] if asft and asft.steps and asft.steps[0] == 1 and describes(report, folder) else None
+
+    def _refuse_frozen(self) -> None:
         frozen = [m.name for m in self.prepared.covered if not (m.A.requires_grad and m.B.requires_grad)]
         if frozen:
             raise AdapterError(
                 f"layer {frozen[0]!r} of adapter {self.prepared.adapter!r} is frozen, so that nothing would be trained there: load the adapter with "
                 "is_trainable=True"
             )
-        operator = (config.asft or config.safe_lora or SafeLoraConfig()).operator
-        self.groups = FactorGroups(self.prepared.covered, self.prepared.subspaces, operator)
-        self.asft = AsftTerm(config.asft, self.groups) if config.asft else None
-        self.first_step = 0
-        self.finished: Snapshot | None = None
-        self.correction = _correction_callback(config, subspace)
-        if self.correction:
-            self.correction.prepare(trainer.model)
-        self.adopt(trainer)
 
-    def check_unchanged(self, model: Any) -> None:
-        """Raise where the model's adapter is no longer the one that was checked."""
-        if [_identity(m) for m in lora_modules(model, self.prepared.adapter)] != self._identities:
-            raise AdapterError(
-                "the model's adapter was replaced after the trainer was made, so that the safety methods would act on the old one: make the trainer "
-                "after the last change to the model"
-            )
-
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, trainer: Any) -> dict[str, float]:
         """The `safety/…` entries of a log."""
-        measured = self.groups.measure()
-        metrics = summarise(measured)
+        metrics = summarise(self.groups.measure())
         if self.asft:
             metrics["asft_penalty"] = self.groups.penalty(self.asft.config.scaled).item()
-            metrics["asft_loss"] = metrics["asft_penalty"] * self.asft.config.weight
+            counted = trainer.current_gradient_accumulation_steps if self.asft.config.paper_lambda else 1
+            metrics["asft_loss"] = metrics["asft_penalty"] * self.asft.config.weight * counted
         return {f"safety/{key}": value for key, value in metrics.items()}
 
-    def live_report(self, trainer: Any) -> SafetyReport:
+    def report(self, trainer: Any, *, final: bool) -> SafetyReport:
         """The report of the adapter as it is now, for a run without a correction."""
-        report = self.prepared.report(self.subspace, [self._asft_report(trainer)], final=self.finished is not None)
-        return report if self.finished is None or self.finished.unchanged() else changed_since(report)
+        return self.prepared.report(self.subspace, [self._asft_report(trainer)], final=final)
 
     def _asft_report(self, trainer: Any) -> MethodReport:
         assert self.asft is not None  # noqa: S101  # called where asft is on
-        return self.asft.report(self.groups.measure(), self.first_step, trainer.state.global_step)
+        return self.asft.report(self.groups.measure(), self.first_step, trainer.state.global_step, self.start_norm)
 
     def adopt(self, trainer: Any) -> None:
         """Work with a correction callback that the user gave to the trainer."""
@@ -107,6 +132,8 @@ class SafetyMixin:
     _safety: SafetyState | None = None
     _combined_loss: Tensor | None = None
     _scaling_checked = False
+    _resumed: Path | None = None
+    _began = False
 
     def _start_safety(
         self, safety: SafetyConfig | Mapping[str, Any] | str | Path | None, subspace: AlignmentSubspace | str | Path | None
@@ -120,7 +147,7 @@ class SafetyMixin:
         config = SafetyConfig.parse(safety)
         refuse_sharded(trainer.args)
         self._safety = SafetyState(trainer, config, _subspace(trainer, config, subspace))
-        trainer.add_callback(_StartAndEnd(self))
+        trainer.add_callback(_Start(self))
         if config.safe_lora or config.csulora:
             trainer.add_callback(self._safety.correction)
 
@@ -152,40 +179,59 @@ class SafetyMixin:
             self._combined_loss, self._scaling_checked = None, True
         return result
 
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The parent's training. However it ends, a report of AsFT stays with the adapter as it was then."""
+        parent: Any = super()
+        trainer: Any = self
+        if self._safety is None:
+            return parent.train(resume_from_checkpoint, *args, **kwargs)
+        self._resumed = _checkpoint(trainer, resume_from_checkpoint)
+        ended = False
+        try:
+            result = parent.train(resume_from_checkpoint, *args, **kwargs)
+            ended = True
+        finally:
+            safety = self._safety
+            if safety.asft and safety.correction is None and self._began:
+                report_source(trainer.model, safety.prepared.adapter).freeze(trainer.model, safety.report(trainer, final=ended))
+            self._began = False
+        return result
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's log with the `safety/…` metrics added."""
         if self._safety is not None:
-            logs.update(self._safety.metrics())
+            logs.update(self._safety.metrics(self))
         parent: Any = super()
         parent.log(logs, start_time)
 
     @property
     def safety_report(self) -> SafetyReport | None:
-        """What protects the adapter, as of now; None without a safety block."""
+        """What protects the adapter, as it is now; None without a safety block or before training."""
         if self._safety is None:
             return None
-        correction = self._safety.correction
-        if correction is not None:
-            return correction.result
-        return self._safety.live_report(self)
+        trainer: Any = self
+        model = unwrap(trainer.model)
+        source = getattr(model, "_trl_safety_reports", {}).get(self._safety.prepared.adapter)
+        return source.current(model) if source else None
 
 
-class _StartAndEnd(TrainerCallback):
-    """Checks at the start of training, and the report of runs that end without a correction."""
+class _Start(TrainerCallback):
+    """Checks at the start of training, when a checkpoint has been loaded."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        safety = self._trainer._safety
-        safety.check_unchanged(self._trainer.model)
-        safety.adopt(self._trainer)
-        safety.first_step, safety.finished = state.global_step, None
+        trainer = self._trainer
+        safety = trainer._safety
+        safety.check(trainer.model)
+        safety.adopt(trainer)
+        safety.begin(trainer, trainer._resumed)
+        trainer._began = True
+        if safety.asft and safety.first_step > 0 and state.is_world_process_zero:
+            logger.warning("asft: the checkpoint was trained without it up to step %s, and the report will say so", safety.first_step)
         if safety.correction is None:
-            attach_report(unwrap(self._trainer.model), safety.prepared.adapter, lambda: safety.live_report(self._trainer))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._safety.finished = Snapshot(self._trainer._safety.prepared.modules)
+            report_source(trainer.model, safety.prepared.adapter).live(lambda: safety.report(trainer, final=False))
 
 
 def safety_section(trainer: Any, card: Path) -> None:
@@ -202,6 +248,16 @@ def correction_for(config: CorrectionConfig) -> Correction:
     if isinstance(config, CsuloraConfig):
         return CsuloraCorrection(config)
     raise ConfigurationError(f"{type(config).__name__} is no correction of a trained adapter")
+
+
+def _checkpoint(trainer: Any, resume_from_checkpoint: Any) -> Path | None:
+    """The checkpoint that `train` will resume from."""
+    if not resume_from_checkpoint:
+        return None
+    if isinstance(resume_from_checkpoint, bool):
+        found = get_last_checkpoint(trainer.args.output_dir)
+        return Path(found) if found else None
+    return Path(resume_from_checkpoint)
 
 
 def _correction_callback(config: SafetyConfig, subspace: AlignmentSubspace) -> CorrectionCallback | None:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
+import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MethodType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trl_safety import __version__
 from trl_safety.adapters.files import replacing, sha256
-from trl_safety.adapters.folder import WEIGHTS
+from trl_safety.adapters.folder import CONFIG, WEIGHTS
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.errors import ReportError
 
 REPORT = "safety_report.json"
 SCHEMA_VERSION = 1
+MEANINGLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+"""Keys of `adapter_config.json` that users and tools rewrite without changing what the adapter does."""
 CARD_START, CARD_END = "<!-- trl-safety -->", "<!-- /trl-safety -->"
 
 SOURCES = {
@@ -52,6 +52,8 @@ class MethodReport(BaseModel):
     settings: dict[str, Any]
     acted: bool
     summary: str
+    steps: tuple[int, int] | None = None
+    """First and last optimizer step that it acted in, for a method that acts while training."""
     layers: dict[str, LayerReport]
 
 
@@ -74,6 +76,8 @@ class SafetyReport(BaseModel):
     not_covered: list[str] = Field(default_factory=list)
     """Trainable parameters that are no LoRA factor of a covered layer: trained, and protected by no method."""
     adapter_sha256: str | None = None
+    config_sha256: str | None = None
+    """Of the options in `adapter_config.json` that decide what the weights mean."""
 
     def card_section(self) -> str:
         """The section for the adapter's model card, in Markdown."""
@@ -109,10 +113,34 @@ def write_report(folder: Path, report: SafetyReport) -> None:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise ReportError(f"{str(folder)!r} holds no {WEIGHTS}: save the adapter with safe_serialization=True, pickles are not supported")
-    report = report.model_copy(update={"adapter_sha256": sha256(weights)})
+    report = report.model_copy(update=fingerprints(folder))
     with replacing(folder / REPORT, error=ReportError, setting="output folder") as temporary:
         temporary.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     add_to_card(folder / "README.md", report)
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """The hashes by which a report knows its adapter: of the weights, and of the options that decide what they mean."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    meaning = {
+        key: sorted(value, key=str) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key not in MEANINGLESS and value
+    }
+    text = json.dumps(meaning, sort_keys=True)
+    return {"adapter_sha256": sha256(folder / WEIGHTS), "config_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def describes(report: SafetyReport, folder: Path) -> bool:
+    """Whether the adapter in the folder is the one that the report was written for."""
+    return fingerprints(folder) == {"adapter_sha256": report.adapter_sha256, "config_sha256": report.config_sha256}
+
+
+def changed_since(report: SafetyReport) -> SafetyReport:
+    """The report of an adapter that was changed after the methods had acted, by training it further, say."""
+    note = "; BUT the adapter was changed afterwards, without protection"
+    methods = [method.model_copy(update={"acted": False, "summary": method.summary.removesuffix(note) + note}) for method in report.methods]
+    return report.model_copy(update={"protected": False, "methods": methods})
 
 
 def add_to_card(card: Path, report: SafetyReport) -> None:
@@ -162,42 +190,12 @@ def verify(folder: str | Path) -> SafetyReport:
     weights = Path(folder) / WEIGHTS
     if not weights.is_file():
         raise ReportError(f"adapter = {str(folder)!r}: has a report but no {WEIGHTS}")
-    if sha256(weights) != report.adapter_sha256:
-        raise ReportError(f"{str(weights)!r}: has changed since {REPORT} was written; correct or train the adapter again")
+    if not (Path(folder) / CONFIG).is_file():
+        raise ReportError(f"adapter = {str(folder)!r}: has a report but no {CONFIG}")
+    if not describes(report, Path(folder)):
+        raise ReportError(f"{str(weights)!r} or {CONFIG} has changed since {REPORT} was written; correct or train the adapter again")
     if not report.protected:
         why = "; ".join(f"{method.name}: {method.summary}" for method in report.methods)
         stage = " It is a checkpoint on the way: corrections act when training ends." if report.stage == "training" else ""
         raise ReportError(f"adapter = {str(folder)!r}: is NOT protected ({why}).{stage}")
     return report
-
-
-def attach_report(model: Any, adapter: str, provider: Callable[[], SafetyReport]) -> None:
-    """Make `model.save_pretrained` write the report beside the adapter from now on, whoever calls it.
-
-    A Trainer's callbacks are not told of `save_model()`, and a report that only one way of saving writes would be missing
-    where it is needed. The wrapper is a bound method on the instance, so that a deep copy of the model gets its own.
-    """
-    model._trl_safety_report = (adapter, provider)
-    model.save_pretrained = MethodType(save_pretrained, model)
-
-
-def detach_report(model: Any) -> None:
-    """Undo `attach_report`."""
-    vars(model).pop("save_pretrained", None)
-    vars(model).pop("_trl_safety_report", None)
-
-
-def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's own `save_pretrained`, followed by the safety report in the adapter's folder."""
-    original = type(self).save_pretrained
-    call = inspect.signature(original).bind(self, *args, **kwargs)
-    result = original(self, *args, **kwargs)
-    call.apply_defaults()
-    adapter, provider = self._trl_safety_report
-    selected = call.arguments.get("selected_adapters")
-    if call.arguments.get("is_main_process", True) and (selected is None or adapter in selected):
-        folder = Path(call.arguments["save_directory"])
-        # PEFT puts every adapter but the default one into a folder of its own.
-        nested = folder / adapter
-        write_report(nested if (nested / WEIGHTS).is_file() else folder, provider())
-    return result

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset, get_peft_config, get_quantization_config
 
+from trl_safety.config import read_yaml
 from trl_safety.errors import ConfigurationError
 from trl_safety.training.trainer import SafeSFTConfig, SafeSFTTrainer
 
@@ -21,10 +23,12 @@ def run(arguments: Sequence[str]) -> None:
         ConfigurationError: a key is unknown, the safety block is missing, or it is wrong.
     """
     parser = TrlParser((ScriptArguments, SafeSFTConfig, ModelConfig, DatasetMixtureConfig), prog="trl-safety sft")
+    arguments = list(arguments)
+    if "--config" in arguments[:-1]:
+        # TRL's own reading keeps the last of two equal keys.
+        read_yaml(Path(arguments[arguments.index("--config") + 1]), "--config")
     try:
-        script, training, model, mixture = parser.parse_args_and_config(list(arguments), fail_with_unknown_args=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ConfigurationError(f"--config = {error.filename!r}: {error.strerror}") from error
+        script, training, model, mixture = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
     except ConfigurationError:
         raise
     except ValueError as error:

@@ -27,6 +27,7 @@ class SafeSFTConfig(SFTConfig):
         ConfigurationError: an option is unknown, out of bounds or contradictory.
     """
 
+    _taken = False
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "safety"]  # noqa: RUF012  # TrainingArguments' own protocol
 
     # HfArgumentParser reads the annotation at run time and accepts a union only in this form.
@@ -38,6 +39,13 @@ class SafeSFTConfig(SFTConfig):
         super().__post_init__()
         if self.safety is not None:
             self.safety = SafetyConfig.parse(self.safety).model_dump(mode="json", exclude_unset=True)
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """As the parent's. Every Trainer asks for it when training starts, so that it is the place to refuse one without protection."""
+        if self.safety is not None and not self._taken:
+            raise ConfigurationError("args.safety is set, but the trainer is no SafeSFTTrainer and would ignore it: use SafeSFTTrainer")
+        steps: int = super().get_warmup_steps(num_training_steps)
+        return steps
 
 
 class SafeSFTTrainer(SafetyMixin, SFTTrainer):
@@ -75,6 +83,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         config = SafetyConfig.parse(block) if block is not None else None
         super().__init__(*args, **kwargs)
         self._start_safety(config, subspace)
+        self.args._taken = True
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The parent's model card with the safety section."""

@@ -1,0 +1,276 @@
+"""Ways in which an adapter could look protected and not be: found by trying, each held shut here."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from tests import tiny
+from trl_safety import AlignmentSubspace, SafeLoRACallback, apply_safe_lora
+from trl_safety.config import SafeLoraConfig, SafetyConfig
+from trl_safety.errors import AdapterError, ConfigurationError, ReportError
+from trl_safety.training.correction import correct_folder
+from trl_safety.training.report import read_report, verify
+from trl_safety.training.safe_lora import SafeLoraCorrection
+
+ASFT = {"asft": {"weight": 1.0}}
+BOTH = {**ASFT, "safe_lora": {"threshold": 1.0}}
+
+
+def train_plainly(output: Path, model: Any, **kwargs: Any) -> Any:
+    trainer = tiny.trainer(output, cls=SFTTrainer, args=tiny.arguments(output, SFTConfig, **kwargs), base=model, peft_config=None)
+    trainer.train()
+    return trainer
+
+
+def never(weight: float = -1.0) -> SafeLoraCorrection:
+    return SafeLoraCorrection(SafeLoraConfig(threshold=weight))
+
+
+@pytest.mark.parametrize("block", [ASFT, BOTH])
+def test_an_adapter_switched_after_the_trainer_was_made(tmp_path: Path, gqa_subspace: AlignmentSubspace, block: Any) -> None:
+    trainer = tiny.trainer(tmp_path, safety=block, subspace=gqa_subspace)
+    trainer.model.add_adapter("task", tiny.lora())
+    trainer.model.set_adapter("task")
+    with pytest.raises(AdapterError, match="active adapter was changed"):
+        trainer.train()
+
+
+def test_an_adapter_frozen_after_the_trainer_was_made(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    trainer = tiny.trainer(tmp_path, safety=ASFT, subspace=gqa_subspace)
+    for name, parameter in trainer.model.named_parameters():
+        parameter.requires_grad_("lora_" not in name)
+    with pytest.raises(AdapterError, match="is frozen"):
+        trainer.train()
+
+
+def test_parameters_unfrozen_after_the_trainer_was_made_are_reported(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    trainer = tiny.trainer(tmp_path, safety=ASFT, subspace=gqa_subspace)
+    trainer.model.get_input_embeddings().weight.requires_grad_()
+    trainer.train()
+    assert any("embed_tokens" in name for name in trainer.safety_report.not_covered)
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("block", [ASFT, BOTH])
+def test_an_interrupted_run_trained_on_without_protection(tmp_path: Path, gqa_subspace: AlignmentSubspace, block: Any) -> None:
+    trainer = tiny.trainer(tmp_path, safety=block, subspace=gqa_subspace, callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.model.save_pretrained(tmp_path / "interrupted")
+    report = read_report(tmp_path / "interrupted")
+    assert report.stage == "training"
+    assert report.protected == (block is ASFT)
+    train_plainly(tmp_path / "plain", trainer.model)
+    trainer.model.save_pretrained(tmp_path / "further")
+    assert not read_report(tmp_path / "further").protected
+
+
+@pytest.mark.parametrize("block", [ASFT, BOTH])
+def test_a_copy_trained_on_without_protection(tmp_path: Path, gqa_subspace: AlignmentSubspace, block: Any) -> None:
+    trainer = tiny.trainer(tmp_path, safety=block, subspace=gqa_subspace)
+    trainer.train()
+    copied = copy.deepcopy(trainer.model)
+    copied.save_pretrained(tmp_path / "copy")
+    verify(tmp_path / "copy")
+    train_plainly(tmp_path / "plain", copied)
+    copied.save_pretrained(tmp_path / "further")
+    assert not read_report(tmp_path / "further").protected
+    trainer.save_model(tmp_path / "original")
+    verify(tmp_path / "original")
+    torch.save(trainer.model, tmp_path / "model.pt")
+
+
+def test_only_modules_to_save_trained_on(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    trainer = tiny.trainer(tmp_path, safety=ASFT, subspace=gqa_subspace, peft_config=tiny.lora(modules_to_save=["embed_tokens"]))
+    trainer.train()
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().modules_to_save["default"].weight.add_(1.0)
+    assert not trainer.safety_report.protected
+
+
+def test_a_stale_report_is_not_carried_over(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    trainer = tiny.trainer(tmp_path, safety=ASFT, subspace=gqa_subspace)
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    correct_folder(tmp_path / "adapter", tmp_path / "fresh", gqa_subspace, never())
+    assert [m.name for m in verify(tmp_path / "fresh").methods] == ["asft", "safe_lora"]
+    plain = tiny.trainer(tmp_path / "plain", cls=SFTTrainer, args=tiny.arguments(tmp_path / "plain", SFTConfig))
+    plain.train()
+    plain.save_model(tmp_path / "adapter")
+    with pytest.raises(ReportError, match="has changed since"):
+        verify(tmp_path / "adapter")
+    correct_folder(tmp_path / "adapter", tmp_path / "stale", gqa_subspace, never())
+    assert not read_report(tmp_path / "stale").protected
+
+
+def test_a_callback_used_again_reports_its_own_run(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    callback = SafeLoRACallback(gqa_subspace, threshold=1.0)
+    tiny.trainer(tmp_path, safety=ASFT, subspace=gqa_subspace, callbacks=[callback]).train()
+    again = tiny.trainer(tmp_path, cls=SFTTrainer, args=tiny.arguments(tmp_path, SFTConfig), callbacks=[callback])
+    again.train()
+    again.save_model()
+    assert [m.name for m in verify(tmp_path).methods] == ["safe_lora"]
+
+
+def test_an_edited_configuration_is_seen(tmp_path: Path, gqa_subspace: AlignmentSubspace, gqa_model: Any) -> None:
+    apply_safe_lora(gqa_model, gqa_subspace, threshold=1.0)
+    gqa_model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "moved/elsewhere"}))
+    verify(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 800}))
+    with pytest.raises(ReportError, match="has changed since"):
+        verify(tmp_path)
+
+
+def test_pickles_are_refused_before_anything_is_written(tmp_path: Path, gqa_subspace: AlignmentSubspace, gqa_model: Any) -> None:
+    apply_safe_lora(gqa_model, gqa_subspace, threshold=1.0)
+    with pytest.raises(ReportError, match="safe_serialization = False"):
+        gqa_model.save_pretrained(tmp_path / "out", safe_serialization=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_from_an_unprotected_checkpoint_is_reported(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2}
+    tiny.trainer(tmp_path, cls=SFTTrainer, args=tiny.arguments(tmp_path, SFTConfig, **options)).train()
+    trainer = tiny.trainer(tmp_path, safety=ASFT, subspace=gqa_subspace, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer.save_model()
+    report = read_report(tmp_path)
+    assert not report.protected
+    assert "in optimizer steps 3 to 4; steps 1 to 2 were trained without it" in report.methods[0].summary
+
+
+def test_resuming_from_a_protected_one_carries_it_on(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    options = {"safety": ASFT, "subspace": gqa_subspace, "save_strategy": "steps", "save_steps": 2}
+    tiny.trainer(tmp_path, **options).train()
+    for checkpoint in ("checkpoint-2", "checkpoint-4"):
+        trainer = tiny.trainer(tmp_path, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / checkpoint))
+        trainer.save_model()
+        assert "in optimizer steps 1 to 4" in verify(tmp_path).methods[0].summary
+
+
+def test_a_checkpoint_before_its_correction_is_not_protected(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    trainer = tiny.trainer(tmp_path, safety=BOTH, subspace=gqa_subspace, save_strategy="steps", save_steps=2)
+    trainer.train()
+    with pytest.raises(ReportError, match="corrections act when training ends"):
+        verify(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_corrected_copies_do_not_disturb_resuming(tmp_path: Path, gqa_subspace: AlignmentSubspace, name: str) -> None:
+    from peft import get_peft_model
+
+    def trainer(folder: Path) -> Any:
+        torch.manual_seed(0)
+        model = get_peft_model(tiny.model(), tiny.lora(), adapter_name=name)
+        block = {"safe_lora": {"threshold": 1.0, "corrected_checkpoints": True}}
+        return tiny.trainer(folder, base=model, peft_config=None, safety=block, subspace=gqa_subspace, save_strategy="steps", save_steps=2)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "killed" / "checkpoint-2")
+    resumed = trainer(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert list(resumed.model.peft_config) == [name]
+    assert tiny.identical(tiny.factors(resumed.model), tiny.factors(whole.model))
+    again = trainer(tmp_path / "killed")
+    again.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-2"))
+    verify(tmp_path / "killed" / "checkpoint-4" / "safety" / "corrected")
+
+
+def test_a_method_with_nothing_behind_it_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "safety.yaml"
+    path.write_text("subspace: S\nasft:\nsafe_lora: {}\n")
+    with pytest.raises(ConfigurationError, match="asft has nothing behind it"):
+        SafetyConfig.parse(path)
+    path.write_text("subspace: S\nasft: {weight: 5}\nasft: {weight: 0}\n")
+    with pytest.raises(ConfigurationError, match="'asft' is there twice"):
+        SafetyConfig.parse(path)
+
+
+def test_the_arguments_in_a_plain_trainer_are_an_error(tmp_path: Path) -> None:
+    args = tiny.arguments(tmp_path, safety={"subspace": "S.safetensors", "asft": {}})
+    with pytest.raises(ConfigurationError, match="no SafeSFTTrainer"):
+        tiny.trainer(tmp_path, cls=SFTTrainer, args=args).train()
+
+
+def test_a_diverged_run_goes_on_as_without_us(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    trainer = tiny.trainer(tmp_path, safety=ASFT, subspace=gqa_subspace)
+    with torch.no_grad():
+        next(m for m in trainer._safety.modules()).B.fill_(float("nan"))
+    trainer.train()
+    assert trainer.state.log_history[-1]["safety/update_norm"] != trainer.state.log_history[-1]["safety/update_norm"]
+
+
+def test_a_users_file_in_the_output_folder_stays(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    mine = gqa_subspace.save(tmp_path / "alignment_subspace.safetensors").read_bytes()
+    pair = {"base": str(tiny.DATA / "gqa-base"), "aligned": str(tiny.DATA / "gqa-aligned"), "rank": 2}
+    tiny.trainer(tmp_path, safety={**ASFT, "subspace": pair})
+    assert (tmp_path / "alignment_subspace.safetensors").read_bytes() == mine
+
+
+def test_a_base_that_shares_no_name_is_not_verified(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    from safetensors.torch import save_file
+
+    shutil.copytree(tiny.DATA / "gqa-adapter", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "base")}))
+    shutil.copytree(tiny.DATA / "gqa-aligned", tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({f"strange.{name}": torch.randn_like(value) for name, value in weights.items()}, tmp_path / "base" / "model.safetensors")
+    assert "not verified" in correct_folder(tmp_path / "adapter", tmp_path / "out", gqa_subspace, never(1.0)).base_check
+
+
+def test_loosely_matched_names_need_a_verified_base(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    from safetensors.torch import save_file
+
+    shutil.copytree(tiny.DATA / "gqa-adapter", tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    renamed = {name.replace("model.model.layers", "model.model.text_model.layers"): value for name, value in weights.items()}
+    save_file(renamed, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="base model is not at hand"):
+        correct_folder(tmp_path / "adapter", tmp_path / "out", gqa_subspace, never(1.0))
+
+
+def test_two_adapters_of_one_model_keep_their_reports(tmp_path: Path, gqa_subspace: AlignmentSubspace, gqa_model: Any) -> None:
+    gqa_model.add_adapter("other", tiny.lora())
+    apply_safe_lora(gqa_model, gqa_subspace, threshold=1.0, adapter="default")
+    apply_safe_lora(gqa_model, gqa_subspace, threshold=1.0, adapter="other")
+    gqa_model.save_pretrained(tmp_path)
+    verify(tmp_path)
+    verify(tmp_path / "other")
+
+
+def test_the_card_and_the_property_see_further_training_too(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    trainer = tiny.trainer(tmp_path, safety=BOTH, subspace=gqa_subspace)
+    trainer.train()
+    assert trainer.safety_report.protected
+    train_plainly(tmp_path / "plain", trainer.model)
+    assert not trainer.safety_report.protected
+    trainer.create_model_card(model_name="x")
+    assert "NOT protected" in (tmp_path / "README.md").read_text()
+
+
+def test_a_small_merged_adapter_is_another_model(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    model = tiny.model()
+    with torch.no_grad():
+        weight = model.get_submodule("model.layers.0.self_attn.q_proj").weight
+        weight.add_(torch.randn_like(weight) * weight.std() * 1e-3)
+    with pytest.raises(AdapterError, match="another model"):
+        tiny.trainer(tmp_path, base=model, safety=ASFT, subspace=gqa_subspace)
+    for dtype in (torch.bfloat16, torch.float16):
+        tiny.trainer(tmp_path, base=tiny.model().to(dtype).float(), safety=ASFT, subspace=gqa_subspace)

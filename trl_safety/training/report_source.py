@@ -1,0 +1,107 @@
+"""The safety report of a live model's adapter: carried by the model, written beside the adapter by every save."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from trl_safety.adapters.lora import unwrap
+from trl_safety.adapters.subspace import sample
+from trl_safety.errors import ReportError
+from trl_safety.training.report import SafetyReport, changed_since, write_report
+
+CAST_DIFFERENCE = 2**-8
+"""A cast to bfloat16 moves an entry by at most 2⁻⁹ of itself; training moves the adapter farther."""
+
+
+class ReportSource:
+    """What a save of one adapter reports.
+
+    While a protected run is in progress the report is asked for anew at every save. When it has ended the report is frozen
+    together with sampled entries of everything that PEFT saves for the adapter: an adapter that was trained on afterwards,
+    unprotected, is recognised, in whichever copy of the model that happened.
+    """
+
+    def __init__(self, adapter: str) -> None:
+        self.adapter = adapter
+        self._live: Callable[[], SafetyReport] | None = None
+        self._report: SafetyReport | None = None
+        self._samples: dict[str, Tensor] = {}
+
+    def live(self, provider: Callable[[], SafetyReport]) -> None:
+        """Ask `provider` at every save, until `freeze`."""
+        self._live = provider
+
+    def freeze(self, model: Any, report: SafetyReport) -> None:
+        """Report this from now on, as long as the adapter stays as it is."""
+        self._live, self._report, self._samples = None, report, self._sample(model)
+
+    def current(self, model: Any) -> SafetyReport:
+        """The report of the model's adapter as it is now."""
+        if self._live is not None:
+            return self._live()
+        if self._report is None:
+            raise ReportError("the model carries no safety report")
+        return self._report if self._unchanged(model) else changed_since(self._report)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle made in the middle of a run is of no known state: it is not reported as protected."""
+        report = changed_since(self._live()) if self._live is not None else self._report
+        return {"adapter": self.adapter, "_live": None, "_report": report, "_samples": dict(self._samples)}
+
+    def _unchanged(self, model: Any) -> bool:
+        now = self._sample(model)
+        return now.keys() == self._samples.keys() and all(
+            now[name].shape == before.shape
+            and bool(torch.linalg.vector_norm(now[name] - before) <= CAST_DIFFERENCE * torch.linalg.vector_norm(before))
+            for name, before in self._samples.items()
+        )
+
+    def _sample(self, model: Any) -> dict[str, Tensor]:
+        state = get_peft_model_state_dict(unwrap(model), adapter_name=self.adapter, save_embedding_layers=False)
+        return {name: sample(tensor).float() for name, tensor in state.items()}
+
+
+def report_source(model: Any, adapter: str) -> ReportSource:
+    """The adapter's report source; from its first use on, `model.save_pretrained` writes the report, whoever calls it.
+
+    A Trainer's callbacks are not told of `save_model()`, and a report that only one way of saving writes would be missing
+    where it is needed. The wrapper is a bound method on the instance, so that a deep copy of the model gets its own.
+    """
+    model = unwrap(model)
+    sources: dict[str, ReportSource] = vars(model).setdefault("_trl_safety_reports", {})
+    model.save_pretrained = MethodType(save_pretrained, model)
+    return sources.setdefault(adapter, ReportSource(adapter))
+
+
+def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own `save_pretrained`, followed by the safety report in the adapter's folder.
+
+    Raises:
+        ReportError: the adapter is to be saved as a pickle, or its report cannot be written.
+    """
+    original = type(self).save_pretrained
+    call = inspect.signature(original).bind(self, *args, **kwargs)
+    call.apply_defaults()
+    asked = {**call.arguments, **call.arguments.get("kwargs", {})}
+    if not asked.get("safe_serialization", True):
+        raise ReportError("safe_serialization = False: would save the adapter as a pickle, which no report covers; leave it True")
+    result = original(self, *args, **kwargs)
+    if asked.get("is_main_process", True):
+        for adapter, source in self._trl_safety_reports.items():
+            if adapter in self.peft_config and adapter in (asked.get("selected_adapters") or [adapter]):
+                write_report(adapter_folder(self, Path(asked["save_directory"]), adapter), source.current(self))
+    return result
+
+
+def adapter_folder(model: Any, folder: Path, adapter: str) -> Path:
+    """Where `save_pretrained(folder)` puts an adapter: PEFT gives every one but the default a folder of its own."""
+    return folder / adapter if isinstance(model, PeftModel) and adapter != "default" else folder
