@@ -1,17 +1,17 @@
-"""The Axolotl plugin's package. The plugin itself is not part of this version.
+"""The methods of trl-safety from an Axolotl YAML: `plugins: [axolotl_plugin.SafetyPlugin]` and a `safety:` block.
 
-Axolotl prints an `ImportError` and trains on unprotected, so that asking for the plugin raises another error here.
+Axolotl prints an `ImportError` of a plugin and trains on without it. Nothing is imported here that could fail: what is missing
+is raised from the plugin's hooks, whose errors Axolotl does not catch.
 """
 
 from typing import Any
 
-from trl_safety.errors import ConfigurationError
+__all__ = ["SafetyPlugin"]
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    raise ConfigurationError(
-        f"plugins: axolotl_plugin.{name} is not available in this version of trl-safety, and nothing would be protected: train with "
-        "SafeSFTTrainer or `trl-safety sft`, or correct the adapter that Axolotl saved with `trl-safety correct`"
-    )
+    if name == "SafetyPlugin":
+        from axolotl_plugin.plugin import SafetyPlugin
+
+        return SafetyPlugin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -119,7 +119,7 @@ class SafetyConfig(Options):
 
     subspace: SubspaceSource | None = None
     """A subspace file made by `trl-safety subspace`, a Hub id, or a {base, aligned, rank} pair to build it from."""
-    skip_modules: tuple[str, ...] = ()
+    skip_modules: list[str] = Field(default_factory=list)
     """Adapted modules (name or its ending) that every method leaves alone. The report lists them. No entry may match nothing."""
     asft: AsftConfig | None = None
     safe_lora: SafeLoraConfig | None = None

@@ -122,7 +122,7 @@ def test_an_unknown_loss_scaling_is_an_error(tmp_path: Path, gqa_subspace: Align
         pass
 
     trainer = tiny.trainer(tmp_path, cls=SafeOdd, gradient_accumulation_steps=2, per_device_train_batch_size=4)
-    trainer._start_safety(ASFT, gqa_subspace)
+    trainer.start_safety(ASFT, gqa_subspace)
     with pytest.raises(ConfigurationError, match="scales the loss in a way"):
         trainer.train()
 
@@ -303,7 +303,7 @@ def test_sharding_engines_are_refused(tmp_path: Path, gqa_subspace: AlignmentSub
     trainer = tiny.trainer(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(AdapterError, match=r"fsdp: .* use DDP"):
-        trainer._start_safety(ASFT, gqa_subspace)
+        trainer.start_safety(ASFT, gqa_subspace)
 
 
 def test_config_survives_its_own_serialisation(tmp_path: Path) -> None:

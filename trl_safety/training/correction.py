@@ -308,9 +308,9 @@ def _update_config(
     """
     if scalings:
         config.rank_pattern = {f"^{name}": rank for name, (rank, _) in scalings.items()}
-        config.alpha_pattern = {
-            f"^{name}": scaling * (rank**0.5 if config.use_rslora else rank) for name, (rank, scaling) in scalings.items()
-        }
+        alphas = {name: scaling * (rank**0.5 if config.use_rslora else rank) for name, (rank, scaling) in scalings.items()}
+        # Tools that read adapters expect whole numbers where they are whole.
+        config.alpha_pattern = {f"^{name}": int(alpha) if alpha.is_integer() else alpha for name, alpha in alphas.items()}
     if any(result.factors is not None for result in results.values()):
         config.alpha_pattern = {**(config.alpha_pattern or {}), f"{MARK_PREFIX}{correction.name}": 1}
 

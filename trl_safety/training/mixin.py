@@ -135,7 +135,7 @@ class SafetyMixin:
     _resumed: Path | None = None
     _began = False
 
-    def _start_safety(
+    def start_safety(
         self, safety: SafetyConfig | Mapping[str, Any] | str | Path | None, subspace: AlignmentSubspace | str | Path | None
     ) -> None:
         """Check and set up everything; called once the model has its adapter."""
@@ -232,6 +232,28 @@ class _Start(TrainerCallback):
             logger.warning("asft: the checkpoint was trained without it up to step %s, and the report will say so", safety.first_step)
         if safety.correction is None:
             report_source(trainer.model, safety.prepared.adapter).live(lambda: safety.report(trainer, final=False))
+
+
+def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
+    """Give any Transformers `Trainer` the correction of a safety block that needs nothing while training.
+
+    Raises:
+        ConfigurationError: the block names a method that acts while training.
+        AdapterError: the model's adapter cannot be corrected.
+        SubspaceError: an adapted layer is not in the subspace.
+    """
+    refuse_sharded(trainer.args)
+    callback = _correction_callback(safety, _subspace(trainer, safety, None))
+    if callback is None or needs_trainer_class(safety):
+        raise ConfigurationError(f"safety.{next(iter(safety.methods()))}: acts while training and needs a trainer class of its own")
+    callback.prepare(trainer.model)
+    trainer.add_callback(callback)
+    return callback
+
+
+def needs_trainer_class(safety: SafetyConfig) -> bool:
+    """Whether a method of the block is part of the loss, which no callback can change."""
+    return safety.asft is not None
 
 
 def safety_section(trainer: Any, card: Path) -> None:

@@ -82,7 +82,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         block = safety if safety is not None else in_args
         config = SafetyConfig.parse(block) if block is not None else None
         super().__init__(*args, **kwargs)
-        self._start_safety(config, subspace)
+        self.start_safety(config, subspace)
         self.args._taken = True
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,90 @@
+"""`SafetyPlugin`: hands Axolotl's hooks to trl_safety. No mathematics, and no import of ours before a hook runs."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import BasePlugin
+
+if TYPE_CHECKING:
+    from trl_safety.config import SafetyConfig
+
+
+class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annotations
+    """Validates the `safety:` block with the classes that `SafeSFTTrainer` uses, and has its methods act in Axolotl's trainer."""
+
+    def register(self, cfg: Any) -> None:
+        """Refuse a plugin line without a block: nothing would be protected.
+
+        Raises:
+            ConfigurationError: there is no `safety:` block.
+        """
+        from trl_safety.errors import ConfigurationError
+
+        if not cfg.get("safety"):
+            raise ConfigurationError(
+                "safety is missing: plugins names axolotl_plugin.SafetyPlugin, but nothing would be protected; add a `safety:` block or remove the plugin"
+            )
+
+    def get_input_args(self) -> str:
+        """The class that adds the `safety` key to Axolotl's own schema."""
+        return "axolotl_plugin.args.SafetyPluginArgs"
+
+    def get_trainer_cls(self, cfg: Any) -> Any:
+        """Axolotl's trainer with the safety mixin where a method is part of the loss, else None."""
+        from trl_safety.training.mixin import needs_trainer_class
+
+        return _safe_trainer_class() if needs_trainer_class(safety_of(cfg)) else None
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Check that every method will be able to act, and hook it in.
+
+        Raises:
+            ConfigurationError: another plugin chose the trainer class, so that the loss cannot be changed.
+            AdapterError: the model's adapter cannot be protected.
+            SubspaceError: an adapted layer is not in the subspace.
+        """
+        from trl_safety.errors import ConfigurationError
+        from trl_safety.training.mixin import SafetyMixin, add_correction, needs_trainer_class
+
+        safety = safety_of(cfg)
+        if not needs_trainer_class(safety):
+            add_correction(trainer, safety)
+        elif isinstance(trainer, SafetyMixin):
+            trainer.start_safety(safety, None)
+        else:
+            method = next(iter(safety.methods()))
+            raise ConfigurationError(
+                f"plugins = {list(cfg.get('plugins'))}: another plugin, listed before axolotl_plugin.SafetyPlugin, chose the trainer class "
+                f"{type(trainer).__name__}, in which safety.{method} cannot act; list axolotl_plugin.SafetyPlugin first, or remove one of the two"
+            )
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Axolotl calls this before and after it saves; the correction has acted by then, and the card is the last file it writes."""
+        from trl_safety.training.report import REPORT, add_to_card, read_report
+
+        folder = Path(cfg.get("output_dir"))
+        if int(cfg.get("local_rank") or 0) == 0 and (folder / REPORT).is_file() and (folder / "README.md").is_file():
+            add_to_card(folder / "README.md", read_report(folder))
+
+
+def safety_of(cfg: Any) -> SafetyConfig:
+    """The safety block of an Axolotl configuration, whose `DictDefault` would answer None for every missing key."""
+    from trl_safety.config import SafetyConfig
+
+    block = cfg.get("safety")
+    return SafetyConfig.parse(block.to_dict() if hasattr(block, "to_dict") else block)
+
+
+@cache
+def _safe_trainer_class() -> Any:
+    from axolotl.core.trainers import AxolotlTrainer
+
+    from trl_safety.training.mixin import SafetyMixin
+
+    class SafeAxolotlTrainer(SafetyMixin, AxolotlTrainer):  # type: ignore[misc]
+        """Axolotl's causal trainer with the loss terms of the safety block."""
+
+    return SafeAxolotlTrainer

@@ -1,0 +1,155 @@
+"""Axolotl options beside which a method could not act: refused when the configuration is validated.
+
+`python -m axolotl_plugin.rules` prints the README's table from these rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trl_safety.config import METHODS, SafetyConfig
+from trl_safety.errors import ConfigurationError
+
+CORRECTIONS = ("safe_lora", "csulora")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One refused option.
+
+    Attributes:
+        key: Axolotl's key, or keys.
+        meaning: what its refused values are, for the table.
+        refused: whether a configuration has such a value.
+        reason: why no method can act.
+        remedy: the key to change.
+        methods: which methods it concerns.
+    """
+
+    key: str
+    meaning: str
+    refused: Callable[[Mapping[str, Any]], bool]
+    reason: str
+    remedy: str
+    methods: tuple[str, ...] = METHODS
+
+
+def _on(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda cfg: any(bool(cfg.get(key)) for key in keys)
+
+
+def _above_one(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda cfg: any(int(cfg.get(key) or 1) > 1 for key in keys)
+
+
+REFUSED = (
+    Rule(
+        "adapter",
+        "not lora or qlora (full fine-tuning included)",
+        lambda c: c.get("adapter") not in ("lora", "qlora"),
+        "the methods act on an update ΔW = s·B·A",
+        "set adapter: lora or qlora",
+    ),
+    Rule("peft_use_dora", "true", _on("peft_use_dora"), "DoRA's update is not s·B·A", "remove peft_use_dora"),
+    Rule(
+        "peft_init_lora_weights, loftq",
+        "anything that changes the base weights (pissa, olora, loftq, …)",
+        lambda c: (
+            str(c.get("peft_init_lora_weights") or True).lower() not in ("true", "false", "gaussian", "eva", "orthogonal")
+            or bool((c.get("peft") or {}).get("loftq_config"))
+        ),
+        "part of the aligned weight moves into the adapter",
+        "remove peft_init_lora_weights and peft.loftq_config",
+    ),
+    Rule(
+        "lora_target_parameters",
+        "set",
+        _on("lora_target_parameters"),
+        "fused expert weights have no alignment subspace",
+        "use lora_target_modules",
+    ),
+    Rule(
+        "relora, jagged_restart_steps",
+        "set",
+        _on("relora", "relora_steps", "jagged_restart_steps"),
+        "merges the adapter into the base again and again, so that ΔW is no longer what training changed",
+        "remove relora and its steps",
+    ),
+    Rule(
+        "rl, reward_model, process_reward_model",
+        "set (dpo, kto, grpo, …)",
+        _on("rl", "reward_model", "process_reward_model"),
+        "only supervised fine-tuning has been shown to work",
+        "remove rl / reward_model",
+    ),
+    Rule("fsdp, fsdp_config", "set", _on("fsdp", "fsdp_config"), "shards the LoRA factors, which has not been shown to work", "use DDP"),
+    Rule("deepspeed", "set", _on("deepspeed"), "shards optimizer or parameters, which has not been shown to work", "use DDP"),
+    Rule(
+        "context_parallel_size, tensor_parallel_size, sequence_parallel_degree, expert_parallel_size",
+        "above 1",
+        _above_one("context_parallel_size", "tensor_parallel_size", "sequence_parallel_degree", "expert_parallel_size"),
+        "splits the model or the loss over processes, which has not been shown to work",
+        "set it to 1 and use DDP",
+    ),
+    Rule(
+        "trainer_cls",
+        "set",
+        _on("trainer_cls"),
+        "the penalty is part of the loss of the plugin's own trainer class, which Axolotl prefers in silence",
+        "remove trainer_cls",
+        ("asft",),
+    ),
+    Rule(
+        "save_safetensors",
+        "false",
+        lambda c: c.get("save_safetensors") is False,
+        "no report covers an adapter saved as a pickle",
+        "remove save_safetensors",
+    ),
+)
+
+WORKS = (
+    (
+        "lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel",
+        "they bypass the adapter's modules, on which nothing here hooks: the methods read the factors themselves; not run here, for want of a GPU",
+    ),
+    ("sample_packing, pad_to_sequence_len", "tested"),
+    ("gradient_accumulation_steps, gradient_checkpointing", "tested; λ counts once per optimizer step"),
+    ("load_in_4bit (qlora)", "tested on CPU kernels; V comes from the full-precision pair"),
+    ("several processes (DDP)", "tested with two gloo processes"),
+    ("lora_modules_to_save, unfrozen_parameters", "trained, and listed in the report as covered by no method"),
+)
+
+
+def refuse(cfg: Mapping[str, Any], safety: SafetyConfig) -> None:
+    """Refuse an Axolotl configuration beside which one of the block's methods could not act.
+
+    Raises:
+        ConfigurationError: naming the key, its value, the method, the reason and the remedy.
+    """
+    for rule in REFUSED:
+        concerned = [method for method in safety.methods() if method in rule.methods]
+        if concerned and rule.refused(cfg):
+            values = (
+                ", ".join(f"{key} = {cfg.get(key)!r}" for key in rule.key.split(", ") if cfg.get(key) is not None)
+                or f"{rule.key} is not set"
+            )
+            raise ConfigurationError(f"{values}: {', '.join(concerned)} cannot act, since it {rule.reason}; {rule.remedy}")
+
+
+def table() -> str:
+    """The README's table, in Markdown."""
+    lines = ["| Axolotl key | | " + " | ".join(f"`{method}`" for method in METHODS) + " |", "|---|---|" + "---|" * len(METHODS)]
+    for rule in REFUSED:
+        cells = " | ".join("refused" if method in rule.methods else "works" for method in METHODS)
+        keys = ", ".join(f"`{key}`" for key in rule.key.split(", "))
+        lines.append(f"| {keys}: {rule.meaning} | {rule.reason} | {cells} |")
+    for keys, note in WORKS:
+        lines.append(f"| {keys} | {note} | " + " | ".join("works" for _ in METHODS) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())  # noqa: T201

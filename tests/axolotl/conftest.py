@@ -1,0 +1,121 @@
+"""The real Axolotl, run as a user runs it. Without it these tests are skipped; `make test` installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import tiny
+from trl_safety import AlignmentSubspace
+
+collect_ignore_glob = [] if importlib.util.find_spec("axolotl") else ["test_*.py"]
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pair with a tokenizer and a chat template, data in two formats, and its subspace."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("axolotl")
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] == 'user' and 'w1 ' or 'w2 ' }}{{ m['content'] }} </s> {% endfor %}"
+    for name in ("base", "aligned"):
+        LlamaForCausalLM(
+            LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        ).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = list(tiny.rows(64))
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": row["prompt"] + row["completion"]}) for row in rows))
+    chats = [
+        {"messages": [{"role": "user", "content": row["prompt"].strip()}, {"role": "assistant", "content": row["completion"]}]}
+        for row in rows
+    ]
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(chat) for chat in chats))
+    AlignmentSubspace.from_pair(folder / "base", folder / "aligned", target_modules="all-linear", rank=8, progress=False).save(
+        folder / "S.safetensors"
+    )
+    return folder
+
+
+@pytest.fixture
+def config(world: Path, tmp_path: Path) -> dict[str, Any]:
+    """An ordinary Axolotl configuration for a CPU, with plain SGD so that updates can be compared in size."""
+    return {
+        "base_model": str(world / "aligned"),
+        "datasets": [{"path": str(world / "text.jsonl"), "ds_type": "json", "type": "completion", "field": "text"}],
+        "dataset_prepared_path": str(tmp_path / "prepared"),
+        "output_dir": str(tmp_path / "out"),
+        "adapter": "lora",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "lora_target_modules": TARGETS,
+        "sequence_len": 32,
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "learning_rate": 5.0,
+        "optimizer": "sgd",
+        "lr_scheduler": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "val_set_size": 0,
+        "save_strategy": "no",
+        "special_tokens": {"pad_token": "<pad>"},
+        **CPU,
+    }
+
+
+CPU = {
+    "use_cpu": True,
+    "bf16": False,
+    "fp16": False,
+    "tf32": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+    "lora_mlp_kernel": False,
+}
+
+
+def protect(config: dict[str, Any], world: Path, **methods: Any) -> dict[str, Any]:
+    """The configuration with the plugin line and a safety block."""
+    return {**config, "plugins": ["axolotl_plugin.SafetyPlugin"], "safety": {"subspace": str(world / "S.safetensors"), **methods}}
+
+
+Axolotl = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def axolotl(tmp_path: Path) -> Axolotl:
+    """Write a configuration and run `axolotl COMMAND… FILE ARGUMENTS…` on it."""
+
+    def run(command: str, configuration: dict[str, Any], *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(configuration, sort_keys=False))
+        binaries = Path(sys.executable).parent
+        environment = {
+            **os.environ,
+            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+            "HF_HUB_OFFLINE": "1",
+            "AXOLOTL_DO_NOT_TRACK": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+        }
+        line = [str(binaries / "axolotl"), *command.split(), str(path), *arguments]
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+        assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-3000:]
+        return done
+
+    return run

@@ -1,0 +1,108 @@
+"""`axolotl train` as a subprocess: each method's adapter against the same run through trl_safety."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.axolotl.conftest import Axolotl, protect
+from tests.training.test_corrections import assert_close, updates
+from trl_safety import AlignmentSubspace, asft_penalty
+from trl_safety.config import CsuloraConfig, SafeLoraConfig
+from trl_safety.errors import ReportError
+from trl_safety.training.correction import correct_folder
+from trl_safety.training.mixin import correction_for
+from trl_safety.training.report import verify
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def subspace(world: Path) -> AlignmentSubspace:
+    return AlignmentSubspace.load(world / "S.safetensors")
+
+
+def loaded(world: Path, folder: Path, **kwargs: Any) -> Any:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "aligned"), str(folder), **kwargs)
+
+
+def test_corrections_equal_those_of_the_saved_adapter_and_without_the_plugin_nothing_happens(
+    world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path
+) -> None:
+    axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
+    with pytest.raises(ReportError, match="no method of trl-safety protected it"):
+        verify(tmp_path / "plain")
+    for method, block in {"safe_lora": SafeLoraConfig(threshold=1.0), "csulora": CsuloraConfig()}.items():
+        correct_folder(tmp_path / "plain", tmp_path / f"want-{method}", subspace(world), correction_for(block))
+        options = protect({**config, "output_dir": str(tmp_path / method)}, world, **{method: block.model_dump(exclude_none=True)})
+        axolotl("train", options)
+        assert_close(updates(loaded(world, tmp_path / method)), updates(loaded(world, tmp_path / f"want-{method}")))
+        report = verify(tmp_path / method)
+        assert [m.name for m in report.methods] == [method]
+        assert "A safety method acted" in (tmp_path / method / "README.md").read_text()
+        with pytest.raises(AssertionError):
+            assert_close(updates(loaded(world, tmp_path / "plain")), updates(loaded(world, tmp_path / method)))
+        # Axolotl's own merge writes the corrected update into the base.
+        axolotl("merge-lora", options, f"--lora-model-dir={tmp_path / method}")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / method / "merged")
+        aligned = AutoModelForCausalLM.from_pretrained(world / "aligned")
+        for name, update in updates(loaded(world, tmp_path / method)).items():
+            change = merged.get_submodule(name).weight.double() - aligned.get_submodule(name).weight.double()
+            assert (change - update).norm() <= 1e-3 * update.norm() + 1e-6
+    # A block without the plugin line is ignored by Axolotl, which only `verify` and `axolotl safety train` can tell.
+    unprotected = protect({**config, "output_dir": str(tmp_path / "ignored")}, world, safe_lora={"threshold": 1.0})
+    del unprotected["plugins"]
+    axolotl("train", unprotected)
+    assert tiny.identical(weights(tmp_path / "ignored"), weights(tmp_path / "plain"))
+    with pytest.raises(ReportError):
+        verify(tmp_path / "ignored")
+    assert "Axolotl would ignore" in axolotl("safety train", unprotected, code=1).stderr
+
+
+def test_asft_adds_the_penaltys_gradient(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    """SGD: B is zero at first, so that step 1 is plain SFT's; step 2 differs by −lr·λ·∇penalty at the state after step 1."""
+    config["max_grad_norm"] = 0.0
+    axolotl("train", {**config, "output_dir": str(tmp_path / "one"), "max_steps": 1})
+    axolotl("train", {**config, "output_dir": str(tmp_path / "two"), "max_steps": 2})
+    axolotl("safety train", {**protect({**config, "max_steps": 2}, world, asft={"weight": 0.5}), "plugins": ["safety"]})
+    model = loaded(world, tmp_path / "one", is_trainable=True)
+    asft_penalty(model, subspace(world)).backward()
+    gradients = {name.replace(".default", ""): p.grad for name, p in model.named_parameters() if p.requires_grad}
+    plain, protected = weights(tmp_path / "two"), weights(tmp_path / "out")
+    for name, gradient in gradients.items():
+        assert (protected[name] - plain[name] + 5.0 * 0.5 * gradient).norm() <= 2e-3 * (5.0 * 0.5 * gradient).norm() + 1e-6, name
+    assert "in optimizer steps 1 to 2" in verify(tmp_path / "out").methods[0].summary
+
+
+def test_resuming_ends_where_the_uninterrupted_run_does(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    options = protect(
+        {**config, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}, world, asft={"weight": 0.5}, safe_lora={"threshold": 1.0}
+    )
+    axolotl("train", options)
+    whole = weights(tmp_path / "out")
+    with pytest.raises(ReportError, match="corrections act when training ends"):
+        verify(tmp_path / "out" / "checkpoint-2")
+    axolotl("train", {**options, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")})
+    assert tiny.largest_difference(weights(tmp_path / "out"), whole) < 1e-5
+    assert [m.acted for m in verify(tmp_path / "out").methods] == [True, True]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    options = protect({**config, "gradient_accumulation_steps": 1}, world, asft={"weight": 0.5}, safe_lora={"threshold": 1.0})
+    axolotl("train", {**options, "output_dir": str(tmp_path / "one")})
+    two = {**options, "output_dir": str(tmp_path / "two"), "micro_batch_size": 4, "ddp_backend": "gloo"}
+    axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node=2")
+    assert tiny.largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 1e-4
+    verify(tmp_path / "two")
+
+
+def test_another_plugins_trainer_class_is_said(world: Path, config: dict[str, Any], axolotl: Axolotl) -> None:
+    options = protect(config, world, asft={"weight": 0.5})
+    options["plugins"] = ["tests.axolotl.other_plugin.OtherPlugin", *options["plugins"]]
+    assert "another plugin, listed before" in axolotl("train", options, code=1).stderr
