@@ -29,12 +29,14 @@ test-newest: $(NEWEST)/.installed
 test-axolotl: $(AXOLOTL)/.installed
 	$(AXOLOTL)/bin/python -m pytest -m "not lab"
 
+$(NEWEST)/.installed: EXTRAS := qlora,test
 $(NEWEST)/.installed: constraints/newest.txt
+$(AXOLOTL)/.installed: EXTRAS := qlora,test,axolotl
 $(AXOLOTL)/.installed: constraints/axolotl.txt
 %/.installed: pyproject.toml
 	$(PYTHON) -m venv $*
 	$*/bin/pip install --quiet torch==2.13.0 -c $(filter constraints/%,$^)
-	$*/bin/pip install --quiet --editable ".[qlora,test]" -c $(filter constraints/%,$^)
+	$*/bin/pip install --quiet --editable ".[$(EXTRAS)]" -c $(filter constraints/%,$^)
 	touch $@
 
 clean:

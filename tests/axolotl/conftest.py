@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from peft import get_peft_model
 
 from tests import tiny
 from trl_safety import AlignmentSubspace
 
 collect_ignore_glob = [] if importlib.util.find_spec("axolotl") else ["test_*.py"]
-
-TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +42,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in rows
     ]
     (folder / "train.jsonl").write_text("\n".join(json.dumps(chat) for chat in chats))
+    # Axolotl does not seed the initialisation of LoRA: runs that are to be compared start from one saved adapter.
+    torch.manual_seed(0)
+    config = tiny.lora(base_model_name_or_path=str(folder / "aligned"))
+    get_peft_model(LlamaForCausalLM.from_pretrained(folder / "aligned"), config).save_pretrained(folder / "start")
     AlignmentSubspace.from_pair(folder / "base", folder / "aligned", target_modules="all-linear", rank=8, progress=False).save(
         folder / "S.safetensors"
     )
@@ -57,15 +61,16 @@ def config(world: Path, tmp_path: Path) -> dict[str, Any]:
         "dataset_prepared_path": str(tmp_path / "prepared"),
         "output_dir": str(tmp_path / "out"),
         "adapter": "lora",
+        "lora_model_dir": str(world / "start"),
         "lora_r": 4,
         "lora_alpha": 8,
         "lora_dropout": 0.0,
-        "lora_target_modules": TARGETS,
+        "lora_target_modules": tiny.TARGETS,
         "sequence_len": 32,
         "micro_batch_size": 8,
         "gradient_accumulation_steps": 2,
         "max_steps": 3,
-        "learning_rate": 5.0,
+        "learning_rate": 0.5,
         "optimizer": "sgd",
         "lr_scheduler": "constant",
         "warmup_steps": 0,
