@@ -37,6 +37,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.save_pretrained(folder / name)
     rows = list(tiny.rows(64))
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": row["prompt"] + row["completion"]}) for row in rows))
+    # One row again and again: Axolotl deals rows to two processes in another order than to one.
+    (folder / "same.jsonl").write_text("\n".join(json.dumps({"text": "w3 w4 w5 w6 w7"}) for _ in rows))
     chats = [
         {"messages": [{"role": "user", "content": row["prompt"].strip()}, {"role": "assistant", "content": row["completion"]}]}
         for row in rows

@@ -95,6 +95,7 @@ def test_resuming_ends_where_the_uninterrupted_run_does(world: Path, config: dic
 
 def test_two_processes_equal_one_with_twice_the_batch(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
     options = protect({**config, "gradient_accumulation_steps": 1}, world, asft={"weight": 0.5}, safe_lora={"threshold": 1.0})
+    options["datasets"][0]["path"] = str(world / "same.jsonl")
     # Axolotl gives each of several processes the device of its rank; on a CPU, this puts the model where there is memory.
     options["max_memory"] = {"cpu": "8GiB"}
     axolotl("train", {**options, "output_dir": str(tmp_path / "one")})
