@@ -80,6 +80,16 @@ def test_asft_adds_the_penaltys_gradient(world: Path, config: dict[str, Any], ax
     assert "in optimizer steps 1 to 1" in verify(tmp_path / "out").methods[0].summary
 
 
+def test_qlora_is_corrected_as_its_saved_adapter_is(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    config |= {"adapter": "qlora", "load_in_4bit": True}
+    axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
+    for method, block in {"safe_lora": SafeLoraConfig(layers=4), "csulora": CsuloraConfig(output_rank="original")}.items():
+        correct_folder(tmp_path / "plain", tmp_path / f"want-{method}", subspace(world), correction_for(block))
+        axolotl("train", protect({**config, "output_dir": str(tmp_path / method)}, world, **{method: block.model_dump(exclude_none=True)}))
+        assert_close(updates(loaded(world, tmp_path / method)), updates(loaded(world, tmp_path / f"want-{method}")))
+        assert "up to quantisation" in verify(tmp_path / method).base_check
+
+
 def test_resuming_ends_where_the_uninterrupted_run_does(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
     options = protect(
         {**config, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}, world, asft={"weight": 0.5}, safe_lora={"threshold": 1.0}

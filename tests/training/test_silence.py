@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,10 @@ def test_a_copy_trained_on_without_protection(tmp_path: Path, gqa_subspace: Alig
     assert not read_report(tmp_path / "further").protected
     trainer.save_model(tmp_path / "original")
     verify(tmp_path / "original")
-    torch.save(trainer.model, tmp_path / "model.pt")
+    # Whoever pickles the model pickles this with it.
+    kept = pickle.loads(pickle.dumps(trainer.model._trl_safety_reports))["default"]  # noqa: S301
+    assert kept.current(trainer.model).protected
+    assert not kept.current(copied).protected
 
 
 def test_only_modules_to_save_trained_on(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
