@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_safety import AlignmentSubspace, SafeSFTConfig, SafeSFTTrainer, apply_csulora, apply_safe_lora
 from trl_safety.adapters.lora import lora_modules
-from trl_safety.lab.experiment import shrink_like, update_norm_squared
+from trl_safety.lab.experiment import shrink_like
+from trl_safety.training.factor_groups import update_norm
 
 ASFT_WEIGHTS = (0.01, 1.0)
 CORRECTIONS = {
@@ -90,8 +91,15 @@ def main() -> None:
 
     def add(method: str, seed: int, model: Any, seconds: float) -> None:
         scores = scorer.score(model, tokenizer, folder / "data")
-        norm = sum(update_norm_squared(module) for module in lora_modules(model)) ** 0.5
-        rows.append({"method": method, "seed": seed, **scores, "update_norm": round(norm, 2), "seconds": round(seconds, 2)})
+        rows.append(
+            {
+                "method": method,
+                "seed": seed,
+                **scores,
+                "update_norm": round(update_norm(lora_modules(model)), 2),
+                "seconds": round(seconds, 2),
+            }
+        )
         print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
         if options.output:
             options.output.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

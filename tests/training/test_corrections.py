@@ -154,8 +154,9 @@ def test_correcting_twice_is_refused_everywhere(tmp_path: Path, gqa_subspace: Al
         plain_trainer(tmp_path, base=loaded, peft_config=None, callbacks=[callback("safe_lora", gqa_subspace)]).train()
 
 
-def test_corrected_twice_in_one_process_is_refused(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
-    trainer = tiny.trainer(tmp_path, safety={"safe_lora": {"threshold": 1.0}}, subspace=gqa_subspace)
+@pytest.mark.parametrize("block", [{"safe_lora": {"threshold": 1.0}}, {"csulora": {}}])
+def test_corrected_twice_in_one_process_is_refused(tmp_path: Path, gqa_subspace: AlignmentSubspace, block: Any) -> None:
+    trainer = tiny.trainer(tmp_path, safety=block, subspace=gqa_subspace)
     trainer.train()
     with pytest.raises(AdapterError, match="already"):
         trainer.train()
@@ -338,3 +339,12 @@ def test_verify_sees_changes(tmp_path: Path, gqa_subspace: AlignmentSubspace) ->
         verify(tmp_path / "out")
     with pytest.raises(ReportError, match=r"no method of trl-safety protected it"):
         verify(tiny.DATA / "gqa-adapter")
+
+
+def test_metrics_alone_do_not_move_a_whole_v(tmp_path: Path) -> None:
+    pair = {"base": tiny.DATA / "gqa-base", "aligned": tiny.DATA / "gqa-aligned", "target_modules": "all-linear", "progress": False}
+    trainer = tiny.trainer(tmp_path, safety={"safe_lora": {"threshold": 1.0}}, subspace=AlignmentSubspace.from_pair(**pair, whole=True))
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    assert all("safety/update_norm" in row and "safety/subspace_cosine" not in row for row in logs)
+    assert trainer.safety_report.protected

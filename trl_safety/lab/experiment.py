@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM
 
 from trl_safety import __version__
 from trl_safety.adapters.files import replacing
-from trl_safety.adapters.lora import LoraModule, lora_modules
+from trl_safety.adapters.lora import lora_modules
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.errors import SafetyError
 from trl_safety.lab.pair import complete, load, make_pair, sft
 from trl_safety.lab.world import COMPLIANCE, QUESTIONS, REFUSAL, Row, World
-from trl_safety.linalg.low_rank import product_norm_squared
 from trl_safety.training.csulora import apply_csulora
+from trl_safety.training.factor_groups import update_norm
 from trl_safety.training.report import SafetyReport
 from trl_safety.training.safe_lora import apply_safe_lora
 
@@ -189,13 +189,8 @@ class Lab:
         return model
 
     def _outcome(self, method: str, seed: int, model: Any, seconds: float, extra: float = 0.0, *, control: bool = False) -> Outcome:
-        norm = sum(update_norm_squared(module) for module in lora_modules(model)) ** 0.5 if hasattr(model, "peft_config") else 0.0
+        norm = update_norm(lora_modules(model)) if hasattr(model, "peft_config") else 0.0
         return Outcome(method, control, seed, **self.score(model), update_norm=norm, train_seconds=seconds, extra_seconds=extra)
-
-
-def update_norm_squared(module: LoraModule) -> float:
-    """‖ΔW‖²_F of one layer."""
-    return product_norm_squared(module.B.detach().double(), module.A.detach().double()).item() * module.scaling**2
 
 
 @torch.no_grad()

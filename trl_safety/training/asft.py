@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trl_safety.adapters.lora import lora_modules
@@ -55,15 +56,20 @@ class AsftTerm:
             factor /= steps
         return self.config.weight * factor * self._groups.penalty(self.config.scaled)
 
-    def report(self, measured: dict[str, dict[str, float]], first_step: int, steps: int, start_norm: float) -> MethodReport:
+    def penalty(self) -> float:
+        """The penalty now, without its weight."""
+        with torch.no_grad():
+            return self._groups.penalty(self.config.scaled).item()
+
+    def report(self, first_step: int, steps: int, start_norm: float) -> MethodReport:
         """What the penalty did until now.
 
         Args:
-            measured: per layer, from `FactorGroups.measure`.
             first_step: the steps before it, in a resumed run, were trained without the penalty.
             steps: optimizer steps so far.
             start_norm: ‖ΔW‖ of an adapter that was trained before.
         """
+        measured = self._groups.measure()
         acted = self.config.weight > 0 and first_step == 0 and steps > 0
         if self.config.weight == 0:
             summary = "weight 0: the penalty was measured, nothing was protected"

@@ -101,6 +101,14 @@ class FactorGroups:
         }
 
 
+@torch.no_grad()
+def update_norm(modules: Sequence[LoraModule]) -> float:
+    """‖ΔW‖_F over all layers, with PEFT's scaling."""
+    device = modules[0].B.device
+    squares = [product_norm_squared(m.B.double(), m.A.double()).to(device) * m.scaling**2 for m in modules]
+    return float(torch.stack(squares).sum().clamp(min=0).sqrt())
+
+
 def summarise(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The whole adapter's update norm, mean cosine, and share of the update's energy inside the subspace."""
     squares = {name: row["update_norm"] ** 2 for name, row in measured.items()}

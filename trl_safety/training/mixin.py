@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from trl_safety.adapters.lora import LoraModule, adapter_name, lora_modules, not_covered, unwrap
+from trl_safety.adapters.lora import LoraModule, adapter_config, adapter_name, lora_modules, not_covered, refuse_corrected, unwrap
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.config import CorrectionConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
 from trl_safety.errors import AdapterError, ConfigurationError
@@ -22,7 +22,7 @@ from trl_safety.training.asft import AsftTerm
 from trl_safety.training.compat import trainer_divides_loss
 from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, prepare, refuse_sharded
 from trl_safety.training.csulora import CsuloraCorrection
-from trl_safety.training.factor_groups import FactorGroups, summarise
+from trl_safety.training.factor_groups import FactorGroups, summarise, update_norm
 from trl_safety.training.report import REPORT, MethodReport, SafetyReport, add_to_card, describes, read_report
 from trl_safety.training.report_source import adapter_folder, report_source
 from trl_safety.training.safe_lora import SafeLoraCorrection
@@ -42,9 +42,12 @@ class SafetyState:
         self.prepared: Prepared = prepare(trainer.model, subspace, config.skip_modules)
         self._identities = [_identity(m) for m in self.prepared.modules]
         self._refuse_frozen()
-        operator = (config.asft or config.safe_lora or SafeLoraConfig()).operator
-        self.groups = FactorGroups(self.prepared.covered, self.prepared.subspaces, operator)
-        self.asft = AsftTerm(config.asft, self.groups) if config.asft else None
+        self.groups: FactorGroups | None = None
+        # Metrics alone are not worth a V kept whole in the accelerator's memory.
+        if config.asft or all(layer.whole is None for layer in self.prepared.subspaces.values()):
+            operator = config.asft.operator if config.asft else config.safe_lora.operator if config.safe_lora else "scaled"
+            self.groups = FactorGroups(self.prepared.covered, self.prepared.subspaces, operator)
+        self.asft = AsftTerm(config.asft, self.groups) if config.asft and self.groups else None
         self.first_step = 0
         self.start_norm = 0.0
         self.correction = _correction_callback(config, subspace)
@@ -55,6 +58,7 @@ class SafetyState:
     def check(self, model: Any) -> None:
         """At the start of training, raise where the adapter to be trained is no longer the one that was checked."""
         active = adapter_name(model)
+        refuse_corrected(adapter_config(model, active), f"adapter {active!r}")
         if active != self.prepared.adapter or [_identity(m) for m in lora_modules(model, active)] != self._identities:
             raise AdapterError(
                 "the model's active adapter was changed or replaced after the trainer was made, so that the safety methods would act on the old one: "
@@ -67,7 +71,7 @@ class SafetyState:
         """Note where AsFT starts to act: at the first step, also of a run whose checkpoint it protected from there."""
         step = trainer.state.global_step
         self.first_step = 0 if step == 0 or self._protected_until(checkpoint) == step else step
-        self.start_norm = summarise(self.groups.measure())["update_norm"] if step == 0 else 0.0
+        self.start_norm = update_norm(self.prepared.covered) if step == 0 else 0.0
 
     def _protected_until(self, checkpoint: Path | None) -> int | None:
         folder = adapter_folder(unwrap(self._model), checkpoint, self.prepared.adapter) if checkpoint else None
@@ -87,9 +91,9 @@ class SafetyState:
 
     def metrics(self, trainer: Any) -> dict[str, float]:
         """The `safety/…` entries of a log."""
-        metrics = summarise(self.groups.measure())
+        metrics = summarise(self.groups.measure()) if self.groups else {"update_norm": update_norm(self.prepared.covered)}
         if self.asft:
-            metrics["asft_penalty"] = self.groups.penalty(self.asft.config.scaled).item()
+            metrics["asft_penalty"] = self.asft.penalty()
             counted = trainer.current_gradient_accumulation_steps if self.asft.config.paper_lambda else 1
             metrics["asft_loss"] = metrics["asft_penalty"] * self.asft.config.weight * counted
         return {f"safety/{key}": value for key, value in metrics.items()}
@@ -100,7 +104,7 @@ class SafetyState:
 
     def _asft_report(self, trainer: Any) -> MethodReport:
         assert self.asft is not None  # noqa: S101  # called where asft is on
-        return self.asft.report(self.groups.measure(), self.first_step, trainer.state.global_step, self.start_norm)
+        return self.asft.report(self.first_step, trainer.state.global_step, self.start_norm)
 
     def adopt(self, trainer: Any) -> None:
         """Work with a correction callback that the user gave to the trainer."""
