@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,10 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         from trl_safety.errors import ConfigurationError
 
         if not cfg.get("safety"):
+            close = difflib.get_close_matches("safety", [key for key in cfg if key != "safety"], n=1)
+            meant = f" (did you mean it by {close[0]!r}?)" if close else ""
             raise ConfigurationError(
-                "safety is missing: plugins names axolotl_plugin.SafetyPlugin, but nothing would be protected; add a `safety:` block or remove the plugin"
+                f"safety{meant} is missing: plugins names axolotl_plugin.SafetyPlugin, but nothing would be protected; add a `safety:` block or remove the plugin"
             )
 
     def get_input_args(self) -> str:

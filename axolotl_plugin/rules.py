@@ -136,7 +136,7 @@ def refuse(cfg: Mapping[str, Any], safety: SafetyConfig) -> None:
                 ", ".join(f"{key} = {cfg.get(key)!r}" for key in rule.key.split(", ") if cfg.get(key) is not None)
                 or f"{rule.key} is not set"
             )
-            raise ConfigurationError(f"{values}: {', '.join(concerned)} cannot act, since it {rule.reason}; {rule.remedy}")
+            raise ConfigurationError(f"{values}: {', '.join(concerned)} cannot act: {rule.reason}; {rule.remedy}")
 
 
 def table() -> str:

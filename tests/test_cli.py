@@ -107,6 +107,13 @@ def test_errors_are_one_message_and_leave_nothing(tmp_path: Path, subspace: Path
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_correction_that_changes_nothing_says_so(tmp_path: Path, subspace: Path) -> None:
+    output = run("correct", ADAPTER, "-o", tmp_path / "o", "-s", subspace, "--method", "safe_lora", "--threshold", -1)
+    assert "Warning: safe_lora changed nothing" in output
+    assert "NOT protected" in run("verify", tmp_path / "o", code=1)
+    assert "no such folder" in run("verify", tmp_path / "nowhere", code=1)
+
+
 def test_full_disk_leaves_nothing(tmp_path: Path, subspace: Path) -> None:
     code = (
         "import resource, signal; from trl_safety.cli import app\n"

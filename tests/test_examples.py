@@ -78,7 +78,7 @@ def test_every_method_has_an_example() -> None:
     ("change", "message"),
     [
         (lambda c: c.pop("safety"), "safety is missing"),
-        (lambda c: c.update(saftey=c.pop("safety")), "saftey"),
+        (lambda c: c.update(saftey=c.pop("safety")), "saftey: unknown key, did you mean 'safety'"),
         (lambda c: c.update(use_peft=False), "use_peft = False"),
         (lambda c: c["safety"]["asft"].update(wait=1), "wait = 1: unknown option"),
         (lambda c: c.pop("datasets"), "name the training data"),

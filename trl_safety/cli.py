@@ -151,6 +151,8 @@ def correct(
         )
         _print_report(report)
         typer.echo(f"{output}: written")
+        if not report.methods[-1].acted:
+            typer.secho(f"Warning: {method.value} changed nothing: {report.methods[-1].summary}", fg="yellow", err=True)
 
 
 @app.command()
@@ -248,6 +250,8 @@ def _print_view(view: AdapterView) -> None:
             *shares,
         )
     Console().print(table)
+    if all(layer.inside is None for layer in view.layers):
+        typer.echo("no energies inside, partial and outside: the subspace keeps V whole; build one with --rank to see them")
     if view.corrected_by:
         typer.echo(f"corrected by: {', '.join(view.corrected_by)}")
 

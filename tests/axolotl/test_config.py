@@ -57,7 +57,7 @@ def test_the_block_survives_axolotls_validation(world: Path, config: dict[str, A
 def test_every_rule_refuses_with_the_key_to_change(world: Path, config: dict[str, Any], rule: Any) -> None:
     key = next(key for key in rule.key.split(", ") if key in WRONG)
     options = protect({**config, key: WRONG[key]}, world, asft={})
-    with pytest.raises(Exception, match=r"cannot act, since it|cannot act, since") as caught:
+    with pytest.raises(Exception, match="cannot act: ") as caught:
         validated(options)
     assert key in str(caught.value)
     if set(rule.methods) != set(METHODS):
@@ -72,6 +72,7 @@ def test_every_rule_refuses_with_the_key_to_change(world: Path, config: dict[str
     [
         (lambda c: c.pop("safety"), "nothing would be protected"),
         (lambda c: c.update(safety={}), "nothing would be protected"),
+        (lambda c: c.update(saftey=c.pop("safety")), "did you mean it by 'saftey'"),
         (lambda c: c["safety"].update(asft={"wieght": 1}), "did you mean 'weight'"),
         (lambda c: c["safety"].update(asft=None), "nothing behind it"),
         (lambda c: c["safety"].update(asf={}), "did you mean 'asft'"),

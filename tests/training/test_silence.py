@@ -278,3 +278,14 @@ def test_a_small_merged_adapter_is_another_model(tmp_path: Path, gqa_subspace: A
         tiny.trainer(tmp_path, base=model, safety=ASFT, subspace=gqa_subspace)
     for dtype in (torch.bfloat16, torch.float16):
         tiny.trainer(tmp_path, base=tiny.model().to(dtype).float(), safety=ASFT, subspace=gqa_subspace)
+
+
+@pytest.mark.parametrize("block", [{"safe_lora": {"threshold": 1.0}}, {"csulora": {}}])
+def test_a_users_lora_config_serves_another_run(tmp_path: Path, gqa_subspace: AlignmentSubspace, block: Any) -> None:
+    config = tiny.lora()
+    before = copy.deepcopy(config.to_dict())
+    for _ in range(2):
+        trainer = tiny.trainer(tmp_path, peft_config=config, safety=block, subspace=gqa_subspace)
+        trainer.train()
+        assert trainer.safety_report.protected
+    assert {**config.to_dict(), "base_model_name_or_path": None} == {**before, "base_model_name_or_path": None}

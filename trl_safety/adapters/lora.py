@@ -240,7 +240,7 @@ def _base_check(layers: int, unread: int, verdict: float | None) -> str:
 def _wrong_model(layer: str, difference: float, which: str) -> str:
     return (
         f"layer {layer!r} of the model differs from the aligned model of the subspace by {difference:.1%}: this is {which}. Train the aligned model, or "
-        "build the subspace from the pair that this model belongs to"
+        "build the subspace from the pair that this model belongs to (base first, then aligned)"
     )
 
 

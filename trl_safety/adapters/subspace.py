@@ -434,9 +434,7 @@ def _fit(
 
 def _describe_cut(rank: int | None, tolerance: float | None, whole: bool) -> str:
     if sum((rank is not None, tolerance is not None, whole)) != 1:
-        raise SubspaceError(
-            f"rank = {rank}, tolerance = {tolerance}, whole = {whole}: give exactly one of rank (e.g. 64), tolerance (e.g. 0.001) or whole"
-        )
+        raise SubspaceError("give exactly one of rank (e.g. 64), tolerance (e.g. 0.001) or whole, which says how much of V to keep")
     if rank is not None:
         if rank < 1:
             raise SubspaceError(f"rank = {rank}: must be at least 1")

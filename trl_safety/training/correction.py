@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +179,9 @@ def correct_model(
         [LayerInput(m.name, *working_factors(m.B, m.A), m.scaling, prepared.subspaces[m.name]) for m in prepared.covered]
     )
     model = unwrap(model)
-    config = adapter_config(model, prepared.adapter)
+    # The user's own LoraConfig object, which may serve another run, stays as it is.
+    config = copy.deepcopy(adapter_config(model, prepared.adapter))
+    cast(Any, model).peft_config[prepared.adapter] = config
     ranks = {}
     for module in prepared.modules:
         factors = results[module.name].factors if module.name in results else None
@@ -331,7 +333,7 @@ def _check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mapp
                     f"{name!r} by {to_aligned:.1%}: use the subspace of the model that the adapter was trained on"
                 )
         if stored:
-            return f"weights of {base} match the subspace's aligned model in {len(stored)} of {len(layers)} layers, which were compared"
+            return f"weights of {base} match the subspace's aligned model in all {len(stored)} layers that were compared"
     if base and base == subspace.provenance.aligned:
         return f"{base}, by name the subspace's aligned model"
     return (
@@ -392,7 +394,8 @@ class CorrectionCallback(TrainerCallback):
         self.other_methods = []
         if state.is_world_process_zero:
             own = self.result.methods[-1]
-            logger.log(logging.INFO if own.acted else logging.WARNING, "%s: %s", own.source, own.summary)
+            # At a level that is shown: a correction that erased most of an update is as worth knowing as one that did nothing.
+            logger.warning("%s: %s", own.source, own.summary)
 
     def _others(self) -> list[MethodReport]:
         return [provider() for provider in self.other_methods]

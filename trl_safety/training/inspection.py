@@ -99,7 +99,12 @@ def plot(view: AdapterView, path: Path) -> None:
     shared = common_prefix([layer.layer for layer in layers])
     shares.set_yticklabels([layer.layer.removeprefix(shared) for layer in layers], fontsize=6)
     shares.invert_yaxis()
-    shares.legend(loc="lower right", fontsize=7)
+    if all(layer.inside is None for layer in layers):
+        shares.text(
+            0.5, 0.5, "the subspace keeps V whole:\nno shares; build one with a rank", ha="center", va="center", transform=shares.transAxes
+        )
+    else:
+        shares.legend(loc="lower right", fontsize=7)
     norms.barh(positions, [layer.update_norm for layer in layers], color="#44617b", height=0.8)
     norms.set(xlabel="‖ΔW‖")
     cosines.barh(positions, [layer.cosine for layer in layers], color="#7a6a8e", height=0.8)

@@ -163,6 +163,8 @@ def read_report(folder: str | Path) -> SafetyReport:
         ReportError: there is none (nothing of ours protected the adapter), or it is damaged or of another version.
     """
     path = Path(folder) / REPORT
+    if not Path(folder).is_dir():
+        raise ReportError(f"adapter = {str(folder)!r}: no such folder; give the folder of a saved adapter")
     if not path.is_file():
         raise ReportError(
             f"adapter = {str(folder)!r}: has no {REPORT}, so that no method of trl-safety protected it: train it with SafeSFTTrainer or the "

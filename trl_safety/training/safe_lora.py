@@ -49,7 +49,11 @@ class SafeLoraCorrection(Correction):
     def summary(self, results: Mapping[str, LayerReport]) -> str:
         """How many layers were corrected, and how much of the update is left in them."""
         corrected = [report for report in results.values() if report.action == "corrected"]
-        choice = f"cosine ≤ {self.config.threshold}" if self.config.layers is None else f"the {self.config.layers} smallest cosines"
+        choice = (
+            f"cosine ≤ {self.config.threshold}"
+            if self.config.layers is None
+            else f"the {min(self.config.layers, len(results))} smallest cosines"
+        )
         if not corrected:
             return f"no layer met {choice}: the adapter is as it was trained"
         before = sum(report.measured["update_norm"] ** 2 for report in corrected) ** 0.5

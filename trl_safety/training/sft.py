@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ def run(arguments: Sequence[str]) -> None:
     except ConfigurationError:
         raise
     except ValueError as error:
-        raise ConfigurationError(f"--config: {error}") from error
+        raise ConfigurationError(_explain(str(error), parser)) from error
     if training.safety is None:
         raise ConfigurationError("safety is missing: nothing would protect this run; add a `safety:` block to the YAML, or use `trl sft`")
     if not model.use_peft:
@@ -58,6 +61,16 @@ def run(arguments: Sequence[str]) -> None:
     trainer.save_model(training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def _explain(message: str, parser: Any) -> str:
+    """TRL's complaint, with the unknown keys named and what they may have been meant to be."""
+    if not message.startswith("Unknown arguments"):
+        return f"the arguments were refused: {message}"
+    known = [field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind)]
+    keys = re.findall(r"'--([^']+)'", message)
+    guesses = [(key, difflib.get_close_matches(key, known, n=1)) for key in keys]
+    return "--config: " + "; ".join(f"{key}: unknown key" + (f", did you mean {close[0]!r}?" if close else "") for key, close in guesses)
 
 
 def _datasets(script: Any, mixture: Any) -> Any:
