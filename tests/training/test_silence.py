@@ -215,7 +215,7 @@ def test_the_arguments_in_a_plain_trainer_are_an_error(tmp_path: Path) -> None:
 def test_a_diverged_run_goes_on_as_without_us(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
     trainer = tiny.trainer(tmp_path, safety=ASFT, subspace=gqa_subspace)
     with torch.no_grad():
-        next(m for m in trainer._safety.modules()).B.fill_(float("nan"))
+        next(m for m in trainer._safety.prepared.covered).B.fill_(float("nan"))
     trainer.train()
     assert trainer.state.log_history[-1]["safety/update_norm"] != trainer.state.log_history[-1]["safety/update_norm"]
 

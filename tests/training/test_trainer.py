@@ -161,7 +161,7 @@ def test_metrics_are_in_every_log_and_true(tmp_path: Path, gqa_subspace: Alignme
     last = history[-1]
     assert last["safety/asft_penalty"] == pytest.approx(asft_penalty(trainer.model, gqa_subspace).item(), rel=1e-5)
     total = inside = 0.0
-    for module in trainer._safety.modules():
+    for module in trainer._safety.prepared.covered:
         U = gqa_subspace.layers[module.name].left.double()
         update = module.scaling * module.B.detach().double() @ module.A.detach().double()
         total, inside = total + update.square().sum().item(), inside + (U.T @ update).square().sum().item()

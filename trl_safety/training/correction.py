@@ -95,16 +95,17 @@ class Correction(ABC):
     def summary(self, results: Mapping[str, LayerReport]) -> str:
         """One sentence on what was done."""
 
-    def report(self, results: Mapping[str, LayerReport], summary: str | None = None) -> MethodReport:
+    def report(self, results: Mapping[str, LayerResult], summary: str | None = None) -> MethodReport:
         """The method's part of the safety report."""
+        layers = {name: result.report for name, result in results.items()}
         return MethodReport(
             name=self.name,
             source=SOURCES[self.name],
             reconstruction=self.reconstruction,
             settings=self.config.model_dump(),
-            acted=any(result.action == "corrected" for result in results.values()),
-            summary=summary or self.summary(results),
-            layers=dict(results),
+            acted=any(layer.action == "corrected" for layer in layers.values()),
+            summary=summary or self.summary(layers),
+            layers=layers,
         )
 
 
@@ -182,7 +183,7 @@ def correct_model(
     # The user's own LoraConfig object, which may serve another run, stays as it is.
     config = copy.deepcopy(adapter_config(model, prepared.adapter))
     cast(Any, model).peft_config[prepared.adapter] = config
-    ranks = {}
+    reshaped = False
     for module in prepared.modules:
         factors = results[module.name].factors if module.name in results else None
         if factors is None:
@@ -193,11 +194,10 @@ def correct_model(
             module.A.copy_(A)
         else:
             module.replace(B, A)
-            ranks[module.name] = A.shape[0]
+            reshaped = True
     scalings = {module.name: (int(module.A.shape[0]), module.scaling) for module in prepared.modules}
-    _update_config(config, correction, results, scalings if ranks else {})
-    own = correction.report({name: r.report for name, r in results.items()})
-    report = prepared.report(subspace, [*others, own], final=True)
+    _update_config(config, correction, results, scalings if reshaped else {})
+    report = prepared.report(subspace, [*others, correction.report(results)], final=True)
     report_source(model, prepared.adapter).freeze(model, report)
     return report
 
@@ -273,7 +273,7 @@ def correct_folder(
     earlier = read_report(adapter) if (Path(adapter) / REPORT).is_file() else None
     # A report that is not of this adapter, as it is now, says nothing about it.
     carried = earlier.methods if earlier and describes(earlier, Path(adapter)) else []
-    methods = [method for method in carried if method.acted] + [correction.report({name: r.report for name, r in results.items()})]
+    methods = [method for method in carried if method.acted] + [correction.report(results)]
     report = SafetyReport(
         stage="final",
         protected=any(method.acted for method in methods),
@@ -293,7 +293,7 @@ def correct_folder(
         setting="output",
         replace=replace,
         report=lambda written: {
-            REPORT: report.model_copy(update=fingerprints(written)).model_dump_json(indent=2) + "\n",
+            REPORT: report.model_copy(update=fingerprints(written)).text(),
             "README.md": with_section(text, report),
         },
     )

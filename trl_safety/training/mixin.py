@@ -118,10 +118,6 @@ class SafetyState:
         if self.correction and self.asft:
             self.correction.other_methods = [lambda: self._asft_report(trainer)]
 
-    def modules(self) -> list[LoraModule]:
-        """The layers that the methods act on."""
-        return self.prepared.covered
-
 
 def _identity(module: LoraModule) -> tuple[object, ...]:
     return module.name, id(module.layer), module.adapter, module.A.shape, module.scaling

@@ -79,6 +79,10 @@ class SafetyReport(BaseModel):
     config_sha256: str | None = None
     """Of the options in `adapter_config.json` that decide what the weights mean."""
 
+    def text(self) -> str:
+        """The content of `safety_report.json`."""
+        return self.model_dump_json(indent=2) + "\n"
+
     def card_section(self) -> str:
         """The section for the adapter's model card, in Markdown."""
         state = "A safety method acted on this adapter" if self.protected else "This adapter is NOT protected"
@@ -115,7 +119,7 @@ def write_report(folder: Path, report: SafetyReport) -> None:
         raise ReportError(f"{str(folder)!r} holds no {WEIGHTS}: save the adapter with safe_serialization=True, pickles are not supported")
     report = report.model_copy(update=fingerprints(folder))
     with replacing(folder / REPORT, error=ReportError, setting="output folder") as temporary:
-        temporary.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(report.text(), encoding="utf-8")
     add_to_card(folder / "README.md", report)
 
 
