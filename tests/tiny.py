@@ -81,7 +81,11 @@ def trainer(
     """A trainer on 32 rows; keyword arguments that are no trainer arguments of ours go to `arguments`."""
     from trl_safety import SafeSFTTrainer
 
-    own = {key: kwargs.pop(key) for key in ("safety", "subspace", "callbacks", "eval_dataset", "quantization_config") if key in kwargs}
+    own = {
+        key: kwargs.pop(key)
+        for key in ("safety", "subspace", "reference_dataset", "callbacks", "eval_dataset", "quantization_config")
+        if key in kwargs
+    }
     torch.manual_seed(0)
     return (cls or SafeSFTTrainer)(
         model=base if base is not None else model(),

@@ -64,6 +64,62 @@ class AsftConfig(Options):
     """Count λ once per micro-batch as the authors' code does, so that it grows with gradient accumulation."""
 
 
+class DualSelectConfig(Options):
+    """DualSelect (arXiv 2606.09866): references and samples chosen by their gradients, and the reference gradient as a correction."""
+
+    reference_dataset: str | dict[str, Any] | None = None
+    """The pool of safety references: a local file (.jsonl, .json, .csv, .parquet), a dataset folder or a Hub id; in Axolotl also an
+    entry as under `datasets`. Rows with a prompt and no answer are held to the starting model's distribution by KL."""
+    warmup_steps: Annotated[int, Field(ge=1)] = 10
+    """n₀: plain optimizer steps before the first refresh, whose gradients are the first task direction."""
+    refresh_steps: Annotated[int, Field(ge=1)] | None = None
+    """Score the pool again every so many optimizer steps; null: after the warm-up and then once an epoch."""
+    selection: Literal["hard", "soft"] = "hard"
+    """'hard' keeps samples with weight 1, 'soft' weights them by softmin(score / T)."""
+    keep: Annotated[int, Field(ge=1)] | None = None
+    """K: samples kept of each per-device batch. Default 4. Of a batch that is not full, the same share."""
+    keep_tokens: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Instead of `keep`: the share of each batch's supervised tokens that is kept at most (the paper: 0.9)."""
+    references: Annotated[int, Field(ge=1)] | None = None
+    """K_ref: references chosen at each refresh. Default 32."""
+    reference_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Instead of `references`: the share of the pool, rounded up (the paper: 0.1)."""
+    rho: Annotated[float, Field(ge=0)] = 0.2
+    """ρ: weight of the reference gradient in each update. 0 selects samples and corrects nothing."""
+    mu_task: Annotated[float, Field(ge=0)] = 1.0
+    """μ of the samples' scores."""
+    mu_reference: Annotated[float, Field(ge=0)] = 1.0
+    """μ of the references' scores."""
+    nu: Annotated[float, Field(ge=0)] = 1.0
+    """ν: weight of the gradients' conflict in both scores."""
+    task_temperature: Annotated[float, Field(gt=0)] = 0.1
+    """T of the soft weights of samples."""
+    reference_temperature: Annotated[float, Field(gt=0)] = 0.1
+    """T of the soft weights of references."""
+    reference_gradient: Literal["cached", "fresh"] = "cached"
+    """'cached': the mean gradient at the last refresh (authors). 'fresh': that of a batch of the chosen references in every step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        if data.get("keep") is None and data.get("keep_tokens") is None:
+            data["keep"] = 4
+        if data.get("references") is None and data.get("reference_share") is None:
+            data["references"] = 32
+        return data
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> DualSelectConfig:
+        if (self.keep is None) == (self.keep_tokens is None):
+            raise ValueError("give either keep (e.g. 4) or keep_tokens (e.g. 0.9), not both")
+        if (self.references is None) == (self.reference_share is None):
+            raise ValueError("give either references (e.g. 32) or reference_share (e.g. 0.1), not both")
+        return self
+
+
 class CorrectionConfig(Options):
     """What all corrections of a trained adapter share."""
 
@@ -121,6 +177,7 @@ class SafetyConfig(Options):
     """A subspace file made by `trl-safety subspace`, a Hub id, or a {base, aligned, rank} pair to build it from."""
     skip_modules: list[str] = Field(default_factory=list)
     """Adapted modules (name or its ending) that every method leaves alone. The report lists them. No entry may match nothing."""
+    dual_select: DualSelectConfig | None = None
     asft: AsftConfig | None = None
     safe_lora: SafeLoraConfig | None = None
     csulora: CsuloraConfig | None = None
@@ -139,7 +196,15 @@ class SafetyConfig(Options):
             raise ValueError(f"names no method, so that nothing would be protected: add one of {', '.join(METHODS)}")
         if self.safe_lora and self.csulora:
             raise ValueError("safe_lora and csulora both rewrite the trained adapter: keep one of them")
+        if not self.needs_subspace():
+            ignored = [name for name in ("subspace", "skip_modules") if getattr(self, name)]
+            if ignored:
+                raise ValueError(f"{ignored[0]} = {getattr(self, ignored[0])!r} is used by none of {', '.join(self.methods())}: remove it")
         return self
+
+    def needs_subspace(self) -> bool:
+        """Whether a method of the block reads an alignment subspace."""
+        return any(name in NEED_SUBSPACE for name in self.methods())
 
     def methods(self) -> dict[str, Options]:
         """The methods that are on, by name, in the order in which they act."""
@@ -168,7 +233,8 @@ class SafetyConfig(Options):
         return validate(cls, source, "safety")
 
 
-METHODS = ("asft", "safe_lora", "csulora")
+METHODS = ("dual_select", "asft", "safe_lora", "csulora")
+NEED_SUBSPACE = ("asft", "safe_lora", "csulora")
 T = TypeVar("T", bound=Options)
 
 

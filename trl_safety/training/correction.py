@@ -129,9 +129,9 @@ class Prepared:
     @property
     def covered(self) -> list[LoraModule]:
         """The modules that the methods act on."""
-        return [module for module in self.modules if module.name in self.subspaces]
+        return [module for module in self.modules if module.name not in self.skipped]
 
-    def report(self, subspace: AlignmentSubspace, methods: list[MethodReport], *, final: bool) -> SafetyReport:
+    def report(self, subspace: AlignmentSubspace | None, methods: list[MethodReport], *, final: bool) -> SafetyReport:
         """The adapter's safety report."""
         return SafetyReport(
             stage="final" if final else "training",
@@ -145,8 +145,10 @@ class Prepared:
         )
 
 
-def prepare(model: nn.Module, subspace: AlignmentSubspace, skip_modules: Iterable[str] = (), adapter: str | None = None) -> Prepared:
+def prepare(model: nn.Module, subspace: AlignmentSubspace | None, skip_modules: Iterable[str] = (), adapter: str | None = None) -> Prepared:
     """Check that the methods will be able to act on a model's adapter.
+
+    Without a subspace there is nothing to compare the base model with, and every adapted layer is covered.
 
     Raises:
         AdapterError: no adapter, an unsupported kind, one that was corrected before, or a base that is not the aligned model.
@@ -157,14 +159,14 @@ def prepare(model: nn.Module, subspace: AlignmentSubspace, skip_modules: Iterabl
     modules = lora_modules(model, adapter)
     config = adapter_config(model, adapter)
     refuse_corrected(config, f"adapter {adapter!r}")
-    subspaces = subspace.for_modules([module.name for module in modules], skip_modules)
-    base_check = verify_base(modules, subspaces)
-    covered = [module for module in modules if module.name in subspaces]
+    subspaces = subspace.for_modules([module.name for module in modules], skip_modules) if subspace else {}
+    base_check = verify_base(modules, subspaces) if subspace else f"{NOT_VERIFIED}: no method of the run needs the aligned model's weights"
+    covered = [module for module in modules if subspace is None or module.name in subspaces]
     return Prepared(
         adapter=adapter,
         modules=modules,
         subspaces=subspaces,
-        skipped={module.name: f"skip_modules: {is_named(module.name, skip_modules)}" for module in modules if module.name not in subspaces},
+        skipped={module.name: f"skip_modules: {is_named(module.name, skip_modules)}" for module in modules if module not in covered},
         base_check=base_check,
         base_model=config.base_model_name_or_path or getattr(getattr(unwrap(model), "config", None), "name_or_path", None),
         outside=not_covered(model, covered),
@@ -352,7 +354,7 @@ class CorrectionCallback(TrainerCallback):
         self.subspace = subspace if isinstance(subspace, AlignmentSubspace) else AlignmentSubspace.from_pretrained(subspace)
         self.correction = correction
         self.skip_modules = tuple(skip_modules)
-        self.other_methods: list[Callable[[], MethodReport]] = []
+        self.other_methods: Callable[[], list[MethodReport]] = list
         self._adapter = ""
         self.result: SafetyReport | None = None
 
@@ -391,14 +393,14 @@ class CorrectionCallback(TrainerCallback):
         """Correct in memory the adapter that was checked at the start."""
         prepared = prepare(model, self.subspace, self.skip_modules, self._adapter)
         self.result = correct_model(model, self.subspace, self.correction, prepared, self._others())
-        self.other_methods = []
+        self.other_methods = list
         if state.is_world_process_zero:
             own = self.result.methods[-1]
             # At a level that is shown: a correction that erased most of an update is as worth knowing as one that did nothing.
             logger.warning("%s: %s", own.source, own.summary)
 
     def _others(self) -> list[MethodReport]:
-        return [provider() for provider in self.other_methods]
+        return self.other_methods()
 
 
 def refuse_sharded(args: Any) -> None:

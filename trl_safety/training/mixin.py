@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from trl_safety.adapters.lora import LoraModule, adapter_config, adapter_name, lora_modules, not_covered, refuse_corrected, unwrap
 from trl_safety.adapters.subspace import AlignmentSubspace
@@ -22,6 +24,7 @@ from trl_safety.training.asft import AsftTerm
 from trl_safety.training.compat import trainer_divides_loss
 from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, prepare, refuse_sharded
 from trl_safety.training.csulora import CsuloraCorrection
+from trl_safety.training.dual_select import ROW, DualSelect, RowCollator, with_rows
 from trl_safety.training.factor_groups import FactorGroups, summarise, update_norm
 from trl_safety.training.report import REPORT, MethodReport, SafetyReport, add_to_card, describes, read_report
 from trl_safety.training.report_source import adapter_folder, report_source
@@ -32,10 +35,18 @@ logger = logging.getLogger(__name__)
 BUILT_SUBSPACE = Path("safety") / "built_subspace.safetensors"
 
 
+@dataclass(frozen=True)
+class References:
+    """DualSelect's pool, tokenised as the training data is; `kl` where it is prompts without an answer."""
+
+    rows: Dataset
+    kl: bool
+
+
 class SafetyState:
     """What one protected run holds: the adapter as it was checked, the loss term and the correction."""
 
-    def __init__(self, trainer: Any, config: SafetyConfig, subspace: AlignmentSubspace) -> None:
+    def __init__(self, trainer: Any, config: SafetyConfig, subspace: AlignmentSubspace | None, references: References | None) -> None:
         self.config = config
         self.subspace = subspace
         self._model = trainer.model
@@ -44,10 +55,13 @@ class SafetyState:
         self._refuse_frozen()
         self.groups: FactorGroups | None = None
         # Metrics alone are not worth a V kept whole in the accelerator's memory.
-        if config.asft or all(layer.whole is None for layer in self.prepared.subspaces.values()):
+        if config.asft or (subspace and all(layer.whole is None for layer in self.prepared.subspaces.values())):
             operator = config.asft.operator if config.asft else config.safe_lora.operator if config.safe_lora else "scaled"
             self.groups = FactorGroups(self.prepared.covered, self.prepared.subspaces, operator)
         self.asft = AsftTerm(config.asft, self.groups) if config.asft and self.groups else None
+        self.dual_select: DualSelect | None = None
+        if config.dual_select and references:
+            self.dual_select = DualSelect(config.dual_select, trainer, self.prepared.modules, references.rows, kl=references.kl)
         self.first_step = 0
         self.start_norm = 0.0
         self.correction = _correction_callback(config, subspace)
@@ -72,6 +86,8 @@ class SafetyState:
         step = trainer.state.global_step
         self.first_step = 0 if step == 0 or self._protected_until(checkpoint) == step else step
         self.start_norm = update_norm(self.prepared.covered) if step == 0 else 0.0
+        if self.dual_select:
+            self.dual_select.begin(checkpoint)
 
     def _protected_until(self, checkpoint: Path | None) -> int | None:
         folder = adapter_folder(unwrap(self._model), checkpoint, self.prepared.adapter) if checkpoint else None
@@ -96,15 +112,24 @@ class SafetyState:
             metrics["asft_penalty"] = self.asft.penalty()
             counted = trainer.current_gradient_accumulation_steps if self.asft.config.paper_lambda else 1
             metrics["asft_loss"] = metrics["asft_penalty"] * self.asft.config.weight * counted
+        if self.dual_select:
+            metrics |= self.dual_select.metrics()
         return {f"safety/{key}": value for key, value in metrics.items()}
+
+    @property
+    def acts_in_training(self) -> bool:
+        """Whether a method is part of the loss or of the gradient."""
+        return self.asft is not None or self.dual_select is not None
 
     def report(self, trainer: Any, *, final: bool) -> SafetyReport:
         """The report of the adapter as it is now, for a run without a correction."""
-        return self.prepared.report(self.subspace, [self._asft_report(trainer)], final=final)
+        return self.prepared.report(self.subspace, self._reports(trainer), final=final)
 
-    def _asft_report(self, trainer: Any) -> MethodReport:
-        assert self.asft is not None  # noqa: S101  # called where asft is on
-        return self.asft.report(self.first_step, trainer.state.global_step, self.start_norm)
+    def _reports(self, trainer: Any) -> list[MethodReport]:
+        """Of the methods that act while training."""
+        steps = trainer.state.global_step
+        reports = [self.dual_select.report(steps)] if self.dual_select else []
+        return reports + ([self.asft.report(self.first_step, steps, self.start_norm)] if self.asft else [])
 
     def adopt(self, trainer: Any) -> None:
         """Work with a correction callback that the user gave to the trainer."""
@@ -115,8 +140,8 @@ class SafetyState:
             )
         if given:
             self.correction = given[0]
-        if self.correction and self.asft:
-            self.correction.other_methods = [lambda: self._asft_report(trainer)]
+        if self.correction and self.acts_in_training:
+            self.correction.other_methods = lambda: self._reports(trainer)
 
 
 def _identity(module: LoraModule) -> tuple[object, ...]:
@@ -136,7 +161,10 @@ class SafetyMixin:
     _began = False
 
     def start_safety(
-        self, safety: SafetyConfig | Mapping[str, Any] | str | Path | None, subspace: AlignmentSubspace | str | Path | None
+        self,
+        safety: SafetyConfig | Mapping[str, Any] | str | Path | None,
+        subspace: AlignmentSubspace | str | Path | None,
+        references: References | None = None,
     ) -> None:
         """Check and set up everything; called once the model has its adapter."""
         trainer: Any = self
@@ -146,7 +174,13 @@ class SafetyMixin:
             return
         config = SafetyConfig.parse(safety)
         refuse_sharded(trainer.args)
-        self._safety = SafetyState(trainer, config, _subspace(trainer, config, subspace))
+        if config.dual_select:
+            if references is None:
+                raise ConfigurationError(
+                    "dual_select.reference_dataset is missing: name the pool of safety references there, or give reference_dataset to SafeSFTTrainer"
+                )
+            _number_rows(trainer)
+        self._safety = SafetyState(trainer, config, _subspace(trainer, config, subspace), references)
         trainer.add_callback(_Start(self))
         if config.safe_lora or config.csulora:
             trainer.add_callback(self._safety.correction)
@@ -154,8 +188,11 @@ class SafetyMixin:
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The parent's loss, plus the loss terms of the methods while training."""
         parent: Any = super()
-        result = parent.compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         trainer: Any = self
+        if self._safety is not None and self._safety.dual_select is not None and trainer.model.training:
+            result = self._selected_loss(parent.compute_loss, model, inputs, return_outputs, num_items_in_batch)
+        else:
+            result = parent.compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         if self._safety is None or self._safety.asft is None or not trainer.model.training or self._safety.asft.config.weight == 0:
             return result
         term = self._safety.asft.loss(trainer, num_items_in_batch)
@@ -164,8 +201,24 @@ class SafetyMixin:
             self._combined_loss = loss.detach()
         return (loss, result[1]) if return_outputs else loss
 
+    def _selected_loss(self, compute_loss: Any, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Tensor:
+        """DualSelect's loss of one batch, scaled as `training_step` and the log expect it."""
+        trainer: Any = self
+        if return_outputs:
+            raise ConfigurationError(
+                "return_outputs = True while training: dual_select needs the loss alone; the trainer is one that it does not know"
+            )
+        assert self._safety is not None  # noqa: S101  # called where it is
+        assert self._safety.dual_select is not None  # noqa: S101
+
+        def own(model: Any, inputs: Any) -> Any:
+            return compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None)
+
+        loss = self._safety.dual_select.loss(model, inputs, own)
+        return loss if trainer_divides_loss(trainer, num_items_in_batch) else loss / trainer.current_gradient_accumulation_steps
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """The parent's step; in the first accumulated one, a check that it scaled the loss as the penalty's weight assumes."""
+        """The parent's step, with DualSelect's gradient after the last accumulated one; in the first accumulated one, a check that it scaled the loss as the penalty's weight assumes."""
         parent: Any = super()
         result = parent.training_step(model, inputs, num_items_in_batch)
         trainer: Any = self
@@ -177,10 +230,12 @@ class SafetyMixin:
                     "that trl-safety does not know, so that asft.weight would not be what it says; use gradient_accumulation_steps=1"
                 )
             self._combined_loss, self._scaling_checked = None, True
+        if self._safety is not None and self._safety.dual_select is not None and trainer.accelerator.sync_gradients:
+            self._safety.dual_select.finish_step()
         return result
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The parent's training. However it ends, a report of AsFT stays with the adapter as it was then."""
+        """The parent's training. However it ends, a report of the methods that acted stays with the adapter as it was then."""
         parent: Any = super()
         trainer: Any = self
         if self._safety is None:
@@ -192,7 +247,9 @@ class SafetyMixin:
             ended = True
         finally:
             safety = self._safety
-            if safety.asft and safety.correction is None and self._began:
+            if safety.dual_select and self._began:
+                safety.dual_select.finish(ended=ended)
+            if safety.acts_in_training and safety.correction is None and self._began:
                 report_source(trainer.model, safety.prepared.adapter).freeze(trainer.model, safety.report(trainer, final=ended))
             self._began = False
         return result
@@ -233,6 +290,11 @@ class _Start(TrainerCallback):
         if safety.correction is None:
             report_source(trainer.model, safety.prepared.adapter).live(lambda: safety.report(trainer, final=False))
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        safety = self._trainer._safety
+        if safety.dual_select:
+            safety.dual_select.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
 
 def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
     """Give any Transformers `Trainer` the correction of a safety block that needs nothing while training.
@@ -243,7 +305,8 @@ def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
         SubspaceError: an adapted layer is not in the subspace.
     """
     refuse_sharded(trainer.args)
-    callback = _correction_callback(safety, _subspace(trainer, safety, None))
+    subspace = _subspace(trainer, safety, None)
+    callback = _correction_callback(safety, subspace)
     if callback is None or needs_trainer_class(safety):
         raise ConfigurationError(f"safety.{next(iter(safety.methods()))}: acts while training and needs a trainer class of its own")
     callback.prepare(trainer.model)
@@ -252,8 +315,8 @@ def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
 
 
 def needs_trainer_class(safety: SafetyConfig) -> bool:
-    """Whether a method of the block is part of the loss, which no callback can change."""
-    return safety.asft is not None
+    """Whether a method of the block is part of the loss or the gradient, which no callback can change."""
+    return safety.asft is not None or safety.dual_select is not None
 
 
 def safety_section(trainer: Any, card: Path) -> None:
@@ -272,6 +335,14 @@ def correction_for(config: CorrectionConfig) -> Correction:
     raise ConfigurationError(f"{type(config).__name__} is no correction of a trained adapter")
 
 
+def _number_rows(trainer: Any) -> None:
+    """Have the batches say which rows of the training data they hold."""
+    trainer.train_dataset = with_rows(trainer.train_dataset, "train_dataset")
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns.append(ROW)
+    trainer.data_collator = RowCollator(trainer.data_collator)
+
+
 def _checkpoint(trainer: Any, resume_from_checkpoint: Any) -> Path | None:
     """The checkpoint that `train` will resume from."""
     if not resume_from_checkpoint:
@@ -282,12 +353,18 @@ def _checkpoint(trainer: Any, resume_from_checkpoint: Any) -> Path | None:
     return Path(resume_from_checkpoint)
 
 
-def _correction_callback(config: SafetyConfig, subspace: AlignmentSubspace) -> CorrectionCallback | None:
+def _correction_callback(config: SafetyConfig, subspace: AlignmentSubspace | None) -> CorrectionCallback | None:
     chosen = config.safe_lora or config.csulora
+    if subspace is None:
+        return None
     return CorrectionCallback(subspace, correction_for(chosen), config.skip_modules) if chosen else None
 
 
-def _subspace(trainer: Any, config: SafetyConfig, given: AlignmentSubspace | str | Path | None) -> AlignmentSubspace:
+def _subspace(trainer: Any, config: SafetyConfig, given: AlignmentSubspace | str | Path | None) -> AlignmentSubspace | None:
+    if not config.needs_subspace():
+        if given is not None:
+            raise ConfigurationError(f"subspace is given but {', '.join(config.methods())} uses none: remove it")
+        return None
     if given is not None and config.subspace is not None:
         raise ConfigurationError(f"safety.subspace = {config.subspace!r}: a subspace is also given as an argument; keep one of them")
     source = given if given is not None else config.subspace

@@ -25,6 +25,7 @@ MEANINGLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "pef
 CARD_START, CARD_END = "<!-- trl-safety -->", "<!-- /trl-safety -->"
 
 SOURCES = {
+    "dual_select": "DualSelect, arXiv 2606.09866",
     "asft": "AsFT, arXiv 2506.08473",
     "safe_lora": "Safe LoRA, arXiv 2405.16833",
     "csulora": "CSULoRA, arXiv 2605.30640 (reconstruction: its formula is not public)",
@@ -36,7 +37,7 @@ class LayerReport(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    action: Literal["penalised", "corrected", "left_alone"]
+    action: Literal["steered", "penalised", "corrected", "left_alone"]
     reason: str | None = None
     measured: dict[str, float] = Field(default_factory=dict)
 
@@ -70,7 +71,8 @@ class SafetyReport(BaseModel):
     protected: bool
     base_model: str | None
     base_check: str
-    subspace: dict[str, Any]
+    subspace: dict[str, Any] | None
+    """None where no method reads an alignment subspace."""
     methods: list[MethodReport]
     skipped: dict[str, str] = Field(default_factory=dict)
     not_covered: list[str] = Field(default_factory=list)
@@ -93,7 +95,8 @@ class SafetyReport(BaseModel):
             f"**{state}** (trl-safety {self.trl_safety}, stage: {self.stage}). That is no proof of safety: evaluate it.",
         ]
         lines += [f"- {method.source}: {method.summary}" for method in self.methods]
-        lines.append(f"- Alignment subspace: `{self.subspace['base']}` → `{self.subspace['aligned']}`, {self.subspace['cut']}")
+        if self.subspace is not None:
+            lines.append(f"- Alignment subspace: `{self.subspace['base']}` → `{self.subspace['aligned']}`, {self.subspace['cut']}")
         lines.append(f"- Base model: {self.base_check}")
         if self.skipped:
             lines.append(f"- Left alone on request: {', '.join(self.skipped)}")
@@ -103,8 +106,10 @@ class SafetyReport(BaseModel):
         return "\n".join(lines)
 
 
-def describe_subspace(subspace: AlignmentSubspace) -> dict[str, Any]:
+def describe_subspace(subspace: AlignmentSubspace | None) -> dict[str, Any] | None:
     """A subspace's provenance as the report carries it."""
+    if subspace is None:
+        return None
     return {**asdict(subspace.provenance), "identity": subspace.identity, "layers": len(subspace.layers)}
 
 

@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.config import SafetyConfig
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.mixin import SafetyMixin, safety_section
+from trl_safety.training.dual_select import load_references, prompts_only, tokenised_prompts, with_rows
+from trl_safety.training.mixin import References, SafetyMixin, safety_section
+
+TRAIN_DATASET = 3
+"""Position of `train_dataset` among SFTTrainer's arguments."""
 
 
 @dataclass
@@ -58,6 +63,8 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
     Args:
         *args: as in `SFTTrainer`.
         safety: the safety block: a `SafetyConfig`, a mapping, or the path of a YAML file. Or `args.safety`.
+        reference_dataset: DualSelect's pool of safety references, in any format that `train_dataset` takes, or prompts alone; in
+            place of the block's `dual_select.reference_dataset`.
         subspace: an `AlignmentSubspace` (or its file or Hub id), in place of the block's `subspace`.
         **kwargs: as in `SFTTrainer`.
 
@@ -72,6 +79,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         *args: Any,
         safety: SafetyConfig | Mapping[str, Any] | str | Path | None = None,
         subspace: AlignmentSubspace | str | Path | None = None,
+        reference_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
         training_args = kwargs.get("args", args[1] if len(args) > 1 else None)
@@ -81,11 +89,62 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         # Validated before the parent loads a model and tokenises a dataset.
         block = safety if safety is not None else in_args
         config = SafetyConfig.parse(block) if block is not None else None
+        references = self._references(config, reference_dataset)
+        if references is not None:
+            args, kwargs = _numbered(args, kwargs)
         super().__init__(*args, **kwargs)
-        self.start_safety(config, subspace)
+        self.start_safety(config, subspace, self._prepared(references, kwargs.get("formatting_func")))
         self.args._taken = True
+
+    @staticmethod
+    def _references(config: SafetyConfig | None, given: Dataset | None) -> Dataset | None:
+        """The pool, read before the parent loads a model."""
+        options = config.dual_select if config else None
+        if options is None:
+            if given is not None:
+                raise ConfigurationError(
+                    "reference_dataset is given but the safety block has no dual_select: add it, or remove the data set"
+                )
+            return None
+        if given is not None and options.reference_dataset is not None:
+            raise ConfigurationError(
+                f"dual_select.reference_dataset = {options.reference_dataset!r}: a reference_dataset is also given as an argument; keep one of them"
+            )
+        source = given if given is not None else options.reference_dataset
+        if source is None:
+            raise ConfigurationError(
+                "dual_select.reference_dataset is missing: give a .jsonl file, a Hub id, or SafeSFTTrainer(..., reference_dataset=dataset)"
+            )
+        if isinstance(source, dict):
+            raise ConfigurationError(
+                f"dual_select.reference_dataset = {source!r}: only Axolotl takes an entry like its datasets; give a file or a Hub id"
+            )
+        return with_rows(load_references(source) if isinstance(source, str) else source, "reference_dataset")
+
+    def _prepared(self, references: Dataset | None, formatting_func: Any) -> References | None:
+        """The pool, tokenised by the parent as it tokenises the training data."""
+        if references is None:
+            return None
+        kl = prompts_only(references)
+        if kl:
+            rows = tokenised_prompts(references, self.processing_class, self.args.max_length)
+        else:
+            rows = self._prepare_dataset(references, self.processing_class, self.args, False, formatting_func, "reference")
+        if len(rows) < len(references):
+            raise ConfigurationError(
+                f"dual_select.reference_dataset: {len(references) - len(rows)} of {len(references)} references have no answer within max_length = "
+                f"{self.args.max_length}: raise it, or remove those rows"
+            )
+        return References(rows, kl)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The parent's model card with the safety section."""
         super().create_model_card(*args, **kwargs)
         safety_section(self, Path(self.args.output_dir) / "README.md")
+
+
+def _numbered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The trainer's arguments with the training rows numbered before TRL filters and shuffles them."""
+    if len(args) > TRAIN_DATASET:
+        return (*args[:TRAIN_DATASET], with_rows(args[TRAIN_DATASET], "train_dataset"), *args[TRAIN_DATASET + 1 :]), kwargs
+    return args, {**kwargs, "train_dataset": with_rows(kwargs.get("train_dataset"), "train_dataset")}

@@ -1,0 +1,605 @@
+"""DualSelect in training: the reference pool, the choice in every batch, the gradients, and what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from trl_safety.adapters.files import replacing
+from trl_safety.adapters.lora import LoraModule, not_covered, unwrap
+from trl_safety.adapters.per_sample import Collect, Dots, FlatFactors, Total, per_sample_gradients
+from trl_safety.config import DualSelectConfig
+from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.methods import dual_select
+from trl_safety.training.report import SOURCES, LayerReport, MethodReport
+from trl_safety.training.selection import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
+
+logger = logging.getLogger(__name__)
+
+ROW = "safety_row"
+"""Column of the training and reference data that says which row of the user's data set a sample is."""
+STATE = Path("safety") / "dual_select.safetensors"
+LOSS_TOLERANCE = 0.02
+"""Relative; between the trainer's own loss and the one put together from the samples, in the first step, in bfloat16."""
+TOKENS_AT_ONCE = 2048
+FLUSH_EVERY = 50
+
+
+class RowCollator:
+    """The trainer's collator, which carries the samples' row numbers along."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> Any:
+        rows = [example[ROW] for example in examples if ROW in example]
+        batch = self.collator([{key: value for key, value in example.items() if key != ROW} for example in examples])
+        if rows:
+            batch[ROW] = torch.tensor(rows)
+        return batch
+
+
+def with_rows(dataset: Any, setting: str) -> Dataset:
+    """A data set with the number of every row in a column of its own.
+
+    Raises:
+        ConfigurationError: it is streamed, so that its rows have no numbers and it cannot be read again and again.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ConfigurationError(
+            f"{setting} is a {type(dataset).__name__}: dual_select needs rows that can be counted and read again; give a datasets.Dataset (load "
+            "without streaming)"
+        )
+    return dataset if ROW in dataset.column_names else dataset.add_column(ROW, list(range(len(dataset))))
+
+
+def load_references(source: str) -> Dataset:
+    """The reference data set behind `dual_select.reference_dataset`.
+
+    Raises:
+        ConfigurationError: it cannot be found or read.
+    """
+    setting = f"dual_select.reference_dataset = {source!r}"
+    path = Path(source)
+    try:
+        if path.is_dir():
+            loaded = load_from_disk(source) if (path / "state.json").is_file() else load_dataset(source, split="train")
+        elif path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
+            loaded = load_dataset(path.suffix.removeprefix(".").replace("jsonl", "json"), data_files=source, split="train")
+        else:
+            loaded = load_dataset(source, split="train")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{setting}: cannot be read ({str(error).splitlines()[0]}); give a .jsonl, .csv or .parquet file, a dataset folder or a Hub id with a train split"
+        ) from error
+    if isinstance(loaded, DatasetDict) or not len(loaded):
+        raise ConfigurationError(f"{setting}: has no rows of its own; give one split with at least one row")
+    return loaded
+
+
+def prompts_only(dataset: Dataset) -> bool:
+    """Whether the references are prompts without an answer."""
+    columns = set(dataset.column_names)
+    return "prompt" in columns and not columns & {"completion", "messages", "text", "input_ids", "labels"}
+
+
+def tokenised_prompts(dataset: Dataset, tokenizer: Any, max_length: int | None) -> Dataset:
+    """Prompts with the chat template up to where the answer would begin, every token labelled."""
+
+    def tokenise(row: dict[str, Any]) -> dict[str, Any]:
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = ids[:max_length]
+        return {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
+
+    return dataset.map(tokenise, remove_columns=[name for name in dataset.column_names if name != ROW])
+
+
+@dataclass
+class Batch:
+    """What the forward pass of one batch says about its samples: (n,) each, `losses` differentiable where the forward was."""
+
+    losses: Tensor
+    tokens: Tensor
+
+
+class DualSelect:
+    """One protected run's choice of references and samples.
+
+    Every optimizer step applies `mean over its batches of Σ wᵢ gᵢ / Σ wᵢ, plus ρ·g_ref`: the mean over the accumulated batches
+    and over the processes, so that two processes do what one does with twice the accumulation. The gradients do not pass
+    through DistributedDataParallel; one all-reduce of the flat vector does its work.
+    """
+
+    def __init__(self, config: DualSelectConfig, trainer: Any, modules: Sequence[LoraModule], references: Dataset, *, kl: bool) -> None:
+        self.config = config
+        self.kl = kl
+        self._trainer = trainer
+        self._modules = list(modules)
+        self._rows = references[ROW]
+        self._references = trainer._remove_unused_columns(references.remove_columns(ROW), description="reference")
+        self._lengths = [len(ids) for ids in references["input_ids"]]
+        self._flat = FlatFactors(self._modules)
+        self._checked = False
+        self._fused = False
+        self._fresh_position = 0
+        self._count = config.references or math.ceil((config.reference_share or 0) * len(references))
+        self._check()
+        self.log = SelectionLog(Path(trainer.args.output_dir))
+        self._pending: list[tuple[int, Tensor]] = []
+        self._sums: Tensor | None = None
+        self.first_step = 0
+        self.last_refresh = -1
+        self._refresh_epoch = -1
+        self.kept = self.seen = 0
+        self._step = self._flat.zeros()
+        self._task = self._flat.zeros()
+        self._reference = self._flat.zeros()
+        self._chosen: list[int] = []
+        self._chosen_weights: list[float] = []
+        self.reference_loss = float("nan")
+
+    def _check(self) -> None:
+        config, args = self.config, self._trainer.args
+        batch = args.per_device_train_batch_size
+        if config.keep is not None and config.keep >= batch:
+            raise ConfigurationError(
+                f"dual_select.keep = {config.keep}: every sample of a per-device batch of {batch} would be kept, so that nothing is selected; use a smaller "
+                "keep, keep_tokens, or a larger per_device_train_batch_size (micro_batch_size)"
+            )
+        if batch < 2:
+            raise ConfigurationError(
+                f"per_device_train_batch_size (micro_batch_size) = {batch}: dual_select chooses within a batch; use at least 2"
+            )
+        if self._count > len(self._references):
+            raise ConfigurationError(
+                f"dual_select.references = {self._count}: the pool has {len(self._references)}; use at most as many, or reference_share"
+            )
+        for option, value in (("torch_compile", True), ("fp16", True), ("packing", True), ("sample_packing", True), ("padding_free", True)):
+            if getattr(args, option, None) is value:
+                raise ConfigurationError(
+                    f"{option} = {value}: dual_select cannot tell the gradients of single samples apart then; {_REMEDY[option]}"
+                )
+        if getattr(args, "label_smoothing_factor", 0):
+            raise ConfigurationError(
+                f"label_smoothing_factor = {args.label_smoothing_factor}: dual_select scores samples by their plain loss; set it to 0"
+            )
+        if getattr(self._trainer, "_is_vision_dataset", False):
+            raise ConfigurationError("the training data holds images, which dual_select has not been shown to work with; use text")
+        outside = not_covered(self._trainer.model, self._modules)
+        if outside:
+            raise AdapterError(
+                f"{len(outside)} trainable parameters are no LoRA factor ({outside[0]!r} first): their gradient would be missing from the samples' "
+                "gradients; remove modules_to_save, bias and lora_bias"
+            )
+        if self._trainer.args.n_gpu > 1:
+            raise ConfigurationError(
+                f"n_gpu = {self._trainer.args.n_gpu}: DataParallel replicates the adapter's modules; start one process per GPU (accelerate launch)"
+            )
+
+    # One run.
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """At the start of training: take up a checkpoint's state, and refuse a run that would end in its warm-up.
+
+        Raises:
+            ConfigurationError: no optimizer step would come after the warm-up.
+        """
+        state = self._trainer.state
+        self.first_step = state.global_step
+        found = checkpoint is not None and (checkpoint / STATE).is_file()
+        if checkpoint is not None and found:
+            self._load(checkpoint / STATE)
+        elif state.global_step and state.is_world_process_zero:
+            logger.warning(
+                "dual_select: the checkpoint was trained without it up to step %s; it starts with a warm-up now", state.global_step
+            )
+        if state.max_steps <= self.first_step + self.config.warmup_steps:
+            raise ConfigurationError(
+                f"dual_select.warmup_steps = {self.config.warmup_steps}: the run has {state.max_steps - self.first_step} optimizer steps, so that nothing would "
+                "ever be selected; use a smaller warmup_steps or train longer"
+            )
+        if state.is_world_process_zero:
+            self.log.start(state.global_step if found else 0)
+
+    @property
+    def _warm(self) -> bool:
+        return int(self._trainer.state.global_step) < self.first_step + self.config.warmup_steps
+
+    def loss(self, model: Any, inputs: dict[str, Any], parent_loss: Any) -> Tensor:
+        """One batch: score its samples, choose, and note the chosen ones' gradient.
+
+        Args:
+            model: as the trainer gave it.
+            inputs: the batch, with the samples' row numbers.
+            parent_loss: (model, inputs) → the trainer's own loss as a mean over the batch's supervised tokens.
+
+        Returns:
+            The chosen samples' mean loss, for the log, which backpropagates to nothing.
+        """
+        trainer = self._trainer
+        rows = inputs.pop(ROW, None)
+        if rows is None:
+            raise ConfigurationError(
+                f"the batches lack {ROW!r}: the trainer's data collator or data loader was replaced after the trainer was made; set it before"
+            )
+        if trainer.accelerator.scaler is not None:
+            raise ConfigurationError("mixed_precision = fp16: dual_select works in float32 and bfloat16; use bf16")
+        if self._due():
+            self._refresh()
+        samples = rows.shape[0]
+        collected = Collect(self._flat, samples)
+        labels = inputs["labels"]
+        with per_sample_gradients(self._flat, samples, collected), self._outputs() as outputs:
+            with trainer.accelerator.no_sync(model):
+                total = parent_loss(model, inputs)
+            batch = _samples(outputs, labels, getattr(trainer.args, "loss_type", None) == "dft", grad=False)
+            with torch.autocast(total.device.type, enabled=False):
+                total.backward()
+        share = batch.tokens.sum().clamp(min=1) / batch.tokens.clamp(min=1)
+        if not self._checked:
+            self._compare(total.detach(), batch)
+        gradients = collected.matrix
+        share = share.to(gradients)
+        weights = self._choose(rows, batch, gradients, share)
+        self._step += dual_select.mean(weights, gradients, share / trainer.current_gradient_accumulation_steps)
+        kept = (weights * batch.losses).sum() / weights.sum()
+        return (kept.float() + torch.zeros((), device=kept.device, requires_grad=True)).requires_grad_()
+
+    def _choose(self, rows: Tensor, batch: Batch, gradients: Tensor, share: Tensor) -> Tensor:
+        """(n,) weights of the batch's samples, float64; samples without a supervised token have none."""
+        config, samples = self.config, rows.shape[0]
+        valid = batch.tokens > 0
+        if self._warm:
+            # As in the authors' code: the mean over samples, not over tokens. An all-masked batch must not divide by zero.
+            return torch.where(valid.any(), valid, True).double()
+        dots = (gradients @ self._reference) * share
+        squares = gradients.square().sum(1) * share.square()
+        cosines = dual_select.cosine(dots, squares, self._reference)
+        scores = dual_select.score(batch.losses, cosines, config.mu_task, config.nu)
+        ranked = torch.where(valid, scores, torch.inf)
+        if config.keep_tokens is not None:
+            mask = dual_select.within_budget(ranked, batch.tokens, config.keep_tokens)
+        else:
+            assert config.keep is not None  # noqa: S101  # one of the two is given
+            mask = dual_select.lowest(ranked, math.ceil(config.keep * samples / self._trainer.args.per_device_train_batch_size))
+        mask = mask & torch.where(valid.any(), valid, True)
+        weights = dual_select.soft_weights(-ranked, config.task_temperature) if config.selection == "soft" else torch.ones_like(scores)
+        weights = weights * mask
+        self._note(torch.stack([rows.to(scores), weights, scores, batch.losses.double(), cosines]))
+        return weights
+
+    def finish_step(self) -> None:
+        """After an optimizer step's last batch: make the update's gradient the same everywhere and put it on the factors."""
+        accelerator = self._trainer.accelerator
+        step = accelerator.reduce(self._step, reduction="mean") if accelerator.num_processes > 1 else self._step
+        self._task += step
+        if not self._warm and self.config.rho:
+            reference = self._fresh() if self.config.reference_gradient == "fresh" else self._reference
+            step = step + self.config.rho * reference
+        self._flat.add_to_gradients(step)
+        self._step = self._flat.zeros()
+        if len(self._pending) >= FLUSH_EVERY:
+            self.drain()
+
+    def metrics(self) -> dict[str, float]:
+        """Since the last log: share kept, mean cosine, share of samples in conflict with the references; the references' loss."""
+        if self._sums is None:
+            return {}
+        sums = self._trainer.accelerator.reduce(self._sums, reduction="sum") if self._trainer.accelerator.num_processes > 1 else self._sums
+        self._sums = None
+        seen, kept, cosine, conflict = sums.tolist()
+        self.log.flush()
+        return {
+            "kept_share": kept / seen,
+            "mean_cosine": cosine / seen,
+            "conflict": conflict / seen,
+            "reference_loss": self.reference_loss,
+        }
+
+    # The reference pool.
+
+    def _due(self) -> bool:
+        state = self._trainer.state
+        if self._warm or self.last_refresh == state.global_step:
+            return False
+        if self.last_refresh < 0:
+            return True
+        if self.config.refresh_steps is not None:
+            return bool(state.global_step - self.last_refresh >= self.config.refresh_steps)
+        return self._epoch() > self._refresh_epoch
+
+    def _epoch(self) -> int:
+        return int((self._trainer.state.epoch or 0.0) + 1e-6)
+
+    def _refresh(self) -> None:
+        """Score the whole pool in a stream, each process its share; choose; compute the chosen ones' mean gradient in a second pass."""
+        self.drain()
+        trainer, config = self._trainer, self.config
+        world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        pool = len(self._references)
+        # By length, so that a batch holds little padding.
+        order = sorted(range(pool), key=lambda index: (self._lengths[index], index))
+        table = self._flat.like.new_zeros(pool, 3, dtype=torch.float64)
+        for start in range(0, len(order[rank::world]), trainer.args.per_device_train_batch_size):
+            indices = order[rank::world][start : start + trainer.args.per_device_train_batch_size]
+            scored = Dots(self._task, len(indices))
+            with per_sample_gradients(self._flat, len(indices), scored):
+                losses = self._reference_losses(indices)
+                with torch.autocast(losses.device.type, enabled=False):
+                    losses.sum().backward()
+            table[indices] = torch.stack([losses.detach().double().to(table.device), scored.dots.double(), scored.squares.double()], dim=1)
+        if world > 1:
+            table = trainer.accelerator.reduce(table, reduction="sum")
+        losses, dots, squares = table.unbind(1)
+        cosines = dual_select.cosine(dots, squares, self._task)
+        scores = dual_select.score(losses, cosines, config.mu_reference, config.nu)
+        mask = dual_select.highest(scores, self._count)
+        weights = dual_select.soft_weights(scores, config.reference_temperature) if config.selection == "soft" else torch.ones_like(scores)
+        chosen = [index for index in scores.argsort(descending=True, stable=True).tolist() if mask[index]]
+        self._chosen, self._chosen_weights = chosen, weights[chosen].tolist()
+        self._reference = self._mean_gradient(chosen, self._chosen_weights)
+        if not bool(torch.isfinite(self._reference).all()) or not bool(self._reference.any()):
+            raise ConfigurationError(
+                "dual_select.reference_dataset: the gradient of the chosen references is zero or not finite, so that nothing could be selected by it; check "
+                "the references and the learning rate"
+            )
+        self.reference_loss = float((weights[chosen] * losses[chosen]).sum() / weights[chosen].sum())
+        self._task.zero_()
+        self.last_refresh, self._refresh_epoch = trainer.state.global_step, self._epoch()
+        if trainer.state.is_world_process_zero:
+            columns = torch.stack([weights[chosen], scores[chosen], losses[chosen], cosines[chosen]]).tolist()
+            self.log.add(_choice(trainer.state.global_step + 1, "reference", [self._rows[index] for index in chosen], columns))
+
+    def _mean_gradient(self, indices: Sequence[int], weights: Sequence[float]) -> Tensor:
+        """Σ wⱼ gⱼ / Σ wⱼ at the current parameters, (P,); each process computes a share."""
+        trainer = self._trainer
+        world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        total = self._flat.zeros()
+        mine = list(zip(indices, weights, strict=True))[rank::world]
+        size = trainer.args.per_device_train_batch_size
+        for start in range(0, len(mine), size):
+            part = mine[start : start + size]
+            summed = Total(self._flat)
+            with per_sample_gradients(self._flat, len(part), summed):
+                losses = self._reference_losses([index for index, _ in part])
+                with torch.autocast(losses.device.type, enabled=False):
+                    (losses * torch.tensor([weight for _, weight in part]).to(losses)).sum().backward()
+            total += summed.vector
+        if world > 1:
+            total = trainer.accelerator.reduce(total, reduction="sum")
+        return total / sum(weights)
+
+    def _fresh(self) -> Tensor:
+        """The gradient now of the next references in turn, as many as a per-device batch in all."""
+        size = min(self._trainer.args.per_device_train_batch_size, len(self._chosen))
+        places = [(self._fresh_position + i) % len(self._chosen) for i in range(size)]
+        self._fresh_position = (self._fresh_position + size) % len(self._chosen)
+        return self._mean_gradient([self._chosen[i] for i in places], [self._chosen_weights[i] for i in places])
+
+    def _reference_losses(self, indices: Sequence[int]) -> Tensor:
+        """(n,) loss of references: mean NLL of the answer's tokens, or KL(starting model ‖ current) per token of the prompt.
+
+        The model is asked directly, so that the trainer's own metrics count the user's data only.
+        """
+        trainer = self._trainer
+        inputs = trainer._prepare_inputs(trainer.data_collator([self._references[index] for index in indices]))
+        inputs.pop(ROW, None)
+        labels = inputs.pop("labels")
+        inputs["use_cache"] = False
+        model = unwrap(trainer.model)
+        with trainer.compute_loss_context_manager():
+            if self.kl:
+                logits = model(**inputs).logits
+                with torch.no_grad(), model.disable_adapter():
+                    aligned = model(**inputs).logits
+                mask = inputs["attention_mask"].to(torch.bool)
+                return _mean_kl(aligned, logits, mask)
+            if self._fused:
+                return _samples([model(**inputs, labels=labels, fused_lm_head=True)], labels, False, grad=True).losses
+            return _samples([model(**inputs)], labels, False, grad=True).losses
+
+    # What is written.
+
+    @contextmanager
+    def _outputs(self) -> Iterator[list[Any]]:
+        """The model's outputs in the trainer's forward, whatever the trainer makes of them."""
+        found: list[Any] = []
+
+        def see(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            self._fused = bool(kwargs.get("fused_lm_head"))
+            found[:] = [output]
+
+        handle = unwrap(self._trainer.model).register_forward_hook(see, with_kwargs=True)
+        try:
+            yield found
+        finally:
+            handle.remove()
+
+    def _compare(self, total: Tensor, batch: Batch) -> None:
+        """Once a run: the trainer's loss must be the token mean of the samples' losses, else their gradients are not theirs."""
+        ours = (batch.losses * batch.tokens).sum() / batch.tokens.sum().clamp(min=1)
+        if not torch.allclose(ours.double(), total.double(), rtol=LOSS_TOLERANCE, atol=1e-6):
+            raise ConfigurationError(
+                f"the trainer's loss is {total.item():.4g} where the mean over the batch's tokens is {ours.item():.4g}: it holds something else (a custom "
+                "compute_loss_func, a router's auxiliary loss), which dual_select cannot divide among samples; remove it"
+            )
+        self._checked = True
+
+    def _note(self, columns: Tensor) -> None:
+        weights, cosines = columns[1], columns[4]
+        sums = torch.stack([torch.ones_like(weights).sum(), (weights > 0).sum(), cosines.sum(), (cosines < 0).sum()]).double()
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._pending.append((self._trainer.state.global_step + 1, columns))
+
+    def drain(self, *, together: bool = True) -> None:
+        """Put what is pending into the log file; every process calls it at the same step, or (not `together`) writes its own."""
+        accelerator, pending = self._trainer.accelerator, self._pending
+        self._pending = []
+        entries = [(step, columns.tolist()) for step, columns in pending]
+        if accelerator.num_processes > 1 and together:
+            entries = gather_object(entries)
+        for step, columns in sorted(entries, key=lambda entry: entry[0]):
+            order = sorted(range(len(columns[0])), key=lambda i: (columns[1][i] == 0, columns[2][i]))
+            rows, *values = [[column[i] for i in order] for column in columns]
+            self.kept += sum(weight > 0 for weight in values[0])
+            self.seen += len(rows)
+            if self._trainer.state.is_world_process_zero:
+                self.log.add(_choice(step, "task", [int(row) for row in rows], values))
+        if self._trainer.state.is_world_process_zero:
+            self.log.flush()
+
+    def save(self, checkpoint: Path) -> None:
+        """Keep in a checkpoint what a resumed run needs."""
+        self.drain()
+        if not self._trainer.state.is_world_process_zero:
+            return
+        facts = {
+            "first_step": self.first_step,
+            "last_refresh": self.last_refresh,
+            "refresh_epoch": self._refresh_epoch,
+            "fresh_position": self._fresh_position,
+            "chosen": self._chosen,
+            "chosen_weights": self._chosen_weights,
+            "reference_loss": self.reference_loss,
+            "kept": self.kept,
+            "seen": self.seen,
+            "pool": len(self._references),
+            "config": self.config.model_dump(),
+        }
+        (checkpoint / STATE).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(checkpoint / STATE, error=ConfigurationError, setting="output_dir") as temporary:
+            save_file({"task": self._task, "reference": self._reference}, temporary, metadata={"dual_select": json.dumps(facts)})
+
+    def _load(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["dual_select"])
+            task, reference = file.get_tensor("task"), file.get_tensor("reference")
+        if task.shape != (self._flat.size,) or facts["pool"] != len(self._references):
+            raise ConfigurationError(
+                f"{str(path)!r}: was written with {task.numel()} trainable entries and {facts['pool']} references, this run has {self._flat.size} and "
+                f"{len(self._references)}: resume with the same adapter and the same dual_select.reference_dataset"
+            )
+        like = self._flat.like
+        self._task, self._reference = task.to(like), reference.to(like)
+        self.first_step, self.last_refresh, self._refresh_epoch = facts["first_step"], facts["last_refresh"], facts["refresh_epoch"]
+        self._fresh_position, self._chosen, self._chosen_weights = facts["fresh_position"], facts["chosen"], facts["chosen_weights"]
+        self.reference_loss, self.kept, self.seen = facts["reference_loss"], facts["kept"], facts["seen"]
+
+    def finish(self, *, ended: bool) -> None:
+        """When training ends, however it does: the log is whole, and the most-dropped rows' text lies beside it."""
+        self.drain(together=ended)
+        if not self._trainer.state.is_world_process_zero or not self.log.path.is_file():
+            return
+        rows = [entry.row for entry in most_dropped(read_choices(self.log.path)) if entry.dropped][:MOST_TEXTS]
+        data, tokenizer = self._trainer.train_dataset, self._trainer.processing_class
+        places = {row: place for place, row in enumerate(data[ROW])}
+        texts = {row: tokenizer.decode(data[places[row]]["input_ids"]) for row in rows if row in places}
+        write_texts(self.log.path.parent, texts)
+
+    def report(self, steps: int) -> MethodReport:
+        """What was chosen until optimizer step `steps`."""
+        first = self.first_step + self.config.warmup_steps
+        acted = steps > first
+        summary = f"the run has not left its warm-up of {self.config.warmup_steps} steps"
+        if acted:
+            kept, seen = self.kept, self.seen
+            for _, columns in self._pending:
+                kept, seen = kept + int((columns[1] > 0).sum()), seen + columns.shape[1]
+            correction = (
+                f"{self.config.reference_gradient} reference gradient of weight {self.config.rho:g}" if self.config.rho else "no correction"
+            )
+            summary = (
+                f"kept {kept} of {seen} samples in optimizer steps {first + 1} to {steps}; {correction}, from {self._count} of {len(self._references)} "
+                f"references{' by KL to the starting model' if self.kl else ''}"
+            )
+            if self.first_step:
+                summary += f"; steps 1 to {self.first_step} were trained without it"
+        return MethodReport(
+            name="dual_select",
+            source=SOURCES["dual_select"],
+            reconstruction=False,
+            settings=self.config.model_dump(),
+            acted=acted and self.first_step == 0,
+            summary=summary,
+            steps=(first + 1, steps) if acted else None,
+            layers={
+                module.name: LayerReport(action="steered" if acted else "left_alone", reason=None if acted else summary)
+                for module in self._modules
+            },
+        )
+
+
+_REMEDY = {
+    "torch_compile": "turn it off",
+    "fp16": "use bf16",
+    "packing": "set packing=False",
+    "sample_packing": "set sample_packing: false",
+    "padding_free": "set padding_free=False",
+}
+
+
+def _choice(step: int, kind: Any, rows: list[int], columns: Sequence[list[float]]) -> Choice:
+    weights, scores, losses, cosines = columns
+    return Choice(step=step, kind=kind, indices=rows, weights=weights, scores=scores, losses=losses, cosines=cosines)
+
+
+def _samples(outputs: Sequence[Any], labels: Tensor, dft: bool, *, grad: bool) -> Batch:
+    """Mean loss per sample from a model's outputs: the fused head's log-probabilities, or logits."""
+    if not outputs:
+        raise ConfigurationError(
+            "the trainer's loss did not call the model's forward, so that dual_select cannot score samples; use the trainer's own loss"
+        )
+    output = outputs[0]
+    shifted = labels[:, 1:]
+    mask = shifted != -100
+    with torch.set_grad_enabled(grad):
+        log_probs = getattr(output, "log_probs", None)
+        if log_probs is not None:
+            values = (log_probs if grad else log_probs.detach()).float()[:, -shifted.shape[1] :]
+        elif getattr(output, "logits", None) is not None:
+            values = _log_probs(output.logits if grad else output.logits.detach(), shifted, mask)
+        else:
+            raise ConfigurationError(
+                "the model returned neither logits nor log-probabilities (use_liger_kernel, loss_type = chunked_nll or cut_cross_entropy keep them to "
+                "themselves), so that dual_select cannot score samples; turn that option off"
+            )
+        losses = -values * values.detach().exp() if dft else -values
+        tokens = mask.sum(1)
+        return Batch((losses * mask).sum(1) / tokens.clamp(min=1), tokens)
+
+
+def _log_probs(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """(n, T−1) log-probability of the labels; only supervised positions are computed, some at a time."""
+    positions = mask.nonzero()
+    parts = []
+    for chunk in positions.split(TOKENS_AT_ONCE):
+        rows, columns = chunk.unbind(1)
+        parts.append(-functional.cross_entropy(logits[rows, columns].float(), labels[rows, columns], reduction="none"))
+    values = torch.zeros(labels.shape, device=logits.device)
+    return values.index_put((positions[:, 0], positions[:, 1]), torch.cat(parts)) if parts else values
+
+
+def _mean_kl(aligned: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    """(n,) mean over each sample's tokens of KL(aligned ‖ current) of the next token."""
+    divergence = functional.kl_div(logits.float().log_softmax(-1), aligned.float().log_softmax(-1), reduction="none", log_target=True).sum(
+        -1
+    )
+    return (divergence * mask).sum(1) / mask.sum(1).clamp(min=1)

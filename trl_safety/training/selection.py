@@ -1,0 +1,145 @@
+"""`selection.jsonl`: which samples and references DualSelect kept, and why; and what a user reads from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trl_safety.adapters.files import replacing
+from trl_safety.errors import ReportError
+
+SELECTION = "selection.jsonl"
+TEXTS = Path("safety") / "selection_texts.jsonl"
+MOST_TEXTS = 1000
+"""Samples whose text is kept beside the log."""
+
+
+class Choice(BaseModel):
+    """One line of the log: a refresh, or one per-device batch of an optimizer step.
+
+    A sample of weight 0 was dropped. Of a refresh only the chosen references are listed. Chosen ones come first, best first.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int
+    """The optimizer step, from 1; of a refresh, the step before which it happened."""
+    kind: Literal["reference", "task"]
+    indices: list[int]
+    """Rows of the user's data set, or of the reference data set, as it was given to the trainer."""
+    weights: list[float]
+    scores: list[float]
+    losses: list[float]
+    cosines: list[float]
+
+
+class Dropped(BaseModel):
+    """One row of the training data over the whole run."""
+
+    row: int
+    seen: int
+    dropped: int
+    mean_score: float
+    mean_loss: float
+    mean_cosine: float
+    text: str | None = None
+
+
+class SelectionLog:
+    """Appends to `OUTPUT_DIR/selection.jsonl`. What lies there from steps that a resumed run repeats is removed first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / SELECTION
+        self._lines: list[Choice] = []
+
+    def start(self, step: int) -> None:
+        """Keep the lines up to `step`."""
+        kept = [line for line in read_choices(self.path) if line.step <= step] if step and self.path.is_file() else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path, error=ReportError, setting="output_dir") as temporary:
+            temporary.write_text("".join(_line(choice) for choice in kept), encoding="utf-8")
+
+    def add(self, choice: Choice) -> None:
+        """Note one line; `flush` writes it."""
+        self._lines.append(choice)
+
+    def flush(self) -> None:
+        """Write what was noted."""
+        if self._lines:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(_line(choice) for choice in self._lines))
+            self._lines = []
+
+
+def _line(choice: Choice) -> str:
+    return choice.model_dump_json() + "\n"
+
+
+def read_choices(path: Path) -> list[Choice]:
+    """The lines of a log. A last line without its end, of a run that was killed, is left out.
+
+    Raises:
+        ReportError: the file cannot be read, or is no selection log.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [Choice.model_validate_json(line) for line in lines if line.endswith("\n")]
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise ReportError(
+            f"{str(path)!r}: is no selection log that can be read ({str(error).splitlines()[0]}); give the output folder of a run with dual_select"
+        ) from error
+
+
+def most_dropped(choices: Iterable[Choice], texts: Mapping[int, str] | None = None) -> list[Dropped]:
+    """The training rows by how often they were dropped when seen, then by their mean score, highest first."""
+    rows: dict[int, list[tuple[float, float, float, float]]] = {}
+    for choice in choices:
+        if choice.kind == "task":
+            for index, *values in zip(choice.indices, choice.weights, choice.scores, choice.losses, choice.cosines, strict=True):
+                rows.setdefault(index, []).append((values[0], values[1], values[2], values[3]))
+    table = []
+    for row, seen in rows.items():
+        count = len(seen)
+        table.append(
+            Dropped(
+                row=row,
+                seen=count,
+                dropped=sum(weight == 0 for weight, *_ in seen),
+                mean_score=sum(values[1] for values in seen) / count,
+                mean_loss=sum(values[2] for values in seen) / count,
+                mean_cosine=sum(values[3] for values in seen) / count,
+                text=(texts or {}).get(row),
+            )
+        )
+    return sorted(table, key=lambda entry: (-entry.dropped / entry.seen, -entry.mean_score))
+
+
+def write_texts(folder: Path, texts: Mapping[int, str]) -> None:
+    """Keep the text of training rows beside the log."""
+    (folder / TEXTS).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / TEXTS, error=ReportError, setting="output_dir") as temporary:
+        temporary.write_text(
+            "".join(json.dumps({"row": row, "text": text}, ensure_ascii=False) + "\n" for row, text in texts.items()), encoding="utf-8"
+        )
+
+
+def read_selection(folder: str | Path) -> list[Dropped]:
+    """The most-dropped rows of a run, with their text where the run kept it.
+
+    Raises:
+        ReportError: the folder has no selection log, or one in which no sample was scored.
+    """
+    folder = Path(folder)
+    choices = read_choices(folder / SELECTION)
+    texts: dict[int, str] = {}
+    if (folder / TEXTS).is_file():
+        entries: list[dict[str, Any]] = [json.loads(line) for line in (folder / TEXTS).read_text(encoding="utf-8").splitlines()]
+        texts = {int(entry["row"]): str(entry["text"]) for entry in entries}
+    table = most_dropped(choices, texts)
+    if not table:
+        raise ReportError(f"{str(folder / SELECTION)!r}: no sample was scored; the run ended in its warm-up")
+    return table
