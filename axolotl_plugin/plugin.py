@@ -35,6 +35,16 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         """The class that adds the `safety` key to Axolotl's own schema."""
         return "axolotl_plugin.args.SafetyPluginArgs"
 
+    def pre_model_load(self, cfg: Any) -> None:
+        """Check the options once more: Axolotl has switched some on by itself since it validated what the user wrote.
+
+        Raises:
+            ConfigurationError: a method could not act beside one of them.
+        """
+        from axolotl_plugin.rules import refuse
+
+        refuse(cfg, safety_of(cfg))
+
     def get_trainer_cls(self, cfg: Any) -> Any:
         """Axolotl's trainer with the safety mixin where a method is part of the loss, else None."""
         from trl_safety.training.mixin import needs_trainer_class
@@ -56,7 +66,7 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         if not needs_trainer_class(safety):
             add_correction(trainer, safety)
         elif isinstance(trainer, SafetyMixin):
-            trainer.start_safety(safety, None)
+            trainer.start_safety(safety, None, references(cfg, safety, trainer))
         else:
             method = next(iter(safety.methods()))
             raise ConfigurationError(
@@ -79,6 +89,48 @@ def safety_of(cfg: Any) -> SafetyConfig:
 
     block = cfg.get("safety")
     return SafetyConfig.parse(block.to_dict() if hasattr(block, "to_dict") else block)
+
+
+def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> Any:
+    """DualSelect's pool, prepared as Axolotl prepares the training data; None where the block has no `dual_select`.
+
+    A path takes the format of the first entry of `datasets`; an entry of its own names all that `datasets` can.
+
+    Raises:
+        ConfigurationError: no pool is named, or Axolotl dropped some of its rows.
+    """
+    if safety.dual_select is None:
+        return None
+    from trl_safety.errors import ConfigurationError
+    from trl_safety.training.dual_select import ROW, load_references, prompts_only, tokenised_prompts, with_rows
+    from trl_safety.training.mixin import References
+
+    source = safety.dual_select.reference_dataset
+    if source is None:
+        raise ConfigurationError("dual_select.reference_dataset is missing: give a .jsonl file, a Hub id, or an entry as under `datasets`")
+    if isinstance(source, str):
+        raw = with_rows(load_references(source), "dual_select.reference_dataset")
+        if prompts_only(raw):
+            return References(tokenised_prompts(raw, trainer.processing_class, cfg.get("sequence_len")), kl=True)
+        first = cfg.get("datasets")[0]
+        source = {**first, "path": source, "split": "train"}
+        source["ds_type"] = {".jsonl": "json"}.get(suffix := Path(source["path"]).suffix, suffix.removeprefix(".")) or first.get("ds_type")
+        source.pop("data_files", None)
+    from axolotl.utils.data import prepare_datasets
+    from axolotl.utils.dict import DictDefault
+
+    own = DictDefault(cfg.to_dict())
+    own.update(
+        DictDefault(
+            {"datasets": [source], "test_datasets": None, "val_set_size": 0, "sample_packing": False, "shuffle_merged_datasets": False}
+        )
+    )
+    prepared, _, _, _ = prepare_datasets(own, trainer.processing_class)
+    if not len(prepared):
+        raise ConfigurationError(f"dual_select.reference_dataset = {source!r}: Axolotl left none of its rows within sequence_len")
+    return References(
+        with_rows(prepared.remove_columns([ROW] if ROW in prepared.column_names else []), "dual_select.reference_dataset"), kl=False
+    )
 
 
 @cache

@@ -97,9 +97,49 @@ REFUSED = (
         "trainer_cls",
         "set",
         _on("trainer_cls"),
-        "the penalty is part of the loss of the plugin's own trainer class, which Axolotl prefers in silence",
+        "the method is part of the plugin's own trainer class, which Axolotl prefers in silence",
         "remove trainer_cls",
-        ("asft",),
+        ("dual_select", "asft"),
+    ),
+    Rule(
+        "lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel",
+        "true (Axolotl's own default on a GPU)",
+        _on("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"),
+        "fused kernels bypass the modules in which the samples' gradients are read",
+        "set lora_qkv_kernel, lora_o_kernel and lora_mlp_kernel: false",
+        ("dual_select",),
+    ),
+    Rule(
+        "sample_packing",
+        "true",
+        _on("sample_packing"),
+        "the samples of a packed row cannot be told apart",
+        "set sample_packing: false and micro_batch_size: 8",
+        ("dual_select",),
+    ),
+    Rule(
+        "torch_compile",
+        "true",
+        lambda c: c.get("torch_compile") is True,
+        "compiled layers cannot be read",
+        "remove torch_compile",
+        ("dual_select",),
+    ),
+    Rule(
+        "streaming, pretraining_dataset",
+        "set",
+        _on("streaming", "pretraining_dataset"),
+        "rows of a stream have no numbers",
+        "remove them and use datasets",
+        ("dual_select",),
+    ),
+    Rule(
+        "lora_modules_to_save, unfrozen_parameters",
+        "set",
+        _on("lora_modules_to_save", "unfrozen_parameters"),
+        "their gradient is not part of the samples' gradients",
+        "remove them",
+        ("dual_select",),
     ),
     Rule(
         "save_safetensors",
@@ -110,16 +150,22 @@ REFUSED = (
     ),
 )
 
-WORKS = (
+NO_DUAL_SELECT = tuple(method for method in METHODS if method != "dual_select")
+WORKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel",
-        "they bypass the adapter's modules, on which nothing here hooks: the methods read the factors themselves; not run here, for want of a GPU",
+        "they bypass the adapter's modules, on which these methods do not hook: they read the factors themselves; not run here, for want of a GPU",
+        NO_DUAL_SELECT,
     ),
-    ("sample_packing, pad_to_sequence_len", "tested"),
-    ("gradient_accumulation_steps, gradient_checkpointing", "tested; λ counts once per optimizer step"),
-    ("load_in_4bit (qlora)", "tested on CPU kernels; V comes from the full-precision pair"),
-    ("several processes (DDP)", "tested with two gloo processes"),
-    ("lora_modules_to_save, unfrozen_parameters", "trained, and listed in the report as covered by no method"),
+    ("sample_packing, pad_to_sequence_len", "tested", NO_DUAL_SELECT),
+    (
+        "gradient_accumulation_steps, gradient_checkpointing",
+        "tested; λ counts once per optimizer step, DualSelect chooses in every batch",
+        METHODS,
+    ),
+    ("load_in_4bit (qlora)", "tested on CPU kernels; V comes from the full-precision pair", METHODS),
+    ("several processes (DDP)", "tested with two gloo processes", METHODS),
+    ("lora_modules_to_save, unfrozen_parameters", "trained, and listed in the report as covered by no method", NO_DUAL_SELECT),
 )
 
 
@@ -146,8 +192,8 @@ def table() -> str:
         cells = " | ".join("refused" if method in rule.methods else "works" for method in METHODS)
         keys = ", ".join(f"`{key}`" for key in rule.key.split(", "))
         lines.append(f"| {keys}: {rule.meaning} | {rule.reason} | {cells} |")
-    for keys, note in WORKS:
-        lines.append(f"| {keys} | {note} | " + " | ".join("works" for _ in METHODS) + " |")
+    for keys, note, methods in WORKS:
+        lines.append(f"| {keys} | {note} | " + " | ".join("works" if method in methods else "see above" for method in METHODS) + " |")
     return "\n".join(lines)
 
 

@@ -47,6 +47,9 @@ def tiny_version(config: dict[str, Any], pair: Path, output: Path) -> dict[str, 
         "report_to": "none",
         "save_strategy": "no",
     }
+    if "dual_select" in config["safety"]:
+        config["safety"]["dual_select"] |= {"reference_dataset": str(pair / "train.jsonl"), "references": 4, "warmup_steps": 1}
+        return config
     subspace = config["safety"]["subspace"]
     if isinstance(subspace, dict):
         subspace |= {"base": str(pair / "base"), "aligned": str(pair / "aligned"), "rank": 8}

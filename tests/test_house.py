@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trl_safety"
 
 ADAPTERS = {"adapters", "linalg", "errors", "torch", "peft", "safetensors", "huggingface_hub", "transformers", "tqdm"}
-TRAINING = ADAPTERS | {"training", "methods", "config", "trl", "pydantic", "matplotlib", "datasets"}
+TRAINING = ADAPTERS | {"training", "methods", "config", "trl", "pydantic", "matplotlib", "datasets", "accelerate"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors", "pydantic", "yaml"},

@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from trl_safety.training.inspection import AdapterView
     from trl_safety.training.report import SafetyReport
+    from trl_safety.training.selection import Dropped
 
 app = typer.Typer(
     help="Keep an aligned model's safety through LoRA fine-tuning: build alignment subspaces, correct, inspect and verify adapters.",
@@ -168,14 +169,35 @@ def verify(adapter: Adapter) -> None:
 
 @app.command()
 def inspect(
-    adapter: Adapter,
-    subspace: Subspace,
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter; with --selection the output folder of the run.")],
+    subspace: Annotated[
+        str | None, typer.Option("--subspace", "-s", help="Subspace file or Hub id; not needed with --selection.", show_default=False)
+    ] = None,
+    selection: Annotated[bool, typer.Option("--selection", help="List the samples that DualSelect dropped most often.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="With --selection: how many samples.")] = 20,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG).")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the numbers (JSON).")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute; a GPU when there is one.")] = None,
 ) -> None:
-    """Show what an adapter changed in every layer, seen from the alignment subspace."""
+    """Show what an adapter changed in every layer, seen from the alignment subspace; or which samples were dropped."""
     with _errors():
+        from trl_safety.errors import ConfigurationError
+
+        if selection:
+            from trl_safety.training.selection import read_selection, write_selection
+
+            unused = [name for name, value in (("--subspace", subspace), ("--plot", plot), ("--device", device)) if value]
+            if unused:
+                raise ConfigurationError(f"{unused[0]}: has no use with --selection; remove it")
+            rows = read_selection(adapter)
+            _print_selection(rows, top)
+            if json:
+                write_selection(rows, json)
+            return
+        if subspace is None:
+            raise ConfigurationError(
+                "--subspace is missing: give the file made by `trl-safety subspace`, or --selection for a run with dual_select"
+            )
         from trl_safety.adapters.subspace import AlignmentSubspace
         from trl_safety.training import inspection
 
@@ -226,6 +248,24 @@ def _print_report(report: SafetyReport) -> None:
         typer.secho(
             f"trained but covered by no method: {', '.join(report.not_covered[:5])}{' …' * (len(report.not_covered) > 5)}", fg="yellow"
         )
+
+
+def _print_selection(rows: list[Dropped], top: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    dropped = sum(row.dropped for row in rows)
+    table = Table(
+        title=f"{dropped} of {sum(row.seen for row in rows)} samples dropped; the {min(top, len(rows))} of {len(rows)} rows dropped most often"
+    )
+    for column in ("row", "dropped", "loss", "cosine"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("text", overflow="fold", ratio=1)
+    for row in rows[:top]:
+        text = row.text if row.text is not None else "(not kept: look it up in the data set)"
+        table.add_row(str(row.row), f"{row.dropped} of {row.seen}", f"{row.mean_loss:.3f}", f"{row.mean_cosine:+.3f}", Text(text))
+    Console().print(table)
 
 
 def _print_view(view: AdapterView) -> None:

@@ -32,6 +32,11 @@ WRONG = {
     "context_parallel_size": 2,
     "trainer_cls": "some.Trainer",
     "save_safetensors": False,
+    "lora_qkv_kernel": True,
+    "sample_packing": True,
+    "torch_compile": True,
+    "streaming": True,
+    "lora_modules_to_save": ["lm_head"],
 }
 
 
@@ -56,7 +61,7 @@ def test_the_block_survives_axolotls_validation(world: Path, config: dict[str, A
 @pytest.mark.parametrize("rule", REFUSED, ids=lambda rule: rule.key.split(",")[0])
 def test_every_rule_refuses_with_the_key_to_change(world: Path, config: dict[str, Any], rule: Any) -> None:
     key = next(key for key in rule.key.split(", ") if key in WRONG)
-    options = protect({**config, key: WRONG[key]}, world, asft={})
+    options = protect({**config, key: WRONG[key]}, world, **{rule.methods[0]: {}, "safe_lora": {}})
     with pytest.raises(Exception, match="cannot act: ") as caught:
         validated(options)
     assert key in str(caught.value)
@@ -110,6 +115,9 @@ def tiny_version(options: dict[str, Any], world: Path, tmp_path: Path) -> dict[s
     options["datasets"][0]["path"] = str(world / "train.jsonl")
     options |= {"output_dir": str(tmp_path / "out"), "dataset_prepared_path": str(tmp_path / "prepared"), "max_steps": 2, "val_set_size": 0}
     options |= {"sequence_len": 64, "special_tokens": {"pad_token": "<pad>"}, "save_strategy": "no", "logging_steps": 1, **CPU}
+    if "dual_select" in options["safety"]:
+        options["safety"]["dual_select"] |= {"reference_dataset": str(world / "train.jsonl"), "references": 4, "warmup_steps": 1}
+        return options
     source = options["safety"]["subspace"]
     if isinstance(source, dict):
         source |= {"base": str(world / "base"), "aligned": str(world / "aligned"), "rank": 8}

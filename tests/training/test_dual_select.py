@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests import tiny
-from trl_safety.training.selection import SELECTION, read_choices, read_selection
+from trl_safety.training.selection import SELECTION, read_choices
 
 AUTHORS = tiny.DATA / "dual_select"
 

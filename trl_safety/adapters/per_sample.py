@@ -63,6 +63,7 @@ class Collect:
         self.matrix = flat.zeros(samples)
 
     def take(self, place: slice, gradients: Tensor) -> None:
+        """See `Consumer`."""
         self.matrix[:, place] += gradients.to(self.matrix.device)
 
 
@@ -76,6 +77,7 @@ class Dots:
         self.squares = direction.new_zeros(samples)
 
     def take(self, place: slice, gradients: Tensor) -> None:
+        """See `Consumer`."""
         if place.start in self._seen:
             raise AdapterError("an adapted layer is used twice in one forward pass, so that its references cannot be scored in a stream")
         self._seen.add(place.start)
@@ -91,6 +93,7 @@ class Total:
         self.vector = flat.zeros()
 
     def take(self, place: slice, gradients: Tensor) -> None:
+        """See `Consumer`."""
         self.vector[place] += gradients.sum(0).to(self.vector.device)
 
 
@@ -128,12 +131,12 @@ def per_sample_gradients(flat: FlatFactors, samples: int, consumer: Consumer) ->
     patched = []
     try:
         for name, linear, place in flat.factors:
-            linear.forward = _recording(linear, record(place, name))
+            vars(linear)["forward"] = _recording(linear, record(place, name))
             patched.append(linear)
         yield
     finally:
         for linear in patched:
-            del linear.forward
+            del vars(linear)["forward"]
     unused = [name for name, _, place in flat.factors if place.start not in used]
     if unused:
         raise AdapterError(

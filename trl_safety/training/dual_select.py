@@ -46,6 +46,7 @@ class RowCollator:
         self.collator = collator
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> Any:
+        """The inner collator's batch, with the row numbers of the examples that have one."""
         rows = [example[ROW] for example in examples if ROW in example]
         batch = self.collator([{key: value for key, value in example.items() if key != ROW} for example in examples])
         if rows:
@@ -118,6 +119,15 @@ class Batch:
 
     losses: Tensor
     tokens: Tensor
+
+
+@dataclass
+class Forward:
+    """What one forward pass left behind: the model's output, and the last hidden state for heads that keep their logits."""
+
+    causal: Any
+    output: Any = None
+    hidden: Tensor | None = None
 
 
 class DualSelect:
@@ -247,10 +257,10 @@ class DualSelect:
         samples = rows.shape[0]
         collected = Collect(self._flat, samples)
         labels = inputs["labels"]
-        with per_sample_gradients(self._flat, samples, collected), self._outputs() as outputs:
+        with per_sample_gradients(self._flat, samples, collected), self._outputs() as forward:
             with trainer.accelerator.no_sync(model):
                 total = parent_loss(model, inputs)
-            batch = _samples(outputs, labels, getattr(trainer.args, "loss_type", None) == "dft", grad=False)
+            batch = _samples(forward, labels, dft=getattr(trainer.args, "loss_type", None) == "dft", grad=False)
             with torch.autocast(total.device.type, enabled=False):
                 total.backward()
         share = batch.tokens.sum().clamp(min=1) / batch.tokens.clamp(min=1)
@@ -344,7 +354,7 @@ class DualSelect:
             with per_sample_gradients(self._flat, len(indices), scored):
                 losses = self._reference_losses(indices)
                 with torch.autocast(losses.device.type, enabled=False):
-                    losses.sum().backward()
+                    torch.autograd.backward(losses.sum())
             table[indices] = torch.stack([losses.detach().double().to(table.device), scored.dots.double(), scored.squares.double()], dim=1)
         if world > 1:
             table = trainer.accelerator.reduce(table, reduction="sum")
@@ -381,7 +391,7 @@ class DualSelect:
             with per_sample_gradients(self._flat, len(part), summed):
                 losses = self._reference_losses([index for index, _ in part])
                 with torch.autocast(losses.device.type, enabled=False):
-                    (losses * torch.tensor([weight for _, weight in part]).to(losses)).sum().backward()
+                    torch.autograd.backward((losses * torch.tensor([weight for _, weight in part]).to(losses)).sum())
             total += summed.vector
         if world > 1:
             total = trainer.accelerator.reduce(total, reduction="sum")
@@ -404,34 +414,52 @@ class DualSelect:
         inputs.pop(ROW, None)
         labels = inputs.pop("labels")
         inputs["use_cache"] = False
-        model = unwrap(trainer.model)
+        model: Any = unwrap(trainer.model)
         with trainer.compute_loss_context_manager():
             if self.kl:
                 logits = model(**inputs).logits
-                with torch.no_grad(), model.disable_adapter():
+                with torch.no_grad(), self._starting_model():
                     aligned = model(**inputs).logits
                 mask = inputs["attention_mask"].to(torch.bool)
                 return _mean_kl(aligned, logits, mask)
             if self._fused:
-                return _samples([model(**inputs, labels=labels, fused_lm_head=True)], labels, False, grad=True).losses
-            return _samples([model(**inputs)], labels, False, grad=True).losses
+                return _samples(Forward(model, model(**inputs, labels=labels, fused_lm_head=True)), labels, dft=False, grad=True).losses
+            return _samples(Forward(model, model(**inputs)), labels, dft=False, grad=True).losses
+
+    def _starting_model(self) -> Any:
+        """The model with its adapter switched off."""
+        model: Any = unwrap(self._trainer.model)
+        if not hasattr(model, "disable_adapter"):
+            raise ConfigurationError(
+                f"{type(model).__name__} has no disable_adapter, which references without an answer need: give the trainer a PeftModel or peft_config, or "
+                "references with answers"
+            )
+        return model.disable_adapter()
 
     # What is written.
 
     @contextmanager
-    def _outputs(self) -> Iterator[list[Any]]:
-        """The model's outputs in the trainer's forward, whatever the trainer makes of them."""
-        found: list[Any] = []
+    def _outputs(self) -> Iterator[Forward]:
+        """What the model computes in the trainer's forward, whatever the trainer makes of it."""
+        model: Any = unwrap(self._trainer.model)
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        seen = Forward(causal)
 
-        def see(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        def output(module: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
             self._fused = bool(kwargs.get("fused_lm_head"))
-            found[:] = [output]
+            seen.output = result
 
-        handle = unwrap(self._trainer.model).register_forward_hook(see, with_kwargs=True)
+        def hidden(module: Any, args: Any, result: Any) -> None:
+            seen.hidden = getattr(result, "last_hidden_state", None)
+
+        handles = [model.register_forward_hook(output, with_kwargs=True)]
+        if causal.base_model is not causal:
+            handles.append(causal.base_model.register_forward_hook(hidden))
         try:
-            yield found
+            yield seen
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _compare(self, total: Tensor, batch: Batch) -> None:
         """Once a run: the trainer's loss must be the token mean of the samples' losses, else their gradients are not theirs."""
@@ -561,40 +589,58 @@ def _choice(step: int, kind: Any, rows: list[int], columns: Sequence[list[float]
     return Choice(step=step, kind=kind, indices=rows, weights=weights, scores=scores, losses=losses, cosines=cosines)
 
 
-def _samples(outputs: Sequence[Any], labels: Tensor, dft: bool, *, grad: bool) -> Batch:
-    """Mean loss per sample from a model's outputs: the fused head's log-probabilities, or logits."""
-    if not outputs:
+def _samples(forward: Forward, labels: Tensor, *, dft: bool, grad: bool) -> Batch:
+    """Mean loss per sample from the fused head's log-probabilities, from logits, or from the last hidden state where a chunked or
+    fused loss (TRL's chunked_nll, Liger, cut cross-entropy) keeps the logits to itself."""
+    shifted = labels[:, 1:]
+    mask = shifted != -100
+    output = forward.output
+    if output is None:
         raise ConfigurationError(
             "the trainer's loss did not call the model's forward, so that dual_select cannot score samples; use the trainer's own loss"
         )
-    output = outputs[0]
-    shifted = labels[:, 1:]
-    mask = shifted != -100
     with torch.set_grad_enabled(grad):
-        log_probs = getattr(output, "log_probs", None)
-        if log_probs is not None:
-            values = (log_probs if grad else log_probs.detach()).float()[:, -shifted.shape[1] :]
+        if getattr(output, "log_probs", None) is not None:
+            values = output.log_probs.float()[:, -shifted.shape[1] :]
         elif getattr(output, "logits", None) is not None:
-            values = _log_probs(output.logits if grad else output.logits.detach(), shifted, mask)
+            values = _log_probs(output.logits, None, shifted, mask)
+        elif forward.hidden is not None:
+            values = _log_probs(forward.hidden, forward.causal, shifted, mask)
         else:
             raise ConfigurationError(
-                "the model returned neither logits nor log-probabilities (use_liger_kernel, loss_type = chunked_nll or cut_cross_entropy keep them to "
-                "themselves), so that dual_select cannot score samples; turn that option off"
+                f"{type(forward.causal).__name__} returned neither logits nor a hidden state, so that dual_select cannot score samples; turn off the option that "
+                "fuses its loss (use_liger_kernel, cut_cross_entropy)"
             )
         losses = -values * values.detach().exp() if dft else -values
         tokens = mask.sum(1)
         return Batch((losses * mask).sum(1) / tokens.clamp(min=1), tokens)
 
 
-def _log_probs(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """(n, T−1) log-probability of the labels; only supervised positions are computed, some at a time."""
+def _log_probs(states: Tensor, head_of: Any, labels: Tensor, mask: Tensor) -> Tensor:
+    """(n, T−1) log-probability of the labels; only supervised positions are computed, some at a time.
+
+    `states` are logits, or hidden states for the head of `head_of`.
+    """
     positions = mask.nonzero()
     parts = []
-    for chunk in positions.split(TOKENS_AT_ONCE):
+    for chunk in torch.split(positions, TOKENS_AT_ONCE):
         rows, columns = chunk.unbind(1)
-        parts.append(-functional.cross_entropy(logits[rows, columns].float(), labels[rows, columns], reduction="none"))
-    values = torch.zeros(labels.shape, device=logits.device)
+        logits = states[rows, columns]
+        if head_of is not None:
+            logits = _head(head_of, logits)
+        parts.append(-functional.cross_entropy(logits.float(), labels[rows, columns], reduction="none"))
+    values = torch.zeros(labels.shape, device=states.device)
     return values.index_put((positions[:, 0], positions[:, 1]), torch.cat(parts)) if parts else values
+
+
+def _head(causal: Any, hidden: Tensor) -> Tensor:
+    """Logits of hidden states, with the scaling and capping that some models' configurations ask for."""
+    head = causal.get_output_embeddings()
+    logits: Tensor = head(hidden.to(head.weight.dtype)).float()
+    config = causal.config.get_text_config()
+    logits = logits * getattr(config, "logit_scale", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def _mean_kl(aligned: Tensor, logits: Tensor, mask: Tensor) -> Tensor:

@@ -218,7 +218,10 @@ class SafetyMixin:
         return loss if trainer_divides_loss(trainer, num_items_in_batch) else loss / trainer.current_gradient_accumulation_steps
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """The parent's step, with DualSelect's gradient after the last accumulated one; in the first accumulated one, a check that it scaled the loss as the penalty's weight assumes."""
+        """The parent's step, with DualSelect's gradient after the last accumulated one.
+
+        In the first accumulated one, a check that the parent scaled the loss as the penalty's weight assumes.
+        """
         parent: Any = super()
         result = parent.training_step(model, inputs, num_items_in_batch)
         trainer: Any = self

@@ -143,3 +143,13 @@ def read_selection(folder: str | Path) -> list[Dropped]:
     if not table:
         raise ReportError(f"{str(folder / SELECTION)!r}: no sample was scored; the run ended in its warm-up")
     return table
+
+
+def write_selection(rows: list[Dropped], path: Path) -> None:
+    """Write the table as JSON.
+
+    Raises:
+        ReportError: the file cannot be written.
+    """
+    with replacing(path, error=ReportError, setting="json") as temporary:
+        temporary.write_text(json.dumps([row.model_dump() for row in rows], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
