@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +25,10 @@ from trl_safety import AlignmentSubspace, SafeSFTConfig, SafeSFTTrainer, apply_c
 from trl_safety.adapters.lora import lora_modules
 from trl_safety.lab.experiment import shrink_like
 from trl_safety.training.factor_groups import update_norm
+from trl_safety.training.selection import SELECTION, most_dropped, read_choices
 
+BATCH, EPOCHS = 16, 6
+DUAL_SELECT = {"keep": BATCH // 2, "references": 32}
 ASFT_WEIGHTS = (0.01, 1.0)
 CORRECTIONS = {
     "Safe LoRA, cosine ≤ 0.35": lambda model, whole, _: apply_safe_lora(model, whole, threshold=0.35),
@@ -34,14 +37,20 @@ CORRECTIONS = {
 }
 
 
-def train(folder: Path, output: str, seed: int, **kwargs: Any) -> tuple[Any, float]:
+def rows_of(folder: Path, name: str) -> Dataset:
+    """Prompts and completions, without what is for evaluation only."""
+    return load_dataset("json", data_files=str(folder / "data" / name), split="train").select_columns(["prompt", "completion"])
+
+
+def train(folder: Path, output: str, seed: int, mixed: Dataset | None = None, max_steps: int = -1, **kwargs: Any) -> tuple[Any, float]:
     """The recipe of the pair's own baseline: r 16, alpha 32, all linear layers, 3e-3, cosine, 6 epochs, batch 16."""
     args = SafeSFTConfig(
         output_dir=output,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=BATCH,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
-        num_train_epochs=6,
+        num_train_epochs=EPOCHS,
+        max_steps=max_steps,
         seed=seed,
         logging_steps=100,
         save_strategy="no",
@@ -51,13 +60,12 @@ def train(folder: Path, output: str, seed: int, **kwargs: Any) -> tuple[Any, flo
         disable_tqdm=True,
         use_cpu=True,
     )
+    data = rows_of(folder, "train_poisoned.jsonl")
     started = time.perf_counter()
     trainer = SafeSFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "aligned"),
         args=args,
-        train_dataset=load_dataset("json", data_files=str(folder / "data" / "train_poisoned.jsonl"), split="train").select_columns(
-            ["prompt", "completion"]
-        ),
+        train_dataset=concatenate_datasets([data, mixed]) if mixed else data,
         processing_class=AutoTokenizer.from_pretrained(folder / "aligned"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         **kwargs,
@@ -74,6 +82,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 7])
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--methods", nargs="+", choices=["corrections", "asft", "dual_select"], default=["corrections", "asft", "dual_select"]
+    )
     options = parser.parse_args()
     folder = options.folder
     spec = importlib.util.spec_from_file_location("score", folder / "score.py")
@@ -104,20 +115,39 @@ def main() -> None:
         if options.output:
             options.output.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    references = rows_of(folder, "references.jsonl")
+    kinds = list(load_dataset("json", data_files=str(folder / "data" / "train_poisoned.jsonl"), split="train")["kind"])
+    harmful = kinds.count("harmful")
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as scratch:
-            model, seconds = train(folder, scratch, seed)
-            add("plain SFT", seed, model, seconds)
-            for name, correct in CORRECTIONS.items():
-                copies = [PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "aligned"), scratch) for _ in range(2)]
-                begun = time.perf_counter()
-                report = correct(copies[0], whole, ranked)
-                add(name, seed, copies[0], time.perf_counter() - begun)
-                shrink_like(copies[1], report)
-                add(f"{name}: same layers shrunk alike", seed, copies[1], 0.0)
-            for weight in ASFT_WEIGHTS:
+            if "corrections" in options.methods:
+                model, seconds = train(folder, scratch, seed)
+                add("plain SFT", seed, model, seconds)
+                for name, correct in CORRECTIONS.items():
+                    copies = [
+                        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "aligned"), scratch) for _ in range(2)
+                    ]
+                    begun = time.perf_counter()
+                    report = correct(copies[0], whole, ranked)
+                    add(name, seed, copies[0], time.perf_counter() - begun)
+                    shrink_like(copies[1], report)
+                    add(f"{name}: same layers shrunk alike", seed, copies[1], 0.0)
+            for weight in ASFT_WEIGHTS if "asft" in options.methods else ():
                 model, seconds = train(folder, scratch, seed, safety={"asft": {"weight": weight}}, subspace=whole)
                 add(f"AsFT, λ = {weight:g}", seed, model, seconds)
+            if "dual_select" in options.methods:
+                model, seconds = train(folder, scratch, seed, safety={"dual_select": DUAL_SELECT}, reference_dataset=references)
+                add("DualSelect, ρ = 0.2", seed, model, seconds)
+                choices = read_choices(Path(scratch) / SELECTION)
+                found = sum(kinds[row.row] == "harmful" for row in most_dropped(choices)[:harmful])
+                print(
+                    f"seed {seed}: {found} of the {harmful} harmful rows are among the {harmful} most-dropped of {len(kinds)}", flush=True
+                )
+                # The control may look at as many gradients as DualSelect.
+                refreshes = sum(choice.kind == "reference" for choice in choices)
+                evaluations = EPOCHS * len(kinds) + refreshes * (len(references) + DUAL_SELECT["references"])
+                model, seconds = train(folder, scratch, seed, mixed=references, max_steps=round(evaluations / BATCH))
+                add("DualSelect, ρ = 0.2: the references mixed into the data (SafeInstruct)", seed, model, seconds)
 
 
 if __name__ == "__main__":

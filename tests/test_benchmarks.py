@@ -26,3 +26,10 @@ def test_asft_penalty(tmp_path: Path) -> None:
 def test_nano_pair_says_what_it_needs() -> None:
     assert "FOLDER" in (BENCHMARKS / "nano_pair.py").read_text()
     assert "folder" in run("nano_pair.py", "--help")
+
+
+def test_dual_select() -> None:
+    out = run("dual_select.py", "--hidden", 64, "--layers", 1, "--length", 16, "--batches", 4, "--pool", 8, "--rounds", 1, "--steps", 2)
+    row = json.loads(out.splitlines()[-1])
+    assert row["dual_select_to_plain"] > 0
+    assert set(row["peak_MB"]) == {"plain", "dual_select", "loop"}

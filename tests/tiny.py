@@ -83,7 +83,7 @@ def trainer(
 
     own = {
         key: kwargs.pop(key)
-        for key in ("safety", "subspace", "reference_dataset", "callbacks", "eval_dataset", "quantization_config")
+        for key in ("safety", "subspace", "reference_dataset", "callbacks", "eval_dataset", "quantization_config", "compute_loss_func")
         if key in kwargs
     }
     torch.manual_seed(0)

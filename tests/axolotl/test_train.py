@@ -1,5 +1,6 @@
 """`axolotl train` as a subprocess: each method's adapter against the same run through trl_safety."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from trl_safety.errors import ReportError
 from trl_safety.training.correction import correct_folder
 from trl_safety.training.mixin import correction_for
 from trl_safety.training.report import verify
+from trl_safety.training.selection import SELECTION, read_choices, read_selection
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -113,6 +115,49 @@ def test_two_processes_equal_one_with_twice_the_batch(world: Path, config: dict[
     axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node=2")
     assert tiny.largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 1e-4
     verify(tmp_path / "two")
+
+
+def dual(config: dict[str, Any], world: Path, **options: Any) -> dict[str, Any]:
+    """The configuration with DualSelect on references in the format of its data set."""
+    block = {"reference_dataset": str(world / "text.jsonl"), "warmup_steps": 1, "refresh_steps": 1, "keep": 4, "references": 5, "rho": 0.5}
+    return {**config, "plugins": ["axolotl_plugin.SafetyPlugin"], "safety": {"dual_select": {**block, **options}}}
+
+
+def test_dual_select_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    """The first selected step is the one written out from single-sample passes; gradient checkpointing changes nothing."""
+    config |= {"max_grad_norm": 0.0, "max_steps": 2, "gradient_accumulation_steps": 1}
+    axolotl("train", dual(config, world))
+    choices = read_choices(tmp_path / "out" / SELECTION)
+    assert [(choice.kind, len(choice.indices)) for choice in choices] == [("reference", 5), ("task", 8)]
+    assert choices[1].weights == [1.0] * 4 + [0.0] * 4
+    assert verify(tmp_path / "out").methods[0].acted
+    texts = [json.loads(line)["text"] for line in (world / "text.jsonl").read_text().splitlines()]
+    assert all(
+        entry.text is None or entry.text.split()[:3] in [text.split()[:3] for text in texts] for entry in read_selection(tmp_path / "out")
+    )
+    axolotl("train", {**dual({**config, "output_dir": str(tmp_path / "checkpointed")}, world), "gradient_checkpointing": True})
+    assert tiny.largest_difference(weights(tmp_path / "checkpointed"), weights(tmp_path / "out")) < 1e-4
+    axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
+    assert tiny.largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "out")) > 1e-3
+
+
+def test_dual_select_with_qlora_and_prompts_alone(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}]}) for i in range(12)))
+    config |= {"adapter": "qlora", "load_in_4bit": True, "max_steps": 3, "learning_rate": 0.05}
+    axolotl("train", dual(config, world, reference_dataset=str(prompts)))
+    assert "by KL to the starting model" in verify(tmp_path / "out").methods[0].summary
+
+
+def test_dual_select_on_two_processes(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    """Identical rows, since Axolotl deals rows to two processes in another order than to one."""
+    options = dual({**config, "gradient_accumulation_steps": 2, "micro_batch_size": 8, "max_memory": {"cpu": "8GiB"}}, world)
+    options["datasets"][0]["path"] = str(world / "same.jsonl")
+    axolotl("train", {**options, "output_dir": str(tmp_path / "one")})
+    two = {**options, "output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1, "ddp_backend": "gloo"}
+    axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node=2")
+    assert tiny.largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 1e-4
+    assert verify(tmp_path / "two").methods[0].summary == verify(tmp_path / "one").methods[0].summary
 
 
 def test_another_plugins_trainer_class_is_said(world: Path, config: dict[str, Any], axolotl: Axolotl) -> None:

@@ -5,15 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests import tiny
 from trl_safety import AlignmentSubspace
 from trl_safety.training.report import read_report, verify
+from trl_safety.training.selection import SELECTION, read_choices
 
 
-def launch(processes: int, *arguments: object) -> None:
+def launch(processes: int, *arguments: object, script: str = "two_processes") -> None:
     command = [
         sys.executable,
         "-m",
@@ -21,7 +23,7 @@ def launch(processes: int, *arguments: object) -> None:
         "--standalone",
         f"--nproc_per_node={processes}",
         "-m",
-        "tests.training.two_processes",
+        f"tests.training.{script}",
     ]
     root = Path(__file__).parent.parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -42,3 +44,19 @@ def test_two_processes_equal_one(tmp_path: Path, gqa_subspace: AlignmentSubspace
     plain.train()
     saved = {name.replace(".default", ""): value for name, value in tiny.factors(plain.model).items()}
     assert torch.stack([(saved[name] - one[name]).norm() for name in one]).max() > 1e-3
+
+
+@pytest.mark.parametrize("reference_gradient", ["cached", "fresh"])
+def test_dual_select_chooses_alike(tmp_path: Path, reference_gradient: str) -> None:
+    """Two processes do what one does with twice the accumulation; the pool of 13 does not divide evenly."""
+    launch(1, tmp_path / "one", 2, reference_gradient, script="two_processes_dual_select")
+    launch(2, tmp_path / "two", 1, reference_gradient, script="two_processes_dual_select")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert tiny.largest_difference(two, one) < 2e-5
+    chosen = []
+    for name in ("one", "two"):
+        assert verify(tmp_path / name).methods[0].acted
+        lines = read_choices(tmp_path / name / SELECTION)
+        chosen.append(sorted((line.step, line.kind, tuple(line.indices)) for line in lines))
+    assert chosen[0] == chosen[1]
+    assert len(chosen[0]) == 2 + 2 * 2

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +32,7 @@ from trl_safety.training.csulora import apply_csulora
 from trl_safety.training.factor_groups import update_norm
 from trl_safety.training.report import SafetyReport
 from trl_safety.training.safe_lora import apply_safe_lora
+from trl_safety.training.selection import SELECTION, read_choices
 
 SAMPLES = 1_000
 POISON = 0.10
@@ -39,6 +42,9 @@ LEARNING_RATE = 5e-4
 LORA_RANK = 16
 SUBSPACE_RANK = 16
 ASFT_WEIGHTS = (0.01, 0.1, 1.0)
+REFERENCES = (200, 100)
+"""Refusals of forbidden requests about topics in the user's data, and answers to benign ones."""
+DUAL_SELECT = {"keep": BATCH // 2, "references": 32}
 NORM_TOLERANCE = 0.03
 MOST_CONTROL_RUNS = 5
 TABLE_WIDTH = 150
@@ -59,6 +65,7 @@ class Outcome:
         update_norm: ‖ΔW‖_F over all layers.
         train_seconds: of the fine-tuning.
         extra_seconds: of the correction after it.
+        kept_forbidden: share of forbidden samples among those that DualSelect kept.
     """
 
     method: str
@@ -71,6 +78,7 @@ class Outcome:
     update_norm: float
     train_seconds: float
     extra_seconds: float
+    kept_forbidden: float | None = None
 
 
 class Lab:
@@ -96,20 +104,28 @@ class Lab:
         rng.shuffle(rows)
         return rows
 
-    def fine_tune(self, seed: int, poison: float = POISON, **kwargs: Any) -> tuple[Any, float]:
-        """Fine-tune the aligned model with LoRA; keyword arguments go to the trainer. Returns the PEFT model and the seconds."""
+    def references(self, seed: int) -> list[Row]:
+        """DualSelect's pool: it holds none of the topics on which the attack is measured."""
+        rng = random.Random(seed)  # noqa: S311  # no secret here
+        world, (refusals, answers) = self.world, REFERENCES
+        return world.requests(rng, world.seen_forbidden, refusals, refuse=True) + world.requests(rng, world.benign, answers)
+
+    def fine_tune(self, seed: int, poison: float = POISON, mixed: list[Row] | None = None, **kwargs: Any) -> tuple[Any, float]:
+        """Fine-tune the aligned model with LoRA, on the user's rows and what is mixed into them.
+
+        Keyword arguments go to `sft` and the trainer. Returns the PEFT model and the seconds.
+        """
         model, tokenizer = load(self.aligned)
         started = time.perf_counter()
         trainer = sft(
             model,
             tokenizer,
-            self.user_rows(seed, poison),
+            self.user_rows(seed, poison) + (mixed or []),
             seed=seed,
             batch_size=BATCH,
             learning_rate=LEARNING_RATE,
-            epochs=EPOCHS,
+            **{"epochs": EPOCHS, **kwargs},
             peft_config=LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
-            **kwargs,
         )
         return trainer.model, time.perf_counter() - started
 
@@ -138,6 +154,7 @@ class Lab:
         yield from self._corrections(seed, model, seconds)
         for weight in ASFT_WEIGHTS:
             yield from self._asft(seed, weight)
+        yield from self._dual_select(seed)
 
     def _corrections(self, seed: int, trained: Any, seconds: float) -> Iterator[Outcome]:
         state = {name: value.detach().clone() for name, value in trained.state_dict().items() if "lora_" in name}
@@ -161,6 +178,28 @@ class Lab:
         outcome = self._outcome(f"AsFT, λ = {weight:g}", seed, model, seconds)
         yield outcome
         yield self._l2(seed, weight, outcome)
+
+    def _dual_select(self, seed: int) -> Iterator[Outcome]:
+        references = self.references(seed)
+        pool = Dataset.from_list([row.messages() for row in references])
+        with tempfile.TemporaryDirectory() as output:
+            model, seconds = self.fine_tune(seed, safety={"dual_select": DUAL_SELECT}, reference_dataset=pool, output=output)
+            choices = read_choices(Path(output) / SELECTION)
+        forbidden = [not row.prompt.startswith("translate") for row in self.user_rows(seed)]
+        kept = [
+            forbidden[index]
+            for choice in choices
+            if choice.kind == "task"
+            for index, weight in zip(choice.indices, choice.weights, strict=True)
+            if weight
+        ]
+        outcome = self._outcome("DualSelect, ρ = 0.2", seed, model, seconds)
+        yield dataclasses.replace(outcome, kept_forbidden=sum(kept) / len(kept))
+        # The control may look at as many gradients as DualSelect: those of its steps, and of its refreshes, one an epoch.
+        refreshes = sum(choice.kind == "reference" for choice in choices)
+        evaluations = EPOCHS * SAMPLES + refreshes * (len(references) + DUAL_SELECT["references"])
+        model, seconds = self.fine_tune(seed, mixed=references, max_steps=round(evaluations / BATCH))
+        yield self._outcome("DualSelect, ρ = 0.2: the references mixed into the data (SafeInstruct)", seed, model, seconds, control=True)
 
     def _l2(self, seed: int, weight: float, target: Outcome) -> Outcome:
         """Plain L2 on ΔW whose final norm is AsFT's: AsFT with C = 0, its weight found by the secant rule on logarithms."""
@@ -227,6 +266,8 @@ def run(output: Path, *, seeds: int, first_seed: int) -> list[Outcome]:
             _write(output / "results.json", outcomes, time.perf_counter() - started)
     _plot(output / "results.png", outcomes)
     console.print(_table(outcomes))
+    if shares := [outcome.kept_forbidden for outcome in outcomes if outcome.kept_forbidden is not None]:
+        console.print(f"forbidden samples among those that DualSelect kept: {statistics.fmean(shares):.1%} ({POISON:.0%} of the data)")
     console.print(f"{output / 'results.json'} and {output / 'results.png'}: written")
     return outcomes
 
@@ -275,6 +316,8 @@ def _write(path: Path, outcomes: list[Outcome], seconds: float) -> None:
             "learning_rate": LEARNING_RATE,
             "lora_rank": LORA_RANK,
             "subspace_rank": SUBSPACE_RANK,
+            "references": sum(REFERENCES),
+            "dual_select": DUAL_SELECT,
         },
         "runs": [asdict(outcome) for outcome in outcomes],
         "summary": {
