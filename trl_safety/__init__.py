@@ -13,6 +13,7 @@ _HOMES = {
     "AsftConfig": "trl_safety.config",
     "CSULoRACallback": "trl_safety.training.csulora",
     "CsuloraConfig": "trl_safety.config",
+    "DualSelectConfig": "trl_safety.config",
     "SafeLoRACallback": "trl_safety.training.safe_lora",
     "SafeLoraConfig": "trl_safety.config",
     "SafeSFTConfig": "trl_safety.training.trainer",
@@ -27,7 +28,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from trl_safety.adapters.subspace import AlignmentSubspace
-    from trl_safety.config import AsftConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
+    from trl_safety.config import AsftConfig, CsuloraConfig, DualSelectConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
     from trl_safety.errors import SafetyError
     from trl_safety.training.asft import asft_penalty
     from trl_safety.training.csulora import CSULoRACallback, apply_csulora
@@ -39,6 +40,7 @@ __all__ = [
     "AsftConfig",
     "CSULoRACallback",
     "CsuloraConfig",
+    "DualSelectConfig",
     "SafeLoRACallback",
     "SafeLoraConfig",
     "SafeSFTConfig",

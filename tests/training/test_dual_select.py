@@ -227,9 +227,9 @@ def test_a_poisoned_row_is_found(tmp_path: Path) -> None:
         tmp_path,
         data=data,
         reference_dataset=Dataset.from_list(good),
-        safety=block(keep=7, warmup_steps=4, refresh_steps=4, references=8),
-        max_steps=24,
-        learning_rate=2e-2,
+        peft_config=tiny.lora(r=8, target_modules="all-linear", init_lora_weights=True),
+        safety=block(keep=7, warmup_steps=12, refresh_steps=4, references=8),
+        max_steps=32,
     )
     assert {entry.row for entry in read_selection(tmp_path)[:4]} == {7, 15, 23, 31}
 
