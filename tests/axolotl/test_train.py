@@ -105,13 +105,18 @@ def test_resuming_ends_where_the_uninterrupted_run_does(world: Path, config: dic
     assert [m.acted for m in verify(tmp_path / "out").methods] == [True, True]
 
 
-def test_two_processes_equal_one_with_twice_the_batch(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_twice_the_batch(
+    world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = protect({**config, "gradient_accumulation_steps": 1}, world, asft={"weight": 0.5}, safe_lora={"threshold": 1.0})
     options["datasets"][0]["path"] = str(world / "same.jsonl")
     # Axolotl gives each of several processes the device of its rank; on a CPU, this puts the model where there is memory.
     options["max_memory"] = {"cpu": "8GiB"}
     axolotl("train", {**options, "output_dir": str(tmp_path / "one")})
     two = {**options, "output_dir": str(tmp_path / "two"), "micro_batch_size": 4, "ddp_backend": "gloo"}
+    # A launcher that starts processes which nothing joins would train two models into one folder: refused.
+    assert "each trains on its own" in axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node=2", code=1).stderr
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node=2")
     assert tiny.largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 1e-4
     verify(tmp_path / "two")
@@ -149,12 +154,15 @@ def test_dual_select_with_qlora_and_prompts_alone(world: Path, config: dict[str,
     assert "by KL to the starting model" in verify(tmp_path / "out").methods[0].summary
 
 
-def test_dual_select_on_two_processes(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+def test_dual_select_on_two_processes(
+    world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Identical rows, since Axolotl deals rows to two processes in another order than to one."""
     options = dual({**config, "gradient_accumulation_steps": 2, "micro_batch_size": 8, "max_memory": {"cpu": "8GiB"}}, world)
     options["datasets"][0]["path"] = str(world / "same.jsonl")
     axolotl("train", {**options, "output_dir": str(tmp_path / "one")})
     two = {**options, "output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1, "ddp_backend": "gloo"}
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node=2")
     assert tiny.largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 1e-4
     assert verify(tmp_path / "two").methods[0].summary == verify(tmp_path / "one").methods[0].summary

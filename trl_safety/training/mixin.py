@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,7 @@ class SafetyMixin:
             return
         config = SafetyConfig.parse(safety)
         refuse_sharded(trainer.args)
+        _refuse_unjoined(trainer)
         if config.dual_select:
             if references is None:
                 raise ConfigurationError(
@@ -293,6 +295,12 @@ class _Start(TrainerCallback):
         if safety.correction is None:
             report_source(trainer.model, safety.prepared.adapter).live(lambda: safety.report(trainer, final=False))
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        safety = self._trainer._safety
+        if safety.dual_select and (control.should_save or control.should_training_stop):
+            # What is saved next carries a report, which counts the samples of all processes.
+            safety.dual_select.drain()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         safety = self._trainer._safety
         if safety.dual_select:
@@ -308,6 +316,7 @@ def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
         SubspaceError: an adapted layer is not in the subspace.
     """
     refuse_sharded(trainer.args)
+    _refuse_unjoined(trainer)
     subspace = _subspace(trainer, safety, None)
     callback = _correction_callback(safety, subspace)
     if callback is None or needs_trainer_class(safety):
@@ -336,6 +345,16 @@ def correction_for(config: CorrectionConfig) -> Correction:
     if isinstance(config, CsuloraConfig):
         return CsuloraCorrection(config)
     raise ConfigurationError(f"{type(config).__name__} is no correction of a trained adapter")
+
+
+def _refuse_unjoined(trainer: Any) -> None:
+    """Refuse processes that a launcher started and nothing joined: each would train on its own and overwrite the others' files."""
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if launched > 1 and trainer.accelerator.num_processes == 1:
+        raise ConfigurationError(
+            f"WORLD_SIZE = {launched}: the launcher started {launched} processes, but each trains on its own, and all write into one output folder; on a "
+            "CPU set ACCELERATE_USE_CPU=true in the environment, on GPUs check the launcher"
+        )
 
 
 def _number_rows(trainer: Any) -> None:
