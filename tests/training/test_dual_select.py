@@ -321,7 +321,7 @@ def test_a_loss_that_is_no_mean_of_the_samples_is_refused(tmp_path: Path) -> Non
     def twice(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         return 2 * torch.nn.functional.cross_entropy(outputs.logits[:, :-1].mT, labels[:, 1:])
 
-    trainer = tiny.trainer(tmp_path, safety=block(), reference_dataset=pool(), compute_loss_func=twice)
+    trainer = tiny.trainer(tmp_path, safety=block(), reference_dataset=pool(), compute_loss_func=twice, loss_type="nll")
     with pytest.raises(ConfigurationError, match="holds something else"):
         trainer.train()
 
