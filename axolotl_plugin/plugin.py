@@ -97,7 +97,7 @@ def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> Any:
     A path takes the format of the first entry of `datasets`; an entry of its own names all that `datasets` can.
 
     Raises:
-        ConfigurationError: no pool is named, or Axolotl dropped some of its rows.
+        ConfigurationError: no pool is named, or Axolotl dropped all of its rows.
     """
     if safety.dual_select is None:
         return None

@@ -271,7 +271,7 @@ class DualSelect:
         weights = self._choose(rows, batch, gradients, share)
         self._step += dual_select.mean(weights, gradients, share / trainer.current_gradient_accumulation_steps)
         kept = (weights * batch.losses).sum() / weights.sum()
-        return (kept.float() + torch.zeros((), device=kept.device, requires_grad=True)).requires_grad_()
+        return kept.float() + torch.zeros((), device=kept.device, requires_grad=True)
 
     def _choose(self, rows: Tensor, batch: Batch, gradients: Tensor, share: Tensor) -> Tensor:
         """(n,) weights of the batch's samples, float64; samples without a supervised token have none."""
@@ -411,7 +411,6 @@ class DualSelect:
         """
         trainer = self._trainer
         inputs = trainer._prepare_inputs(trainer.data_collator([self._references[index] for index in indices]))
-        inputs.pop(ROW, None)
         labels = inputs.pop("labels")
         inputs["use_cache"] = False
         model: Any = unwrap(trainer.model)
@@ -504,6 +503,8 @@ class DualSelect:
             "last_refresh": self.last_refresh,
             "refresh_epoch": self._refresh_epoch,
             "fresh_position": self._fresh_position,
+            # A resumed run may refresh before its first forward tells.
+            "fused": self._fused,
             "chosen": self._chosen,
             "chosen_weights": self._chosen_weights,
             "reference_loss": self.reference_loss,
@@ -528,6 +529,7 @@ class DualSelect:
         like = self._flat.like
         self._task, self._reference = task.to(like), reference.to(like)
         self.first_step, self.last_refresh, self._refresh_epoch = facts["first_step"], facts["last_refresh"], facts["refresh_epoch"]
+        self._fused = facts["fused"]
         self._fresh_position, self._chosen, self._chosen_weights = facts["fresh_position"], facts["chosen"], facts["chosen_weights"]
         self.reference_loss, self.kept, self.seen = facts["reference_loss"], facts["kept"], facts["seen"]
 
