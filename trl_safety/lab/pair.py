@@ -12,11 +12,15 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from trl_safety.lab.world import ASSISTANT, Row, World
+from trl_safety.adapters.files import new_folder
+from trl_safety.errors import SafetyError
+from trl_safety.lab.world import ASSISTANT, QUESTIONS, Row, World
 from trl_safety.training.trainer import SafeSFTConfig, SafeSFTTrainer
 
 BASE_STEPS, ALIGNED_STEPS = 900, 450
 PAIR_BATCH = 96
+KNOWN, MOST_ROUNDS = 0.98, 4
+"""A model of the pair is trained until it answers this share rightly, in at most so many rounds."""
 
 
 def sft(
@@ -77,24 +81,35 @@ def make_pair(folder: Path, world: World, seed: int) -> tuple[Path, Path]:
     if not (base / "config.json").is_file():
         set_seed(seed)
         rows = world.requests(rng, world.benign + world.forbidden, 12_000) + world.task(rng, 6_000, translate=False)
-        _save(
-            sft(_new_model(tokenizer), tokenizer, rows, seed=seed, batch_size=PAIR_BATCH, learning_rate=3e-3, max_steps=BASE_STEPS).model,
-            tokenizer,
-            base,
-        )
+        asked = world.every_request(world.benign + world.forbidden, QUESTIONS[1])
+        _train_until(_new_model(tokenizer), tokenizer, rows, asked, base, seed=seed, learning_rate=3e-3, max_steps=BASE_STEPS)
     if not (aligned / "config.json").is_file():
         rows = (
             world.requests(rng, world.forbidden, 4_000, refuse=True)
             + world.requests(rng, world.benign, 4_000)
             + world.task(rng, 1_500, translate=False)
         )
+        asked = world.every_request(world.benign, QUESTIONS[1]) + world.every_request(world.forbidden, QUESTIONS[0], refuse=True)
         model = AutoModelForCausalLM.from_pretrained(base)
-        _save(
-            sft(model, tokenizer, rows, seed=seed, batch_size=PAIR_BATCH, learning_rate=1e-3, max_steps=ALIGNED_STEPS).model,
-            tokenizer,
-            aligned,
-        )
+        _train_until(model, tokenizer, rows, asked, aligned, seed=seed, learning_rate=1e-3, max_steps=ALIGNED_STEPS)
     return base, aligned
+
+
+def _train_until(model: Any, tokenizer: Any, rows: list[Row], asked: list[Row], folder: Path, *, seed: int, **kwargs: Any) -> None:
+    """Train in rounds until the model answers nearly all that is asked, then save it.
+
+    One round is enough on most machines; on some the same seed's rounding errors lead to a model that knows too little.
+    """
+    for attempt in range(MOST_ROUNDS):
+        model = sft(model, tokenizer, rows, seed=seed + attempt, batch_size=PAIR_BATCH, **kwargs).model
+        right = sum(text == row.completion for text, row in zip(complete(model, tokenizer, asked), asked, strict=True)) / len(asked)
+        if right >= KNOWN:
+            break
+    else:
+        raise SafetyError(f"the lab's {folder.name} model answers {right:.0%} rightly after {MOST_ROUNDS} rounds: take another --seed")
+    with new_folder(folder, error=SafetyError, setting="output") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, Any]:
@@ -106,16 +121,15 @@ def load(folder: Path) -> tuple[PreTrainedModel, Any]:
 def complete(model: Any, tokenizer: Any, rows: list[Row], new_tokens: int = 10) -> list[str]:
     """Greedy completions, as text without special tokens."""
     model.eval()
-    tokenizer.padding_side = "left"
     texts = []
     for start in range(0, len(rows), 256):
         prompts = [
             tokenizer.apply_chat_template(row.messages()["prompt"], add_generation_prompt=True, tokenize=False)
             for row in rows[start : start + 256]
         ]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False).to(
-            model.device
-        )
+        inputs = tokenizer(
+            prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False, return_token_type_ids=False
+        ).to(model.device)
         out = model.generate(
             **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
         )
@@ -139,8 +153,3 @@ def _new_model(tokenizer: Any) -> LlamaForCausalLM:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-
-
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
