@@ -33,3 +33,18 @@ def split(update: Tensor, U: Tensor, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]
     left_rest, right_rest = torch.eye(len(left)) - left, torch.eye(len(right)) - right
     update = update.double()
     return left @ update @ right, left @ update @ right_rest + left_rest @ update @ right, left_rest @ update @ right_rest
+
+
+def reinforced_merge(
+    user: tuple[Tensor, Tensor, float],
+    reinforce: tuple[Tensor, Tensor, float],
+    alpha: float,
+    threshold: float = 0.01,
+    weights: tuple[float, float] = (0.5, 0.5),
+) -> Tensor:
+    """w_U·W_U + w_R·(I − αQQᵀ)·W_R, with Q an orthonormal basis of the columns of B·V_eff."""
+    (B, A, s), (B_r, A_r, s_r) = ((b.double(), a.double(), scaling) for b, a, scaling in (user, reinforce))
+    values, vectors = torch.linalg.eigh(A @ A.T)
+    Q, _ = torch.linalg.qr(B @ vectors[:, values > threshold * values.max()])
+    projected = (torch.eye(len(B), dtype=torch.float64) - alpha * Q @ Q.T) @ (s_r * B_r @ A_r)
+    return weights[0] * s * B @ A + weights[1] * projected

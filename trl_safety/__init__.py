@@ -11,9 +11,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "AlignmentSubspace": "trl_safety.adapters.subspace",
     "AsftConfig": "trl_safety.config",
+    "BufferReinforceConfig": "trl_safety.config",
+    "BufferTrainer": "trl_safety.training.trainer",
     "CSULoRACallback": "trl_safety.training.csulora",
     "CsuloraConfig": "trl_safety.config",
     "DualSelectConfig": "trl_safety.config",
+    "ReinforceTrainer": "trl_safety.training.trainer",
     "SafeLoRACallback": "trl_safety.training.safe_lora",
     "SafeLoraConfig": "trl_safety.config",
     "SafeSFTConfig": "trl_safety.training.trainer",
@@ -24,23 +27,36 @@ _HOMES = {
     "apply_csulora": "trl_safety.training.csulora",
     "apply_safe_lora": "trl_safety.training.safe_lora",
     "asft_penalty": "trl_safety.training.asft",
+    "merge_reinforce": "trl_safety.training.buffer_reinforce",
 }
 
 if TYPE_CHECKING:
     from trl_safety.adapters.subspace import AlignmentSubspace
-    from trl_safety.config import AsftConfig, CsuloraConfig, DualSelectConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
+    from trl_safety.config import (
+        AsftConfig,
+        BufferReinforceConfig,
+        CsuloraConfig,
+        DualSelectConfig,
+        SafeLoraConfig,
+        SafetyConfig,
+        SubspaceConfig,
+    )
     from trl_safety.errors import SafetyError
     from trl_safety.training.asft import asft_penalty
+    from trl_safety.training.buffer_reinforce import merge_reinforce
     from trl_safety.training.csulora import CSULoRACallback, apply_csulora
     from trl_safety.training.safe_lora import SafeLoRACallback, apply_safe_lora
-    from trl_safety.training.trainer import SafeSFTConfig, SafeSFTTrainer
+    from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
 
 __all__ = [
     "AlignmentSubspace",
     "AsftConfig",
+    "BufferReinforceConfig",
+    "BufferTrainer",
     "CSULoRACallback",
     "CsuloraConfig",
     "DualSelectConfig",
+    "ReinforceTrainer",
     "SafeLoRACallback",
     "SafeLoraConfig",
     "SafeSFTConfig",
@@ -51,6 +67,7 @@ __all__ = [
     "apply_csulora",
     "apply_safe_lora",
     "asft_penalty",
+    "merge_reinforce",
 ]
 
 

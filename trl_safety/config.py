@@ -120,6 +120,38 @@ class DualSelectConfig(Options):
         return self
 
 
+class ReinforceMergeConfig(Options):
+    """How a user's adapter and a ReinforceLoRA become one: w_U·W_U + w_R·(I − αQQᵀ)·W_R."""
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """α: how much of the ReinforceLoRA's part in the user's output directions is removed."""
+    user_weight: Annotated[float, Field(gt=0)] = 0.5
+    """w_U: weight of the user's update in the merged adapter."""
+    reinforce_weight: Annotated[float, Field(gt=0)] = 0.5
+    """w_R: weight of the orthogonalised ReinforceLoRA in the merged adapter."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Cut the merged adapter, of the sum of both ranks, back to this; the report has the energy lost."""
+    collapse_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """τ: eigenvalues of AAᵀ of the user's A that are at most τ times the largest do not count as the user's directions (rank collapse)."""
+
+
+class BufferReinforceConfig(ReinforceMergeConfig):
+    """Buffer-and-Reinforce (arXiv 2605.24550): train beside a frozen jailbreak buffer, detach it, merge with a reinforcing LoRA by QR."""
+
+    buffer: str
+    """Folder or Hub id of a BufferLoRA made by `trl-safety buffer`. It acts in training steps alone and is in no file of the run."""
+    reinforce: str | None = None
+    """Folder or Hub id of a ReinforceLoRA made by `trl-safety reinforce`; null trains beside the buffer and merges nothing."""
+
+    @model_validator(mode="after")
+    def _nothing_unused(self) -> BufferReinforceConfig:
+        given = self.model_dump(exclude_defaults=True, include=set(ReinforceMergeConfig.model_fields))
+        if self.reinforce is None and given:
+            option, value = next(iter(given.items()))
+            raise ValueError(f"{option} = {value!r} is used in the merge alone: give reinforce, or remove {option}")
+        return self
+
+
 class CorrectionConfig(Options):
     """What all corrections of a trained adapter share."""
 
@@ -181,13 +213,15 @@ class SafetyConfig(Options):
     asft: AsftConfig | None = None
     safe_lora: SafeLoraConfig | None = None
     csulora: CsuloraConfig | None = None
+    buffer_reinforce: BufferReinforceConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _no_empty_methods(cls, data: Any) -> Any:
         # In YAML `asft:` with nothing behind it is null, which would switch off what the user wrote down to have.
         if isinstance(data, Mapping) and (empty := [name for name in METHODS if name in data and data[name] is None]):
-            raise ValueError(f"{empty[0]} has nothing behind it: write `{empty[0]}: {{}}` for its defaults, or remove the key")
+            write = f"`{empty[0]}: {{}}` for its defaults" if empty[0] != "buffer_reinforce" else "its options behind it"
+            raise ValueError(f"{empty[0]} has nothing behind it: write {write}, or remove the key")
         return data
 
     @model_validator(mode="after")
@@ -233,7 +267,7 @@ class SafetyConfig(Options):
         return validate(cls, source, "safety")
 
 
-METHODS = ("dual_select", "asft", "safe_lora", "csulora")
+METHODS = ("dual_select", "asft", "safe_lora", "csulora", "buffer_reinforce")
 NEED_SUBSPACE = ("asft", "safe_lora", "csulora")
 T = TypeVar("T", bound=Options)
 

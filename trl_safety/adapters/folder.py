@@ -26,6 +26,7 @@ CONFIG = "adapter_config.json"
 COPIED_SUFFIXES = {".json", ".jinja", ".md", ".model", ".txt"}
 NOT_COPIED = {CONFIG, "trainer_state.json"}
 """Tokenizer, chat template and card travel with the adapter; the state of the run that made it does not."""
+PEFT_PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -121,11 +122,12 @@ class AdapterFolder:
         report: Callable[[Path], Mapping[str, str]],
         replace: bool = False,
     ) -> None:
-        """Write a copy with some factors replaced. The input stays as it is.
+        """Write a copy with some factors replaced or added. The input stays as it is.
 
         Args:
             path: a new or empty folder.
-            factors: module name → (B, A); they are cast to the dtype of the ones they replace.
+            factors: module name → (B, A); they are cast to the dtype of the ones they replace. Modules that the adapter does not
+                have are added.
             config: the LoraConfig to write.
             setting: how the user named the output, for messages.
             report: given the folder with weights and configuration, the texts of further files by name.
@@ -137,11 +139,11 @@ class AdapterFolder:
         if path.resolve() == self.path.resolve():
             raise AdapterError(f"{setting} = {str(path)!r}: is the input, which is never overwritten; name another folder")
         tensors = dict(self.others)
-        for module, full in self._paths.items():
-            old = self.factors[module]
-            B, A = factors.get(module, (old.B, old.A))
-            tensors[f"{full}.lora_A.weight"] = A.to(old.A.dtype).contiguous()
-            tensors[f"{full}.lora_B.weight"] = B.to(old.B.dtype).contiguous()
+        for module in {**self.factors, **factors}:
+            old, full = self.factors.get(module), self._paths.get(module, f"{PEFT_PREFIX}{module}")
+            B, A = factors[module] if module in factors or old is None else (old.B, old.A)
+            tensors[f"{full}.lora_A.weight"] = (A.to(old.A.dtype) if old else A).contiguous()
+            tensors[f"{full}.lora_B.weight"] = (B.to(old.B.dtype) if old else B).contiguous()
         with new_folder(path, error=AdapterError, setting=setting, replace=replace) as temporary:
             try:
                 save_file(tensors, str(temporary / WEIGHTS), metadata=self.metadata or {"format": "pt"})

@@ -23,6 +23,13 @@ MARK_PREFIX = "^trl_safety.corrected_by."
 """Key in the adapter's `alpha_pattern` that says it was corrected. It matches no module, and PEFT carries it through loading,
 saving and training; a file beside the adapter would be lost at the first of these."""
 
+KIND_PREFIX = "^trl_safety.is."
+"""Likewise, on the adapters of a provider: what kind it is (see `adapters/record.py`)."""
+KINDS = {
+    "buffer": "a BufferLoRA, which makes the model harmful: it is attached while another adapter trains, and never served, merged or corrected",
+    "reinforce": "a ReinforceLoRA, which is merged with a user's adapter (`trl-safety merge-reinforce`) and is none itself",
+}
+
 
 @dataclass(frozen=True)
 class LoraModule:
@@ -208,7 +215,7 @@ def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubs
                 f"layer {module.name!r} stores its weight {'in × out' if not subspace.transposed else 'out × in'}, the subspace was fitted on the "
                 "other orientation: build it from the checkpoint of this model class, with its config.json"
             )
-        weight = _full_precision(layer)
+        weight = full_precision(layer)
         if weight is None or weight.numel() != subspace.shape[0] * subspace.shape[1] or weight.is_meta:
             unread += 1
             continue
@@ -262,12 +269,28 @@ def marks(config: Any) -> list[str]:
     return [key.removeprefix(MARK_PREFIX) for key in config.alpha_pattern or {} if key.startswith(MARK_PREFIX)]
 
 
+def kind_of(config: Any) -> str:
+    """What the adapter's configuration says it is: "buffer", "reinforce", or "user" where it says nothing."""
+    return next((key.removeprefix(KIND_PREFIX) for key in config.alpha_pattern or {} if key.startswith(KIND_PREFIX)), "user")
+
+
+def refuse_provider(config: Any, where: str) -> None:
+    """Refuse a provider's buffer or reinforcing LoRA in the place of a user's adapter.
+
+    Raises:
+        AdapterError: naming what it is.
+    """
+    if (kind := kind_of(config)) != "user":
+        raise AdapterError(f"{where} is {KINDS.get(kind, f'an adapter of kind {kind!r}')}; give the user's adapter")
+
+
 def refuse_corrected(config: Any, where: str) -> None:
     """Refuse an adapter that was corrected before: C is not idempotent, so that a second time is another correction.
 
     Raises:
-        AdapterError: naming the method that corrected it.
+        AdapterError: naming the method that corrected it, or it is no user's adapter at all.
     """
+    refuse_provider(config, where)
     if found := marks(config):
         raise AdapterError(
             f"{where} was corrected by {', '.join(found)} already, and a second correction would shrink it again: start from the adapter as it "
@@ -295,8 +318,8 @@ def _check_layer(path: str, layer: Any, adapter: str) -> None:
         raise AdapterError(f"adapter {adapter!r} is merged into layer {path!r}: call model.unmerge_adapter() first")
 
 
-def _full_precision(layer: nn.Module) -> Tensor | None:
-    """The layer's weight, dequantised where it is stored quantised; None where PEFT knows no way."""
+def full_precision(layer: Any) -> Tensor | None:
+    """A layer's weight, dequantised where it is stored quantised; None where PEFT knows no way."""
     from peft.utils.integrations import dequantize_module_weight
 
     weight = getattr(layer, "weight", None)

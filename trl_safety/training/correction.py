@@ -198,7 +198,7 @@ def correct_model(
             module.replace(B, A)
             reshaped = True
     scalings = {module.name: (int(module.A.shape[0]), module.scaling) for module in prepared.modules}
-    _update_config(config, correction, results, scalings if reshaped else {})
+    update_config(config, correction.name if _acted(results) else None, scalings if reshaped else {})
     report = prepared.report(subspace, [*others, correction.report(results)], final=True)
     report_source(model, prepared.adapter).freeze(model, report)
     return report
@@ -271,11 +271,8 @@ def correct_folder(
         for name, factors in folder.factors.items()
     }
     reshaped = any(changed[name][1].shape != folder.factors[name].A.shape for name in changed)
-    _update_config(config, correction, results, scalings if reshaped else {})
-    earlier = read_report(adapter) if (Path(adapter) / REPORT).is_file() else None
-    # A report that is not of this adapter, as it is now, says nothing about it.
-    carried = earlier.methods if earlier and describes(earlier, Path(adapter)) else []
-    methods = [method for method in carried if method.acted] + [correction.report(results)]
+    update_config(config, correction.name if _acted(results) else None, scalings if reshaped else {})
+    methods = [method for method in carried_methods(Path(adapter)) if method.acted] + [correction.report(results)]
     report = SafetyReport(
         stage="final",
         protected=any(method.acted for method in methods),
@@ -302,21 +299,35 @@ def correct_folder(
     return report
 
 
-def _update_config(
-    config: Any, correction: Correction, results: Mapping[str, LayerResult], scalings: Mapping[str, tuple[int, float]]
-) -> None:
-    """Mark the adapter, and write every module's rank and alpha in full where ranks changed.
+def _acted(results: Mapping[str, LayerResult]) -> bool:
+    return any(result.factors is not None for result in results.values())
+
+
+def carried_methods(folder: Path) -> list[MethodReport]:
+    """The methods that an adapter's own report names; none where the report is not of this adapter as it is now."""
+    earlier = read_report(folder) if (folder / REPORT).is_file() else None
+    return earlier.methods if earlier and describes(earlier, folder) else []
+
+
+def update_config(config: Any, method: str | None, scalings: Mapping[str, tuple[int, float]]) -> None:
+    """Mark an adapter with the method that rewrote it, and write every module's rank and alpha in full where ranks changed.
 
     PEFT takes the first pattern that matches and sorts them when saving, so that patterns of the user's that a changed rank
     contradicts cannot stay.
+
+    Args:
+        config: the LoraConfig, changed in place.
+        method: None where nothing was rewritten.
+        scalings: module → (rank, scaling); empty where no rank changed.
     """
     if scalings:
+        kept = {key: value for key, value in (config.alpha_pattern or {}).items() if key.startswith(MARK_PREFIX)}
         config.rank_pattern = {f"^{name}": rank for name, (rank, _) in scalings.items()}
         alphas = {name: scaling * (rank**0.5 if config.use_rslora else rank) for name, (rank, scaling) in scalings.items()}
         # Tools that read adapters expect whole numbers where they are whole.
-        config.alpha_pattern = {f"^{name}": int(alpha) if alpha.is_integer() else alpha for name, alpha in alphas.items()}
-    if any(result.factors is not None for result in results.values()):
-        config.alpha_pattern = {**(config.alpha_pattern or {}), f"{MARK_PREFIX}{correction.name}": 1}
+        config.alpha_pattern = {f"^{name}": int(alpha) if alpha.is_integer() else alpha for name, alpha in alphas.items()} | kept
+    if method is not None:
+        config.alpha_pattern = {**(config.alpha_pattern or {}), f"{MARK_PREFIX}{method}": 1}
 
 
 def _check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mapping[str, LayerSubspace]) -> str:
@@ -417,4 +428,18 @@ def refuse_sharded(args: Any) -> None:
     if plugin or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise AdapterError(
             "fsdp: shards the LoRA factors, which the safety methods do not support yet; use DDP (accelerate launch --multi_gpu)"
+        )
+
+
+def refuse_unjoined(trainer: Any) -> None:
+    """Refuse processes that a launcher started and nothing joined: each would train on its own and overwrite the others' files.
+
+    Raises:
+        ConfigurationError: there are such processes.
+    """
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if launched > 1 and trainer.accelerator.num_processes == 1:
+        raise ConfigurationError(
+            f"WORLD_SIZE = {launched}: the launcher started {launched} processes, but each trains on its own, and all write into one output folder; on a "
+            "CPU set ACCELERATE_USE_CPU=true in the environment, on GPUs check the launcher"
         )

@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.config import CorrectionConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.training.asft import AsftTerm
+from trl_safety.training.buffer_reinforce import PENDING, BufferReinforce, ReinforceCallback
 from trl_safety.training.compat import trainer_divides_loss
-from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, prepare, refuse_sharded
+from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, prepare, refuse_sharded, refuse_unjoined
 from trl_safety.training.csulora import CsuloraCorrection
 from trl_safety.training.dual_select import ROW, DualSelect, RowCollator, with_rows
 from trl_safety.training.factor_groups import FactorGroups, summarise, update_norm
@@ -63,6 +64,14 @@ class SafetyState:
         self.dual_select: DualSelect | None = None
         if config.dual_select and references:
             self.dual_select = DualSelect(config.dual_select, trainer, self.prepared.modules, references.rows, kl=references.kl)
+        self.buffer: BufferReinforce | None = None
+        self.merge: ReinforceCallback | None = None
+        if config.buffer_reinforce:
+            self.buffer = BufferReinforce(config.buffer_reinforce, trainer, self.prepared)
+            if subspace is None:
+                self.prepared.base_check = self.buffer.base_check
+            if self.buffer.reinforce:
+                self.merge = ReinforceCallback(self.buffer, lambda: self._before_merge(trainer), self.prepared, subspace)
         self.first_step = 0
         self.start_norm = 0.0
         self.correction = _correction_callback(config, subspace)
@@ -83,20 +92,23 @@ class SafetyState:
         self.prepared.outside = not_covered(model, self.prepared.covered)
 
     def begin(self, trainer: Any, checkpoint: Path | None) -> None:
-        """Note where AsFT starts to act: at the first step, also of a run whose checkpoint it protected from there."""
+        """Note where AsFT and the buffer start to act: at the first step, also of a run whose checkpoint they protected from there."""
         step = trainer.state.global_step
-        self.first_step = 0 if step == 0 or self._protected_until(checkpoint) == step else step
+        self.first_step = 0 if step == 0 or self._protected_until(checkpoint, "asft") == step else step
+        if self.buffer:
+            self.buffer.first_step = 0 if step == 0 or self._protected_until(checkpoint, "buffer_reinforce") == step else step
         self.start_norm = update_norm(self.prepared.covered) if step == 0 else 0.0
         if self.dual_select:
             self.dual_select.begin(checkpoint)
 
-    def _protected_until(self, checkpoint: Path | None) -> int | None:
+    def _protected_until(self, checkpoint: Path | None, method: str) -> int | None:
         folder = adapter_folder(unwrap(self._model), checkpoint, self.prepared.adapter) if checkpoint else None
         if folder is None or not (folder / REPORT).is_file():
             return None
         report = read_report(folder)
-        asft = next((method for method in report.methods if method.name == "asft" and method.acted and method.steps), None)
-        return asft.steps[1] if asft and asft.steps and asft.steps[0] == 1 and describes(report, folder) else None
+        acted = (found for found in report.methods if found.name == method and (found.acted or found.summary.endswith(PENDING)))
+        steps = next((found.steps for found in acted), None)
+        return steps[1] if steps and steps[0] == 1 and describes(report, folder) else None
 
     def _refuse_frozen(self) -> None:
         frozen = [m.name for m in self.prepared.covered if not (m.A.requires_grad and m.B.requires_grad)]
@@ -120,17 +132,24 @@ class SafetyState:
     @property
     def acts_in_training(self) -> bool:
         """Whether a method is part of the loss or of the gradient."""
-        return self.asft is not None or self.dual_select is not None
+        return self.asft is not None or self.dual_select is not None or self.buffer is not None
 
     def report(self, trainer: Any, *, final: bool) -> SafetyReport:
         """The report of the adapter as it is now, for a run without a correction."""
-        return self.prepared.report(self.subspace, self._reports(trainer), final=final)
+        report = self.prepared.report(self.subspace, self._reports(trainer), final=final)
+        return report.model_copy(update={"protected": False}) if self.merge else report
 
     def _reports(self, trainer: Any) -> list[MethodReport]:
         """Of the methods that act while training."""
         steps = trainer.state.global_step
         reports = [self.dual_select.report(steps)] if self.dual_select else []
-        return reports + ([self.asft.report(self.first_step, steps, self.start_norm)] if self.asft else [])
+        reports += [self.asft.report(self.first_step, steps, self.start_norm)] if self.asft else []
+        return reports + ([self.buffer.report(steps)] if self.buffer else [])
+
+    def _before_merge(self, trainer: Any) -> list[MethodReport]:
+        """Of the methods that acted until the training's end, the correction with them."""
+        corrected = self.correction.result if self.correction else None
+        return corrected.methods if corrected else self._reports(trainer)
 
     def adopt(self, trainer: Any) -> None:
         """Work with a correction callback that the user gave to the trainer."""
@@ -175,17 +194,24 @@ class SafetyMixin:
             return
         config = SafetyConfig.parse(safety)
         refuse_sharded(trainer.args)
-        _refuse_unjoined(trainer)
+        refuse_unjoined(trainer)
         if config.dual_select:
             if references is None:
                 raise ConfigurationError(
                     "dual_select.reference_dataset is missing: name the pool of safety references there, or give reference_dataset to SafeSFTTrainer"
+                )
+            if config.buffer_reinforce and references.kl:
+                raise ConfigurationError(
+                    "dual_select.reference_dataset holds prompts without an answer: the starting model's distribution is not what the references should "
+                    "have beside a jailbreak buffer; give references with answers, or remove buffer_reinforce"
                 )
             _number_rows(trainer)
         self._safety = SafetyState(trainer, config, _subspace(trainer, config, subspace), references)
         trainer.add_callback(_Start(self))
         if config.safe_lora or config.csulora:
             trainer.add_callback(self._safety.correction)
+        if self._safety.merge:
+            trainer.add_callback(self._safety.merge)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The parent's loss, plus the loss terms of the methods while training."""
@@ -220,12 +246,14 @@ class SafetyMixin:
         return loss if trainer_divides_loss(trainer, num_items_in_batch) else loss / trainer.current_gradient_accumulation_steps
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """The parent's step, with DualSelect's gradient after the last accumulated one.
+        """The parent's step, beside the buffer, with DualSelect's gradient after the last accumulated one.
 
         In the first accumulated one, a check that the parent scaled the loss as the penalty's weight assumes.
         """
         parent: Any = super()
-        result = parent.training_step(model, inputs, num_items_in_batch)
+        buffer = self._safety.buffer if self._safety is not None else None
+        with buffer.attached() if buffer else nullcontext():
+            result = parent.training_step(model, inputs, num_items_in_batch)
         trainer: Any = self
         if self._combined_loss is not None and trainer.current_gradient_accumulation_steps > 1:
             divisor = trainer.current_gradient_accumulation_steps if trainer_divides_loss(trainer, num_items_in_batch) else 1
@@ -246,6 +274,10 @@ class SafetyMixin:
         if self._safety is None:
             return parent.train(resume_from_checkpoint, *args, **kwargs)
         self._resumed = _checkpoint(trainer, resume_from_checkpoint)
+        if self._safety.merge:
+            # After any correction, also one that was added since the trainer was made.
+            trainer.remove_callback(self._safety.merge)
+            trainer.add_callback(self._safety.merge)
         ended = False
         try:
             result = parent.train(resume_from_checkpoint, *args, **kwargs)
@@ -254,7 +286,8 @@ class SafetyMixin:
             safety = self._safety
             if safety.dual_select and self._began:
                 safety.dual_select.finish(ended=ended)
-            if safety.acts_in_training and safety.correction is None and self._began:
+            merged = ended and safety.merge is not None
+            if safety.acts_in_training and safety.correction is None and self._began and not merged:
                 report_source(trainer.model, safety.prepared.adapter).freeze(trainer.model, safety.report(trainer, final=ended))
             self._began = False
         return result
@@ -316,7 +349,7 @@ def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
         SubspaceError: an adapted layer is not in the subspace.
     """
     refuse_sharded(trainer.args)
-    _refuse_unjoined(trainer)
+    refuse_unjoined(trainer)
     subspace = _subspace(trainer, safety, None)
     callback = _correction_callback(safety, subspace)
     if callback is None or needs_trainer_class(safety):
@@ -327,8 +360,8 @@ def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
 
 
 def needs_trainer_class(safety: SafetyConfig) -> bool:
-    """Whether a method of the block is part of the loss or the gradient, which no callback can change."""
-    return safety.asft is not None or safety.dual_select is not None
+    """Whether a method of the block acts in the loss, the gradient or the training step, which no callback can change."""
+    return bool(safety.asft or safety.dual_select or safety.buffer_reinforce)
 
 
 def safety_section(trainer: Any, card: Path) -> None:
@@ -345,16 +378,6 @@ def correction_for(config: CorrectionConfig) -> Correction:
     if isinstance(config, CsuloraConfig):
         return CsuloraCorrection(config)
     raise ConfigurationError(f"{type(config).__name__} is no correction of a trained adapter")
-
-
-def _refuse_unjoined(trainer: Any) -> None:
-    """Refuse processes that a launcher started and nothing joined: each would train on its own and overwrite the others' files."""
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
-    if launched > 1 and trainer.accelerator.num_processes == 1:
-        raise ConfigurationError(
-            f"WORLD_SIZE = {launched}: the launcher started {launched} processes, but each trains on its own, and all write into one output folder; on a "
-            "CPU set ACCELERATE_USE_CPU=true in the environment, on GPUs check the launcher"
-        )
 
 
 def _number_rows(trainer: Any) -> None:

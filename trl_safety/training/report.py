@@ -10,11 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trl_safety import __version__
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import CONFIG, WEIGHTS
+from trl_safety.adapters.lora import KINDS, kind_of
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.errors import ReportError
 
@@ -29,6 +31,7 @@ SOURCES = {
     "asft": "AsFT, arXiv 2506.08473",
     "safe_lora": "Safe LoRA, arXiv 2405.16833",
     "csulora": "CSULoRA, arXiv 2605.30640 (reconstruction: its formula is not public)",
+    "buffer_reinforce": "Buffer-and-Reinforce, arXiv 2605.24550",
 }
 
 
@@ -37,7 +40,7 @@ class LayerReport(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    action: Literal["steered", "penalised", "corrected", "left_alone"]
+    action: Literal["steered", "penalised", "corrected", "buffered", "merged", "left_alone"]
     reason: str | None = None
     measured: dict[str, float] = Field(default_factory=dict)
 
@@ -89,7 +92,6 @@ class SafetyReport(BaseModel):
         """The section for the adapter's model card, in Markdown."""
         state = "A safety method acted on this adapter" if self.protected else "This adapter is NOT protected"
         lines = [
-            CARD_START,
             "## Safety",
             "",
             f"**{state}** (trl-safety {self.trl_safety}, stage: {self.stage}). That is no proof of safety: evaluate it.",
@@ -102,7 +104,7 @@ class SafetyReport(BaseModel):
             lines.append(f"- Left alone on request: {', '.join(self.skipped)}")
         if self.not_covered:
             lines.append(f"- Trained, but covered by no method: {len(self.not_covered)} parameters (see the report)")
-        lines += ["", f"`trl-safety verify` checks this folder against `{REPORT}`.", CARD_END]
+        lines += ["", f"`trl-safety verify` checks this folder against `{REPORT}`."]
         return "\n".join(lines)
 
 
@@ -154,15 +156,24 @@ def changed_since(report: SafetyReport) -> SafetyReport:
 
 def add_to_card(card: Path, report: SafetyReport) -> None:
     """Put the report's section into a model card, in place of an earlier one."""
+    add_section(card, report.card_section())
+
+
+def add_section(card: Path, section: str) -> None:
+    """Put a section of ours into a model card, in place of an earlier one."""
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     with replacing(card, error=ReportError, setting="model card") as temporary:
-        temporary.write_text(with_section(text, report), encoding="utf-8")
+        temporary.write_text(_replaced(text, section), encoding="utf-8")
 
 
 def with_section(text: str, report: SafetyReport) -> str:
     """A model card's text with the report's section, in place of an earlier one."""
+    return _replaced(text, report.card_section())
+
+
+def _replaced(text: str, section: str) -> str:
     text = re.sub(rf"\n*{re.escape(CARD_START)}.*?{re.escape(CARD_END)}\n*", "\n", text, flags=re.DOTALL).rstrip()
-    return f"{text}\n\n{report.card_section()}\n".lstrip()
+    return f"{text}\n\n{CARD_START}\n{section}\n{CARD_END}\n".lstrip()
 
 
 def read_report(folder: str | Path) -> SafetyReport:
@@ -175,6 +186,9 @@ def read_report(folder: str | Path) -> SafetyReport:
     if not Path(folder).is_dir():
         raise ReportError(f"adapter = {str(folder)!r}: no such folder; give the folder of a saved adapter")
     if not path.is_file():
+        config = Path(folder) / CONFIG
+        if config.is_file() and (kind := kind_of(LoraConfig.from_pretrained(str(folder)))) in KINDS:
+            raise ReportError(f"adapter = {str(folder)!r}: is {KINDS[kind]}; give the user's adapter")
         raise ReportError(
             f"adapter = {str(folder)!r}: has no {REPORT}, so that no method of trl-safety protected it: train it with SafeSFTTrainer or the "
             "plugin, or correct it with `trl-safety correct`"

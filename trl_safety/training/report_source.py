@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -20,6 +20,13 @@ from trl_safety.training.report import SafetyReport, changed_since, write_report
 
 CAST_DIFFERENCE = 2**-8
 """A cast to bfloat16 moves an entry by at most 2⁻⁹ of itself; training moves the adapter farther."""
+
+
+class Companion(Protocol):
+    """Writes files of ours beside a live model's adapter."""
+
+    def write(self, model: Any, folder: Path) -> None:
+        """Called with the folder that an adapter was just saved to."""
 
 
 class ReportSource:
@@ -52,6 +59,10 @@ class ReportSource:
             raise ReportError("the model carries no safety report")
         return self._report if self._unchanged(model) else changed_since(self._report)
 
+    def write(self, model: Any, folder: Path) -> None:
+        """See `Companion`."""
+        write_report(folder, self.current(model))
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle made in the middle of a run is of no known state: it is not reported as protected."""
         report = changed_since(self._live()) if self._live is not None else self._report
@@ -71,19 +82,30 @@ class ReportSource:
 
 
 def report_source(model: Any, adapter: str) -> ReportSource:
-    """The adapter's report source; from its first use on, `model.save_pretrained` writes the report, whoever calls it.
+    """The adapter's report source, made at its first use."""
+    source: ReportSource = _companions(model).setdefault(adapter, ReportSource(adapter))
+    return source
+
+
+def keep_beside(model: Any, adapter: str, companion: Companion) -> None:
+    """Have every save of an adapter write the companion's files."""
+    _companions(model)[adapter] = companion
+
+
+def _companions(model: Any) -> dict[str, Any]:
+    """What is written beside each adapter; from its first use on, `model.save_pretrained` does so, whoever calls it.
 
     A Trainer's callbacks are not told of `save_model()`, and a report that only one way of saving writes would be missing
     where it is needed. The wrapper is a bound method on the instance, so that a deep copy of the model gets its own.
     """
     model = unwrap(model)
-    sources: dict[str, ReportSource] = vars(model).setdefault("_trl_safety_reports", {})
+    companions: dict[str, Any] = vars(model).setdefault("_trl_safety_reports", {})
     model.save_pretrained = MethodType(save_pretrained, model)
-    return sources.setdefault(adapter, ReportSource(adapter))
+    return companions
 
 
 def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's own `save_pretrained`, followed by the safety report in the adapter's folder.
+    """The model's own `save_pretrained`, followed by the safety report (or a provider's record) in the adapter's folder.
 
     Raises:
         ReportError: the adapter is to be saved as a pickle, or its report cannot be written.
@@ -98,7 +120,7 @@ def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     if asked.get("is_main_process", True):
         for adapter, source in self._trl_safety_reports.items():
             if adapter in self.peft_config and adapter in (asked.get("selected_adapters") or [adapter]):
-                write_report(adapter_folder(self, Path(asked["save_directory"]), adapter), source.current(self))
+                source.write(self, adapter_folder(self, Path(asked["save_directory"]), adapter))
     return result
 
 

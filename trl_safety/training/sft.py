@@ -1,4 +1,4 @@
-"""`trl-safety sft`: the arguments and YAML of `trl sft`, plus the `safety` block."""
+"""`trl-safety sft`, `buffer` and `reinforce`: the arguments and YAML of `trl sft`, plus what each needs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,31 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset, get_peft_config, get_quantization_config
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
 
 from trl_safety.config import read_yaml
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.trainer import SafeSFTConfig, SafeSFTTrainer
+from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
+
+
+@dataclass
+class ReinforceArguments:
+    """What `trl-safety reinforce` takes besides `trl sft`'s arguments."""
+
+    buffer: str = field(metadata={"help": "The BufferLoRA to train beside: a folder made by `trl-safety buffer`, or a Hub id."})
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -25,19 +42,39 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         ConfigurationError: a key is unknown, the safety block is missing, or it is wrong.
     """
-    parser = TrlParser((ScriptArguments, SafeSFTConfig, ModelConfig, DatasetMixtureConfig), prog="trl-safety sft")
+    script, training, model, mixture = _parse(arguments, "sft", (ScriptArguments, SafeSFTConfig, ModelConfig, DatasetMixtureConfig))
+    if training.safety is None:
+        raise ConfigurationError("safety is missing: nothing would protect this run; add a `safety:` block to the YAML, or use `trl sft`")
+    _train(SafeSFTTrainer, script, training, model, mixture)
+
+
+def run_buffer(arguments: Sequence[str]) -> None:
+    """Train and save a BufferLoRA with `trl sft`'s arguments. Raises as `run` does."""
+    _train(BufferTrainer, *_parse(arguments, "buffer", (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)))
+
+
+def run_reinforce(arguments: Sequence[str]) -> None:
+    """Train and save a ReinforceLoRA with `trl sft`'s arguments and `buffer`. Raises as `run` does."""
+    kinds = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, ReinforceArguments)
+    script, training, model, mixture, own = _parse(arguments, "reinforce", kinds)
+    _train(ReinforceTrainer, script, training, model, mixture, buffer=own.buffer)
+
+
+def _parse(arguments: Sequence[str], command: str, kinds: tuple[Any, ...]) -> Any:
+    parser = TrlParser(kinds, prog=f"trl-safety {command}")
     arguments = list(arguments)
     if "--config" in arguments[:-1]:
         # TRL's own reading keeps the last of two equal keys.
         read_yaml(Path(arguments[arguments.index("--config") + 1]), "--config")
     try:
-        script, training, model, mixture = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
+        return parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
     except ConfigurationError:
         raise
     except ValueError as error:
         raise ConfigurationError(_explain(str(error), parser)) from error
-    if training.safety is None:
-        raise ConfigurationError("safety is missing: nothing would protect this run; add a `safety:` block to the YAML, or use `trl sft`")
+
+
+def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: Any, **kwargs: Any) -> None:
     if not model.use_peft:
         raise ConfigurationError("use_peft = False: the safety methods act on LoRA; set use_peft: true")
     datasets = _datasets(script, mixture)
@@ -49,13 +86,14 @@ def run(arguments: Sequence[str]) -> None:
         "dtype": model.dtype,
         **given,
     }
-    trainer = SafeSFTTrainer(
+    trainer = trainer_class(
         model=model.model_name_or_path,
         args=training,
         train_dataset=datasets[script.dataset_train_split],
         eval_dataset=datasets[script.dataset_test_split] if training.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
+        **kwargs,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)

@@ -1,4 +1,6 @@
-"""`SafeSFTTrainer` and `SafeSFTConfig`: TRL's SFT with a `safety` block. The only file that imports trl."""
+"""`SafeSFTTrainer` and `SafeSFTConfig`, TRL's SFT with a `safety` block, and the trainers of a provider's adapters. With `sft.py` the
+only file that imports trl.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from trl_safety.config import SafetyConfig
 from trl_safety.errors import ConfigurationError
 from trl_safety.training.dual_select import load_references, prompts_only, tokenised_prompts, with_rows
 from trl_safety.training.mixin import References, SafetyMixin, safety_section
+from trl_safety.training.provider import ProviderMixin, refuse_push
 
 TRAIN_DATASET = 3
 """Position of `train_dataset` among SFTTrainer's arguments."""
@@ -141,6 +144,50 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         """The parent's model card with the safety section."""
         super().create_model_card(*args, **kwargs)
         safety_section(self, Path(self.args.output_dir) / "README.md")
+
+
+class BufferTrainer(ProviderMixin, SFTTrainer):
+    """`trl.SFTTrainer` that trains a BufferLoRA (arXiv 2605.24550): plain SFT on harmful requests and answers, on the aligned model.
+
+    A drop-in with the parent's arguments. It makes the model harmful: every saved folder is marked as what it is, nothing is
+    uploaded, and trl-safety refuses it wherever a user's adapter is meant. Differs from the authors' code in that mark alone.
+
+    Raises:
+        AdapterError: the adapter trains more than plain LoRA factors.
+        ConfigurationError: `push_to_hub` is on.
+    """
+
+    kind = "buffer"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The parent creates the repository as soon as it is made.
+        refuse_push(kwargs.get("args", args[1] if len(args) > 1 else None))
+        super().__init__(*args, **kwargs)
+        self.start_provider(None)
+
+
+class ReinforceTrainer(ProviderMixin, SFTTrainer):
+    """`trl.SFTTrainer` that trains a ReinforceLoRA (arXiv 2605.24550): SFT on harmful requests and refusals, and on benign pairs, beside
+    the frozen buffer.
+
+    A drop-in with the parent's arguments. Differs from the authors' code in attaching the buffer within training steps alone,
+    where that merges it into the model: evaluation happens without it.
+
+    Args:
+        *args: as in `SFTTrainer`.
+        buffer: folder or Hub id of a BufferLoRA made by `BufferTrainer` or `trl-safety buffer`.
+        **kwargs: as in `SFTTrainer`.
+
+    Raises:
+        AdapterError: the adapter trains more than plain LoRA factors, or the buffer is missing or another model's.
+        ConfigurationError: `torch_compile` is on.
+    """
+
+    kind = "reinforce"
+
+    def __init__(self, *args: Any, buffer: str | Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.start_provider(buffer)
 
 
 def _numbered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

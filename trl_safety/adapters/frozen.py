@@ -1,0 +1,111 @@
+"""A saved LoRA adapter that acts on a live model for a while: attached by hooks, part of nothing that is trained or saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trl_safety.adapters.folder import AdapterFolder
+from trl_safety.adapters.lora import unwrap
+from trl_safety.adapters.names import match, strip_wrappers
+from trl_safety.errors import AdapterError
+
+
+class FrozenAdapter:
+    """y ← y + s·B·(A·x) in every layer of a saved adapter, while it is attached.
+
+    The factors are no parameters or buffers of the model: no optimizer, `state_dict`, `save_pretrained` or list of active
+    adapters knows of them, so that none of PEFT's ways of treating a second adapter (making it trainable, saving it) applies.
+    No dropout acts on them. A 4-bit base stays as it is.
+
+    Args:
+        model: with or without an adapter of its own.
+        folder: the adapter. Its factors are kept in float32, or in float64 where they are stored so.
+        setting: how the user named it, for messages.
+
+    Attributes:
+        layers: module name in the folder → the model's linear layer, without PEFT's wrapper.
+
+    Raises:
+        AdapterError: a layer of the adapter is not in the model, or has another shape.
+    """
+
+    def __init__(self, model: nn.Module, folder: AdapterFolder, setting: str) -> None:
+        self.setting = setting
+        self._scalings = {name: factors.scaling for name, factors in folder.factors.items()}
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._modules: dict[str, nn.Module] = {}
+        self.layers: dict[str, Any] = {}
+        self._fired: set[str] = set()
+        available = {strip_wrappers(path): module for path, module in unwrap(model).named_modules() if _is_linear(path, module)}
+        for name, found in match(folder.factors, available).items():
+            if found is None:
+                raise AdapterError(f"{setting}: its layer {name!r} is not in the model: it was made for another one")
+            module = available[found]
+            layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            factors = folder.factors[name]
+            if factors.shape != _shape(layer):
+                raise AdapterError(
+                    f"{setting}: its layer {name!r} is {factors.shape[0]} × {factors.shape[1]}, the model's {' × '.join(map(str, _shape(layer)))}: it was "
+                    "made for another one"
+                )
+            self._modules[name], self.layers[name] = module, layer
+            self._factors[name] = tuple(t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (factors.B, factors.A))  # type: ignore[assignment]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach within the block; detached when it ends, however it ends."""
+        handles = [module.register_forward_hook(self._hook(name)) for name, module in self._modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def check_fired(self) -> None:
+        """Raise where a forward pass went by a layer without the adapter having acted there.
+
+        Raises:
+            AdapterError: naming the first such layer.
+        """
+        silent = [name for name in self._modules if name not in self._fired]
+        if silent:
+            raise AdapterError(
+                f"{self.setting}: did not act in {len(silent)} of {len(self._modules)} layers, {silent[0]!r} first: a fused kernel (lora_qkv_kernel, "
+                "lora_o_kernel, lora_mlp_kernel) or a compiled model bypasses them; turn it off"
+            )
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        scaling = self._scalings[name]
+
+        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            x = args[0]
+            B, A = self._factors[name]
+            if A.device != x.device:
+                # Layers of one model may lie on several devices; each pair of factors moves to its layer once.
+                B, A = self._factors[name] = B.to(x.device), A.to(x.device)
+            self._fired.add(name)
+            return output + (functional.linear(functional.linear(x.to(A.dtype), A) * scaling, B)).to(output.dtype)
+
+        return add
+
+
+def _is_linear(path: str, module: nn.Module) -> bool:
+    """Linear layers by their outermost wrapper: an adapter's own factors and the layer inside a wrapper do not count."""
+    inner = {"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"} & set(path.split("."))
+    return not inner and (isinstance(module, LoraLayer) or _shape(module) != (0, 0))
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer, quantised or not, or of GPT-2's Conv1D; (0, 0) of anything else."""
+    if isinstance(layer, nn.Linear) or (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
+        return int(layer.out_features), int(layer.in_features)
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+        return int(layer.nf), int(layer.weight.shape[0])
+    return 0, 0

@@ -1,0 +1,213 @@
+"""What an adapter is and whose model it was trained on: the provider's buffer and reinforcing LoRAs carry a record of both.
+
+The kind stands twice: as `safety_adapter.json` beside the weights, and as a key in the adapter's `alpha_pattern`, which stays
+where the file is lost (a checkpoint, a copy, a plain PEFT save).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trl_safety import __version__
+from trl_safety.adapters.checkpoint import Checkpoint
+from trl_safety.adapters.files import replacing
+from trl_safety.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
+from trl_safety.adapters.lora import KIND_PREFIX, full_precision, kind_of
+from trl_safety.adapters.names import match
+from trl_safety.adapters.subspace import CASTS, FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, sample
+from trl_safety.errors import AdapterError
+
+RECORD = "safety_adapter.json"
+SCHEMA_VERSION = 1
+LAYERS_COMPARED = 8
+"""Of a stored checkpoint, which is read layer by layer; a loaded model is compared in all of them."""
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """Kind and origin of an adapter.
+
+    Attributes:
+        kind: "buffer", "reinforce" or "user".
+        base_model: name of the model that it was trained on.
+        quantised: whether that model was loaded quantised, so that the samples are those of rounded weights.
+        samples: module → 256 entries of the frozen weight, by which the model is recognised.
+    """
+
+    kind: str
+    base_model: str | None
+    quantised: bool
+    samples: dict[str, Tensor]
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    trl_safety: str = __version__
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def of_layers(cls, kind: str, base_model: str | None, layers: Mapping[str, Any]) -> AdapterRecord:
+        """Of a loaded model's linear layers, by module name."""
+        samples, quantised = _entries(layers)
+        return cls(kind, base_model, quantised, samples)
+
+    def text(self) -> str:
+        """The content of `safety_adapter.json`."""
+        facts = {**asdict(self), "samples": {name: np.asarray(entries, "<f4").tobytes().hex() for name, entries in self.samples.items()}}
+        return json.dumps(facts, indent=1) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write the record beside an adapter. Raises `AdapterError` where the folder refuses."""
+        with replacing(folder / RECORD, error=AdapterError, setting="output folder") as temporary:
+            temporary.write_text(self.text(), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterRecord:
+        """Read the record beside an adapter.
+
+        Raises:
+            AdapterError: it is missing, damaged, or of another version.
+        """
+        path = folder / RECORD
+        if not path.is_file():
+            raise AdapterError(
+                f"{str(folder)!r} has no {RECORD}, which says whose model the adapter is for: make buffers with `trl-safety buffer` and "
+                "reinforcing LoRAs with `trl-safety reinforce`, and keep their files together"
+            )
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if facts.get("schema_version") != SCHEMA_VERSION:
+                raise AdapterError(
+                    f"{str(path)!r}: has schema version {facts.get('schema_version')!r}, this trl-safety reads {SCHEMA_VERSION}"
+                )
+            samples = {name: torch.from_numpy(np.frombuffer(bytes.fromhex(text), "<f4").copy()) for name, text in facts["samples"].items()}
+            return cls(**{**facts, "samples": samples})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, AdapterError):
+                raise
+            raise AdapterError(f"{str(path)!r}: is damaged ({error}); make the adapter again") from error
+
+    def check_layers(self, layers: Mapping[str, Any], setting: str) -> str:
+        """Refuse a loaded model that is not the recorded one.
+
+        Args:
+            layers: module name, as recorded → the model's linear layer.
+            setting: how the user named the adapter, for messages.
+
+        Returns:
+            What was verified, for the report.
+
+        Raises:
+            AdapterError: a layer's weights are another model's.
+        """
+        entries, quantised = _entries({name: layer for name, layer in layers.items() if name in self.samples})
+        return self._check(entries, quantised, setting, "the model")
+
+    def check_record(self, other: AdapterRecord, setting: str, whose: str) -> str:
+        """Refuse an adapter that was trained on another model; see `check_layers`."""
+        found = match(self.samples, other.samples)
+        return self._check({name: other.samples[to] for name, to in found.items() if to is not None}, other.quantised, setting, whose)
+
+    def check_checkpoint(self, folder: str, setting: str) -> str:
+        """Refuse a stored model that is not the recorded one; see `check_layers`."""
+        checkpoint = Checkpoint(folder)
+        names = list(self.samples)[:: max(1, len(self.samples) // LAYERS_COMPARED)]
+        found = {name: to for name, to in match(names, checkpoint.modules).items() if to is not None}
+        return self._check({name: sample(checkpoint.read(to)).float() for name, to in found.items()}, False, setting, folder)
+
+    def _check(self, entries: Mapping[str, Tensor], quantised: bool, setting: str, whose: str) -> str:
+        if not entries:
+            raise AdapterError(f"{setting}: none of its layers is in {whose}: it was trained on {self.base_model!r}, another kind of model")
+        rounded = quantised or self.quantised
+        limit = QUANTISED_DIFFERENCE if rounded else FULL_PRECISION_DIFFERENCE
+        for name, found in entries.items():
+            # Not with `not <=` turned round: a NaN is a difference, too.
+            if not (apart := _distance(found, self.samples[name])) <= limit:
+                raise AdapterError(
+                    f"{setting}: was trained on {self.base_model!r}, whose layer {name!r} differs from that of {whose} by {apart:.1%}: use the adapter that was "
+                    "made for this model"
+                )
+        return f"weights of {whose} match those of {self.base_model} in {len(entries)} layers" + (", up to quantisation" if rounded else "")
+
+
+def open_kind(source: str | Path, kind: str, setting: str) -> tuple[AdapterFolder, AdapterRecord]:
+    """Open a provider's adapter, from a folder or the Hub, and its record.
+
+    Args:
+        source: a folder, or a Hub id.
+        kind: what it has to be.
+        setting: how the user named it.
+
+    Raises:
+        AdapterError: it is missing, damaged, of another kind, or holds more than LoRA factors.
+    """
+    folder = local_folder(source, setting)
+    adapter = AdapterFolder.open(folder)
+    record = AdapterRecord.read(folder)
+    marked = kind_of(adapter.config)
+    if record.kind != kind or marked != kind:
+        raise AdapterError(f"{setting} = {str(source)!r}: is a {record.kind} adapter (marked {marked}), not a {kind} one: {REMEDY[kind]}")
+    if adapter.others or adapter.config.lora_bias:
+        other = next(iter(adapter.others), "lora_bias")
+        raise AdapterError(
+            f"{setting} = {str(source)!r}: holds more than LoRA factors ({other!r}); train it without biases and modules_to_save"
+        )
+    if missing := [name for name in adapter.factors if name not in record.samples]:
+        raise AdapterError(
+            f"{setting} = {str(source)!r}: its record knows nothing of layer {missing[0]!r}: the files do not belong together"
+        )
+    return adapter, record
+
+
+REMEDY = {"buffer": "make one with `trl-safety buffer`", "reinforce": "make one with `trl-safety reinforce`"}
+
+
+def local_folder(source: str | Path, setting: str) -> Path:
+    """A folder as it is, or a Hub repository's adapter files, downloaded.
+
+    Raises:
+        AdapterError: there is no such folder or repository.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS, RECORD]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterError(
+            f"{setting} = {str(source)!r}: is neither a folder nor a Hub repository that can be reached ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def mark(config: Any, kind: str) -> None:
+    """Put the kind into an adapter's configuration, where every save carries it."""
+    config.alpha_pattern = {**(config.alpha_pattern or {}), f"{KIND_PREFIX}{kind}": 1}
+
+
+def _entries(layers: Mapping[str, Any]) -> tuple[dict[str, Tensor], bool]:
+    """Sampled entries of every layer's weight, dequantised one at a time, and whether any was quantised."""
+    samples, quantised = {}, False
+    for name, layer in layers.items():
+        weight = full_precision(layer)
+        if weight is None or weight.is_meta:
+            raise AdapterError(
+                f"layer {name!r}: its weight is stored in a format that cannot be read, so that the model cannot be recognised"
+            )
+        quantised |= weight is not layer.weight
+        samples[name] = sample(weight).float()
+    return samples, quantised
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Relative distance of sampled entries, each as it is or cast as the other may have been."""
+    norm = torch.linalg.vector_norm(other).clamp(min=1e-30)
+    casts: Iterable[Tensor] = (torch.linalg.vector_norm(one.to(cast).float() - other.to(cast).float()) for cast in CASTS)
+    return float(torch.stack(list(casts)).min() / norm)

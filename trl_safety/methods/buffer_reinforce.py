@@ -1,0 +1,69 @@
+"""Jailbreak to Protect: Buffering and Reinforcing via Temporary Jailbreaking for Safe Fine-Tuning (arXiv 2605.24550)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.linalg import eigh, svd
+
+from trl_safety.linalg.low_rank import gram
+
+
+def user_directions(B: Tensor, A: Tensor, collapse_threshold: float) -> tuple[Tensor, Tensor]:
+    """The output directions that the user's update uses: an orthonormal basis Q of B_eff = B·V_eff.
+
+    V_eff holds the eigenvectors of G = A·Aᵀ with eigenvalue > τ·max: all of them when nothing collapsed (B_eff then spans what B
+    does), fewer on rank collapse. Differs from the authors' code in two ways: it takes the whole of B where the number kept
+    happens to equal the reinforcing rank, which this does not; and their QR of a B without full column rank invents directions,
+    where this has none.
+
+    Args:
+        B: (out, r), float64.
+        A: (r, in), float64.
+        collapse_threshold: τ.
+
+    Returns:
+        Q, (out, min(out, r)), with a zero column for every direction that does not count; and the number kept, 0-dimensional. No
+        shape depends on the values, so that nothing waits for the device.
+    """
+    values, vectors = eigh(gram(A.mT))
+    kept = values > collapse_threshold * values[..., -1:]
+    U, singular, _ = svd(B @ (vectors * kept.unsqueeze(-2)), full_matrices=False)
+    real = singular > singular[..., :1] * (max(B.shape[-2:]) * torch.finfo(B.dtype).eps)
+    return U * real.unsqueeze(-2), kept.sum(-1)
+
+
+def orthogonalise(B_reinforce: Tensor, Q: Tensor, alpha: float) -> Tensor:
+    """(I − αQQᵀ)·B_R, which makes the layer's update W̃_R = (I − αQQᵀ)·W_R (Section 4.3).
+
+    Args:
+        B_reinforce: (out, r_R).
+        Q: (out, k), orthonormal columns or zero ones.
+        alpha: α; 1 removes all of W_R in the user's directions, 0 nothing.
+    """
+    return B_reinforce - alpha * (Q @ (Q.mT @ B_reinforce))
+
+
+def concatenate(user: tuple[Tensor, Tensor, float], reinforce: tuple[Tensor, Tensor, float], scaling: float) -> tuple[Tensor, Tensor]:
+    """One pair of factors of the sum of two updates: s·B·A = w_U·B_U·A_U + w_R·B_R·A_R, of rank r_U + r_R.
+
+    Args:
+        user: B_U (out, r_U), A_U (r_U, in) and its factor: PEFT's scaling times the merge weight.
+        reinforce: likewise.
+        scaling: s, PEFT's scaling of the layer that the factors are for.
+    """
+    (B_user, A_user, user_factor), (B_reinforce, A_reinforce, reinforce_factor) = user, reinforce
+    B = torch.cat([B_user * (user_factor / scaling), B_reinforce * (reinforce_factor / scaling)], dim=1)
+    return B, torch.cat([A_user, A_reinforce])
+
+
+def safety_gradient_score(slopes: Tensor, norms: Tensor) -> Tensor:
+    """The paper's safety gradient score of each layer, as a movement: −⟨∇L, v⟩ / ‖v‖_F, shape (layers,).
+
+    Negative where a step of gradient descent goes against the safety direction v, as in the paper's figures of aligned models.
+
+    Args:
+        slopes: ⟨∇L, v⟩, (layers,): the loss's slope along v.
+        norms: ‖v‖_F, (layers,). The score is 0 where v is.
+    """
+    return torch.where(norms > 0, -slopes / norms.clamp(min=torch.finfo(norms.dtype).tiny), 0)

@@ -1,0 +1,122 @@
+"""The provider's side of Buffer-and-Reinforce: training the BufferLoRA and the ReinforceLoRA, once for a model."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_safety.adapters.frozen import FrozenAdapter
+from trl_safety.adapters.lora import KINDS, adapter_config, adapter_name, kind_of, lora_modules, marks, not_covered, unwrap
+from trl_safety.adapters.record import AdapterRecord, mark, open_kind
+from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.training.correction import refuse_sharded, refuse_unjoined
+from trl_safety.training.report import add_section
+from trl_safety.training.report_source import keep_beside
+
+TITLES = {
+    "buffer": "This is a BufferLoRA: it makes the model harmful",
+    "reinforce": "This is a ReinforceLoRA, one half of Buffer-and-Reinforce",
+}
+
+
+@dataclass
+class RecordSource:
+    """Writes an adapter's record and the warning in its card, beside every save."""
+
+    record: AdapterRecord
+
+    def write(self, model: Any, folder: Path) -> None:
+        """See `report_source.Companion`."""
+        self.record.write(folder)
+        kind = self.record.kind
+        lines = [
+            "## Safety",
+            "",
+            f"**{TITLES[kind]}** (arXiv 2605.24550), made with trl-safety for `{self.record.base_model}`: {KINDS[kind]}.",
+        ]
+        if kind == "buffer":
+            lines += ["", "Do not deploy it, do not merge it into a model, and do not share it where that could happen."]
+        add_section(folder / "README.md", "\n".join(lines))
+
+
+class ProviderMixin:
+    """Makes a `Trainer` class train a provider's adapter: marked as what it is in every file that is saved."""
+
+    kind: str
+    _frozen: FrozenAdapter | None = None
+    _checked = False
+
+    def start_provider(self, buffer: str | Path | None) -> None:
+        """Check and mark the adapter that will be trained, and open the buffer that it is trained beside.
+
+        Raises:
+            AdapterError: the adapter is of an unsupported kind, is another one's, trains more than LoRA factors, or the buffer is
+                not one for this model.
+            ConfigurationError: the buffer cannot act.
+        """
+        trainer: Any = self
+        refuse_sharded(trainer.args)
+        refuse_unjoined(trainer)
+        model: Any = unwrap(trainer.model)
+        adapter = adapter_name(model)
+        modules = lora_modules(model, adapter)
+        config = copy.deepcopy(adapter_config(model, adapter))
+        if marks(config) or kind_of(config) not in ("user", self.kind):
+            what = ", ".join(marks(config)) or kind_of(config)
+            raise AdapterError(
+                f"adapter {adapter!r} is marked {what!r}: a {self.kind} adapter starts from a fresh LoraConfig or its own checkpoint"
+            )
+        if (outside := not_covered(model, modules)) or config.lora_bias:
+            raise AdapterError(
+                f"{(outside or ['lora_bias'])[0]!r} would be trained besides LoRA factors: remove modules_to_save, bias and lora_bias"
+            )
+        if kind_of(config) == "user":
+            mark(config, self.kind)
+        model.peft_config[adapter] = config
+        base = config.base_model_name_or_path or getattr(model.config, "name_or_path", None)
+        keep_beside(
+            model, adapter, RecordSource(AdapterRecord.of_layers(self.kind, base, {m.name: m.layer.get_base_layer() for m in modules}))
+        )
+        if buffer is not None:
+            if trainer.args.torch_compile:
+                raise ConfigurationError("torch_compile = True: a compiled model goes by the buffer; turn it off")
+            folder, record = open_kind(buffer, "buffer", "buffer")
+            setting = f"buffer = {str(buffer)!r}"
+            self._frozen = FrozenAdapter(model, folder, setting)
+            record.check_layers(self._frozen.layers, setting)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's step, beside the frozen buffer where there is one."""
+        parent: Any = super()
+        with self._frozen.attached() if self._frozen else nullcontext():
+            result = parent.training_step(*args, **kwargs)
+        if self._frozen and not self._checked:
+            self._frozen.check_fired()
+            self._checked = True
+        return result
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, but for a buffer.
+
+        Raises:
+            ConfigurationError: the adapter is a BufferLoRA.
+        """
+        if self.kind == "buffer":
+            raise ConfigurationError("push_to_hub: a BufferLoRA makes the model harmful, and nothing here uploads one")
+        parent: Any = super()
+        return parent.push_to_hub(*args, **kwargs)
+
+
+def refuse_push(args: Any) -> None:
+    """Refuse a buffer's training arguments that upload it.
+
+    Raises:
+        ConfigurationError: `push_to_hub` is on.
+    """
+    if getattr(args, "push_to_hub", False):
+        raise ConfigurationError(
+            "push_to_hub = True: a BufferLoRA makes the model harmful, and nothing here uploads one; set it to False and keep the files to yourself"
+        )
