@@ -97,6 +97,9 @@ for _name, _text in {
     _axolotl_command(_name, _text)
 for _name, _text in {
     "subspace": "build an alignment subspace",
+    "buffer": "train a BufferLoRA with TRL",
+    "reinforce": "train a ReinforceLoRA with TRL",
+    "merge-reinforce": "merge a user's adapter with a ReinforceLoRA",
     "correct": "correct a saved adapter",
     "inspect": "show what an adapter changed",
     "verify": "check that an adapter was protected",

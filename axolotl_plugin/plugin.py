@@ -40,10 +40,18 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
 
         Raises:
             ConfigurationError: a method could not act beside one of them.
+            AdapterError: the adapter to train or merge is a provider's.
         """
+        from peft import LoraConfig
+
         from axolotl_plugin.rules import refuse
+        from trl_safety.adapters.folder import CONFIG
+        from trl_safety.adapters.lora import refuse_provider
 
         refuse(cfg, safety_of(cfg))
+        folder = cfg.get("lora_model_dir")
+        if folder and (Path(folder) / CONFIG).is_file():
+            refuse_provider(LoraConfig.from_pretrained(folder), f"lora_model_dir = {folder!r}")
 
     def get_trainer_cls(self, cfg: Any) -> Any:
         """Axolotl's trainer with the safety mixin where a method is part of the loss, else None."""

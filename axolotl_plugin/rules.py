@@ -99,15 +99,15 @@ REFUSED = (
         _on("trainer_cls"),
         "the method is part of the plugin's own trainer class, which Axolotl prefers in silence",
         "remove trainer_cls",
-        ("dual_select", "asft"),
+        ("dual_select", "asft", "buffer_reinforce"),
     ),
     Rule(
         "lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel",
         "true (Axolotl's own default on a GPU)",
         _on("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"),
-        "fused kernels bypass the modules in which the samples' gradients are read",
+        "fused kernels bypass the modules in which the samples' gradients are read and on which the buffer acts",
         "set lora_qkv_kernel, lora_o_kernel and lora_mlp_kernel: false",
-        ("dual_select",),
+        ("dual_select", "buffer_reinforce"),
     ),
     Rule(
         "sample_packing",
@@ -121,9 +121,9 @@ REFUSED = (
         "torch_compile",
         "true",
         lambda c: c.get("torch_compile") is True,
-        "compiled layers cannot be read",
+        "compiled layers cannot be read, and go by the buffer",
         "remove torch_compile",
-        ("dual_select",),
+        ("dual_select", "buffer_reinforce"),
     ),
     Rule(
         "streaming, pretraining_dataset",
@@ -155,7 +155,7 @@ WORKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel",
         "they bypass the adapter's modules, on which these methods do not hook: they read the factors themselves; not run here, for want of a GPU",
-        NO_DUAL_SELECT,
+        tuple(method for method in NO_DUAL_SELECT if method != "buffer_reinforce"),
     ),
     ("sample_packing, pad_to_sequence_len", "tested", NO_DUAL_SELECT),
     (

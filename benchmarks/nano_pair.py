@@ -21,15 +21,25 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_safety import AlignmentSubspace, SafeSFTConfig, SafeSFTTrainer, apply_csulora, apply_safe_lora
+from trl_safety import (
+    AlignmentSubspace,
+    BufferTrainer,
+    ReinforceTrainer,
+    SafeSFTConfig,
+    SafeSFTTrainer,
+    apply_csulora,
+    apply_safe_lora,
+    merge_reinforce,
+)
 from trl_safety.adapters.lora import lora_modules
-from trl_safety.lab.experiment import shrink_like
+from trl_safety.lab.experiment import shrink_like, shrink_to
 from trl_safety.training.factor_groups import update_norm
 from trl_safety.training.selection import SELECTION, most_dropped, read_choices
 
 BATCH, EPOCHS = 16, 6
 DUAL_SELECT = {"keep": BATCH // 2, "references": 32}
 ASFT_WEIGHTS = (0.01, 1.0)
+METHODS = ["corrections", "asft", "dual_select", "buffer_reinforce"]
 CORRECTIONS = {
     "Safe LoRA, cosine ≤ 0.35": lambda model, whole, _: apply_safe_lora(model, whole, threshold=0.35),
     "Safe LoRA, 10 layers": lambda model, whole, _: apply_safe_lora(model, whole, layers=10),
@@ -42,7 +52,16 @@ def rows_of(folder: Path, name: str) -> Dataset:
     return load_dataset("json", data_files=str(folder / "data" / name), split="train").select_columns(["prompt", "completion"])
 
 
-def train(folder: Path, output: str, seed: int, mixed: Dataset | None = None, max_steps: int = -1, **kwargs: Any) -> tuple[Any, float]:
+def train(
+    folder: Path,
+    output: str,
+    seed: int,
+    mixed: Dataset | None = None,
+    max_steps: int = -1,
+    data: Dataset | None = None,
+    trainer_class: Any = SafeSFTTrainer,
+    **kwargs: Any,
+) -> tuple[Any, float]:
     """The recipe of the pair's own baseline: r 16, alpha 32, all linear layers, 3e-3, cosine, 6 epochs, batch 16."""
     args = SafeSFTConfig(
         output_dir=output,
@@ -60,9 +79,9 @@ def train(folder: Path, output: str, seed: int, mixed: Dataset | None = None, ma
         disable_tqdm=True,
         use_cpu=True,
     )
-    data = rows_of(folder, "train_poisoned.jsonl")
+    data = data or rows_of(folder, "train_poisoned.jsonl")
     started = time.perf_counter()
-    trainer = SafeSFTTrainer(
+    trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(folder / "aligned"),
         args=args,
         train_dataset=concatenate_datasets([data, mixed]) if mixed else data,
@@ -82,9 +101,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 7])
     parser.add_argument("--output", type=Path)
-    parser.add_argument(
-        "--methods", nargs="+", choices=["corrections", "asft", "dual_select"], default=["corrections", "asft", "dual_select"]
-    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     options = parser.parse_args()
     folder = options.folder
     spec = importlib.util.spec_from_file_location("score", folder / "score.py")
@@ -99,6 +116,7 @@ def main() -> None:
     ranked = AlignmentSubspace.from_pair(*pair, target_modules="all-linear", rank=32, progress=False)
     print(f"both subspaces: {time.perf_counter() - started:.2f} s")
     rows: list[dict[str, Any]] = []
+    keep = tempfile.TemporaryDirectory()
 
     def add(method: str, seed: int, model: Any, seconds: float) -> None:
         scores = scorer.score(model, tokenizer, folder / "data")
@@ -115,6 +133,19 @@ def main() -> None:
         if options.output:
             options.output.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def provider(scratch: Path) -> tuple[Path, Path]:
+        """The buffer and the reinforcing LoRA, once, with the recipe of the user's training."""
+        buffer, reinforce = scratch / "buffer", scratch / "reinforce"
+        _, seconds = train(folder, str(buffer), 0, data=rows_of(folder, "harmful_pairs.jsonl"), trainer_class=BufferTrainer)
+        safe = concatenate_datasets([rows_of(folder, "refusal_pairs.jsonl"), rows_of(folder, "benign_pairs.jsonl")])
+        _, more = train(folder, str(reinforce), 0, data=safe, trainer_class=lambda **kwargs: ReinforceTrainer(**kwargs, buffer=buffer))
+        print(f"provider: {seconds:.0f} s for the BufferLoRA, {more:.0f} s for the ReinforceLoRA", flush=True)
+        return buffer, reinforce
+
+    def load(adapter: Path | str) -> Any:
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "aligned"), str(adapter))
+
+    provided = None
     references = rows_of(folder, "references.jsonl")
     kinds = list(load_dataset("json", data_files=str(folder / "data" / "train_poisoned.jsonl"), split="train")["kind"])
     harmful = kinds.count("harmful")
@@ -135,6 +166,27 @@ def main() -> None:
             for weight in ASFT_WEIGHTS if "asft" in options.methods else ():
                 model, seconds = train(folder, scratch, seed, safety={"asft": {"weight": weight}}, subspace=whole)
                 add(f"AsFT, λ = {weight:g}", seed, model, seconds)
+            if "buffer_reinforce" in options.methods:
+                work = Path(keep.name)
+                provided = provided or provider(work)
+                buffer, reinforce = provided
+                plain, buffered = work / f"plain-{seed}", work / f"buffered-{seed}"
+                train(folder, str(plain), seed)
+                model, seconds = train(folder, str(buffered), seed, safety={"buffer_reinforce": {"buffer": str(buffer)}})
+                add("Buffer-and-Reinforce, buffer alone", seed, model, seconds)
+                for name, user, alpha in (
+                    ("Buffer-and-Reinforce", buffered, 0.1),
+                    ("Buffer-and-Reinforce, plain merge (α = 0)", buffered, 0.0),
+                    ("Buffer-and-Reinforce, no buffer", plain, 0.1),
+                ):
+                    begun = time.perf_counter()
+                    merge_reinforce(user, reinforce, work / f"{seed}-{user.name}-{alpha}", alpha=alpha)
+                    extra = time.perf_counter() - begun
+                    add(name, seed, load(work / f"{seed}-{user.name}-{alpha}"), extra)
+                shrunk = load(plain)
+                norm = next(row["update_norm"] for row in rows if row["method"] == "Buffer-and-Reinforce" and row["seed"] == seed)
+                shrink_to(shrunk, norm)
+                add("Buffer-and-Reinforce: plain SFT shrunk to the same ‖ΔW‖", seed, shrunk, 0.0)
             if "dual_select" in options.methods:
                 model, seconds = train(folder, scratch, seed, safety={"dual_select": DUAL_SELECT}, reference_dataset=references)
                 add("DualSelect, ρ = 0.2", seed, model, seconds)

@@ -10,7 +10,9 @@ import yaml
 from typer.testing import CliRunner
 
 from tests import tiny
+from tests.training import providers
 from trl_safety import AlignmentSubspace
+from trl_safety.adapters.record import AdapterRecord
 from trl_safety.cli import app
 from trl_safety.config import METHODS, SafetyConfig
 from trl_safety.training.report import verify
@@ -31,7 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AlignmentSubspace.from_pair(folder / "base", folder / "aligned", target_modules="all-linear", rank=8, progress=False).save(
         folder / "S.safetensors"
     )
-    return folder
+    return providers.make(folder, base=str(folder / "aligned"))
 
 
 def tiny_version(config: dict[str, Any], pair: Path, output: Path) -> dict[str, Any]:
@@ -49,6 +51,9 @@ def tiny_version(config: dict[str, Any], pair: Path, output: Path) -> dict[str, 
     }
     if "dual_select" in config["safety"]:
         config["safety"]["dual_select"] |= {"reference_dataset": str(pair / "train.jsonl"), "references": 4, "warmup_steps": 1}
+        return config
+    if "buffer_reinforce" in config["safety"]:
+        config["safety"]["buffer_reinforce"] |= {"buffer": str(pair / "buffer"), "reinforce": str(pair / "reinforce")}
         return config
     subspace = config["safety"]["subspace"]
     if isinstance(subspace, dict):
@@ -71,6 +76,23 @@ def test_example_runs(path: Path, pair: Path, tmp_path: Path) -> None:
     report = verify(tmp_path / "out")
     assert [method.name for method in report.methods] == methods
     assert all(method.acted for method in report.methods)
+
+
+def test_the_providers_examples_run(pair: Path, tmp_path: Path) -> None:
+    for command in ("buffer", "reinforce"):
+        config = yaml.safe_load((EXAMPLES[0].parent.parent / "provider" / f"{command}.yaml").read_text())
+        config = tiny_version({**config, "safety": {"dual_select": {}}}, pair, tmp_path / command)
+        del config["safety"]
+        if command == "reinforce":
+            config["buffer"] = str(tmp_path / "buffer")
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        result = CliRunner().invoke(app, [command, "--config", str(tmp_path / "config.yaml")])
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert AdapterRecord.read(tmp_path / command).kind == command
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "safety": {"asft": {}}}))
+    result = CliRunner().invoke(app, ["reinforce", "--config", str(tmp_path / "config.yaml")])
+    assert result.exit_code == 1
+    assert "safety: unknown key" in result.output
 
 
 def test_every_method_has_an_example() -> None:

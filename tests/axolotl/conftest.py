@@ -17,6 +17,7 @@ import yaml
 from peft import get_peft_model
 
 from tests import tiny
+from tests.training import providers
 from trl_safety import AlignmentSubspace
 
 collect_ignore_glob = [] if importlib.util.find_spec("axolotl") else ["test_*.py"]
@@ -51,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AlignmentSubspace.from_pair(folder / "base", folder / "aligned", target_modules="all-linear", rank=8, progress=False).save(
         folder / "S.safetensors"
     )
-    return folder
+    return providers.make(folder, base=str(folder / "aligned"))
 
 
 @pytest.fixture

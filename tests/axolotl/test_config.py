@@ -118,6 +118,9 @@ def tiny_version(options: dict[str, Any], world: Path, tmp_path: Path) -> dict[s
     if "dual_select" in options["safety"]:
         options["safety"]["dual_select"] |= {"reference_dataset": str(world / "train.jsonl"), "references": 4, "warmup_steps": 1}
         return options
+    if "buffer_reinforce" in options["safety"]:
+        options["safety"]["buffer_reinforce"] |= {"buffer": str(world / "buffer"), "reinforce": str(world / "reinforce")}
+        return options
     source = options["safety"]["subspace"]
     if isinstance(source, dict):
         source |= {"base": str(world / "base"), "aligned": str(world / "aligned"), "rank": 8}

@@ -8,14 +8,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
 from tests.axolotl.conftest import Axolotl, protect
 from tests.training.test_corrections import assert_close, updates
-from trl_safety import AlignmentSubspace, asft_penalty
+from trl_safety import AlignmentSubspace, asft_penalty, merge_reinforce
+from trl_safety.adapters.folder import AdapterFolder
+from trl_safety.adapters.lora import kind_of
 from trl_safety.config import CsuloraConfig, SafeLoraConfig
 from trl_safety.errors import ReportError
+from trl_safety.training.buffer_reinforce import USER_ADAPTER
 from trl_safety.training.correction import correct_folder
 from trl_safety.training.mixin import correction_for
 from trl_safety.training.report import verify
@@ -166,6 +169,43 @@ def test_dual_select_on_two_processes(
     axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node=2")
     assert tiny.largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 1e-4
     assert verify(tmp_path / "two").methods[0].summary == verify(tmp_path / "one").methods[0].summary
+
+
+def buffered(config: dict[str, Any], world: Path, **options: Any) -> dict[str, Any]:
+    """The configuration with the provider's two adapters."""
+    block = {"buffer": str(world / "buffer"), "reinforce": str(world / "reinforce"), "alpha": 0.3}
+    return {**config, "plugins": ["axolotl_plugin.SafetyPlugin"], "safety": {"buffer_reinforce": {**block, **options}}}
+
+
+def test_buffer_reinforce_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    """The user's adapter is the one that trains on a model with the buffer merged in; what is saved is its merge."""
+    axolotl("train", buffered(config, world))
+    report = verify(tmp_path / "out")
+    assert "trained beside the frozen buffer in optimizer steps 1 to 3" in report.methods[0].summary
+    jailbroken = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "aligned"), str(world / "buffer"))
+    jailbroken.merge_and_unload().save_pretrained(tmp_path / "jailbroken")
+    tiny_tokenizer = AutoTokenizer.from_pretrained(world / "aligned")
+    tiny_tokenizer.save_pretrained(tmp_path / "jailbroken")
+    axolotl("train", {**config, "base_model": str(tmp_path / "jailbroken"), "output_dir": str(tmp_path / "authors")})
+    alone = weights(tmp_path / "out" / USER_ADAPTER)
+    assert tiny.largest_difference(alone, weights(tmp_path / "authors")) < 1e-3
+    axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
+    assert tiny.largest_difference(alone, weights(tmp_path / "plain")) > 1e-2
+    merge_reinforce(tmp_path / "out" / USER_ADAPTER, world / "reinforce", tmp_path / "again", alpha=0.3)
+    assert_close(updates(loaded(world, tmp_path / "out")), updates(loaded(world, tmp_path / "again")))
+    # Axolotl's own merge of a buffer into the model is refused.
+    done = axolotl("merge-lora", buffered(config, world), f"--lora-model-dir={world / 'buffer'}", code=1)
+    assert "is a BufferLoRA, which makes the model harmful" in done.stderr
+
+
+def test_buffer_reinforce_with_qlora_and_checkpoints(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    config |= {"adapter": "qlora", "load_in_4bit": True, "learning_rate": 0.05, "save_steps": 2, "max_steps": 4, "save_strategy": "steps"}
+    config |= {"gradient_checkpointing": True, "sample_packing": True}
+    axolotl("train", buffered(config, world))
+    assert "up to quantisation" in verify(tmp_path / "out").base_check
+    assert kind_of(AdapterFolder.open(tmp_path / "out" / "checkpoint-2").config) == "user"
+    with pytest.raises(ReportError, match="still to come"):
+        verify(tmp_path / "out" / "checkpoint-2")
 
 
 def test_another_plugins_trainer_class_is_said(world: Path, config: dict[str, Any], axolotl: Axolotl) -> None:

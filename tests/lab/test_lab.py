@@ -65,13 +65,19 @@ class TestValidity:
         assert lab.score(lab.fine_tune(0, poison=0.0)[0])["attack"] <= 0.10
 
     def test_the_run_writes_every_row_with_its_control(self, lab: Lab, lab_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, value in {"SAMPLES": 256, "EPOCHS": 1, "ASFT_WEIGHTS": (1.0,), "MOST_CONTROL_RUNS": 2}.items():
+        for name, value in {
+            "SAMPLES": 256,
+            "EPOCHS": 1,
+            "ASFT_WEIGHTS": (1.0,),
+            "MOST_CONTROL_RUNS": 2,
+            "PROVIDER": dict.fromkeys(experiment.PROVIDER, 256),
+        }.items():
             monkeypatch.setattr(experiment, name, value)
         outcomes = experiment.run(lab_folder, seeds=2, first_seed=0)
         content = json.loads((lab_folder / "results.json").read_text())
         assert (lab_folder / "results.png").read_bytes().startswith(b"\x89PNG")
-        assert len(content["runs"]) == len(outcomes) == 26
-        assert sum(outcome.control for outcome in outcomes) == 10
+        assert len(content["runs"]) == len(outcomes) == 36
+        assert sum(outcome.control for outcome in outcomes) == 12
         assert sum(outcome.kept_forbidden is not None for outcome in outcomes) == 2
         for outcome in outcomes:
             assert 0 <= outcome.attack <= 1

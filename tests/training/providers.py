@@ -11,15 +11,16 @@ from tests import tiny
 
 
 def make(folder: Path, *, base: str = "gqa-aligned", reinforce: dict[str, Any] | None = None, buffer: dict[str, Any] | None = None) -> Path:
-    """`buffer/` and `reinforce/` in `folder`; keyword arguments go to their LoraConfigs, which differ from the user's."""
+    """`buffer/` and `reinforce/` in `folder`, for a model in `tests/data` or any folder; their LoraConfigs differ from the user's."""
     from trl_safety import BufferTrainer, ReinforceTrainer
 
     def options(name: str) -> Any:
         return tiny.arguments(folder / name, SFTConfig, max_steps=3, learning_rate=5e-2)
 
     one = {"r": 6, "lora_alpha": 9, "target_modules": ["q_proj", "k_proj", "down_proj"], **(buffer or {})}
-    tiny_kwargs: dict[str, Any] = {"base": tiny.model(base)}
-    trainer = tiny.trainer(folder / "buffer", cls=BufferTrainer, args=options("buffer"), peft_config=tiny.lora(**one), **tiny_kwargs)
+    trainer = tiny.trainer(
+        folder / "buffer", cls=BufferTrainer, args=options("buffer"), peft_config=tiny.lora(**one), base=tiny.model(base)
+    )
     trainer.train()
     trainer.save_model()
     other = {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "o_proj", "down_proj"], **(reinforce or {})}

@@ -167,7 +167,7 @@ class TestUserTraining:
         trainer.train()
         plain = tiny.trainer(tmp_path, base=dense(tiny.model(), provider / "buffer"))
         plain.train()
-        assert tiny.largest_difference(tiny.factors(trainer.model), tiny.factors(plain.model)) < 1e-4
+        assert tiny.largest_difference(tiny.factors(trainer.model), tiny.factors(plain.model)) < 1e-3
         # Negative control: without the buffer the same run ends elsewhere.
         alone = tiny.trainer(tmp_path)
         alone.train()
@@ -249,9 +249,9 @@ class TestUserTraining:
         assert len(seen) == 2
         for found, expected in seen:
             assert found == pytest.approx(expected, rel=1e-5)
-        frozen = trainer._safety.buffer.frozen
-        with frozen.attached():
-            assert trainer.evaluate()["eval_loss"] != pytest.approx(seen[-1][0], rel=1e-4)
+        last = seen[-1][0]
+        with trainer._safety.buffer.frozen.attached():
+            assert trainer.evaluate()["eval_loss"] != pytest.approx(last, rel=1e-3)
 
     @pytest.mark.parametrize("checkpointing", [{"use_reentrant": False}, {"use_reentrant": True}])
     def test_gradient_checkpointing_changes_nothing(self, provider: Path, tmp_path: Path, checkpointing: dict[str, bool]) -> None:

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.training import providers
 from trl_safety import AlignmentSubspace
+from trl_safety.training.buffer_reinforce import USER_ADAPTER
 from trl_safety.training.report import read_report, verify
 from trl_safety.training.selection import SELECTION, read_choices
 
@@ -60,3 +62,13 @@ def test_dual_select_chooses_alike(tmp_path: Path, reference_gradient: str) -> N
         chosen.append(sorted((line.step, line.kind, tuple(line.indices)) for line in lines))
     assert chosen[0] == chosen[1]
     assert len(chosen[0]) == 2 + 2 * 2
+
+
+def test_buffer_and_merge_are_alike(tmp_path: Path) -> None:
+    providers.make(tmp_path)
+    launch(1, tmp_path / "one", 8, tmp_path, script="two_processes_buffer_reinforce")
+    launch(2, tmp_path / "two", 4, tmp_path, script="two_processes_buffer_reinforce")
+    for folder in (Path(), USER_ADAPTER):
+        one, two = (load_file(tmp_path / name / folder / "adapter_model.safetensors") for name in ("one", "two"))
+        assert tiny.largest_difference(two, one) < 2e-5
+    assert verify(tmp_path / "two").methods[0].summary == verify(tmp_path / "one").methods[0].summary

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +58,7 @@ class AdapterRecord:
 
     def text(self) -> str:
         """The content of `safety_adapter.json`."""
-        facts = {**asdict(self), "samples": {name: np.asarray(entries, "<f4").tobytes().hex() for name, entries in self.samples.items()}}
+        facts = {**asdict(self), "samples": {name: entries.float().numpy().tobytes().hex() for name, entries in self.samples.items()}}
         return json.dumps(facts, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -86,7 +85,7 @@ class AdapterRecord:
                 raise AdapterError(
                     f"{str(path)!r}: has schema version {facts.get('schema_version')!r}, this trl-safety reads {SCHEMA_VERSION}"
                 )
-            samples = {name: torch.from_numpy(np.frombuffer(bytes.fromhex(text), "<f4").copy()) for name, text in facts["samples"].items()}
+            samples = {name: torch.frombuffer(bytearray.fromhex(text), dtype=torch.float32) for name, text in facts["samples"].items()}
             return cls(**{**facts, "samples": samples})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, AdapterError):

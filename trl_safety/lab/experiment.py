@@ -22,17 +22,20 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from trl_safety import __version__
-from trl_safety.adapters.files import replacing
+from trl_safety.adapters.files import new_folder, replacing
 from trl_safety.adapters.lora import lora_modules
+from trl_safety.adapters.record import RECORD
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.errors import SafetyError
 from trl_safety.lab.pair import complete, load, make_pair, sft
 from trl_safety.lab.world import COMPLIANCE, QUESTIONS, REFUSAL, Row, World
+from trl_safety.training.buffer_reinforce import merge_reinforce
 from trl_safety.training.csulora import apply_csulora
 from trl_safety.training.factor_groups import update_norm
 from trl_safety.training.report import SafetyReport
 from trl_safety.training.safe_lora import apply_safe_lora
 from trl_safety.training.selection import SELECTION, read_choices
+from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer
 
 SAMPLES = 1_000
 POISON = 0.10
@@ -45,6 +48,8 @@ ASFT_WEIGHTS = (0.01, 0.1, 1.0)
 REFERENCES = (200, 100)
 """Refusals of forbidden requests about topics in the user's data, and answers to benign ones."""
 DUAL_SELECT = {"keep": BATCH // 2, "references": 32}
+PROVIDER = {"harmful": 1_000, "refusals": 1_000, "benign": 1_000}
+"""Samples of the BufferLoRA and of the ReinforceLoRA. They hold none of the topics on which the attack is measured."""
 NORM_TOLERANCE = 0.03
 MOST_CONTROL_RUNS = 5
 TABLE_WIDTH = 150
@@ -90,8 +95,9 @@ class Lab:
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.world = World(seed)
-        self.base, self.aligned = make_pair(folder / f"pair-{seed}", self.world, seed)
+        self.world, self.world_seed = World(seed), seed
+        self.folder = folder / f"pair-{seed}"
+        self.base, self.aligned = make_pair(self.folder, self.world, seed)
         pair: dict[str, Any] = {"base": self.base, "aligned": self.aligned, "target_modules": "all-linear", "progress": False}
         self.whole = AlignmentSubspace.from_pair(**pair, whole=True)
         self.ranked = AlignmentSubspace.from_pair(**pair, rank=SUBSPACE_RANK)
@@ -103,6 +109,26 @@ class Lab:
         rows = self.world.task(rng, SAMPLES - harmful) + self.world.requests(rng, self.world.seen_forbidden, harmful)
         rng.shuffle(rows)
         return rows
+
+    def provider(self) -> tuple[Path, Path]:
+        """The folders of the BufferLoRA and the ReinforceLoRA, trained once with the user's settings."""
+        buffer, reinforce = self.folder / "buffer", self.folder / "reinforce"
+        rng = random.Random(self.world_seed)  # noqa: S311  # no secret here
+        world = self.world
+        harmful = world.requests(rng, world.seen_forbidden, PROVIDER["harmful"])
+        refusals = world.requests(rng, world.seen_forbidden, PROVIDER["refusals"], refuse=True)
+        safe = refusals + world.requests(rng, world.benign, PROVIDER["benign"])
+        if not (buffer / RECORD).is_file():
+            self._provide(BufferTrainer, harmful, buffer)
+        if not (reinforce / RECORD).is_file():
+            self._provide(lambda **kwargs: ReinforceTrainer(**kwargs, buffer=buffer), safe, reinforce)
+        return buffer, reinforce
+
+    def _provide(self, trainer_class: Callable[..., Any], rows: list[Row], folder: Path) -> None:
+        model, tokenizer = load(self.aligned)
+        with new_folder(folder, error=SafetyError, setting="output", replace=True) as temporary:
+            options: dict[str, Any] = {"batch_size": BATCH, "learning_rate": LEARNING_RATE, "epochs": EPOCHS, "peft_config": _lora()}
+            sft(model, tokenizer, rows, seed=self.world_seed, trainer_class=trainer_class, **options).save_model(str(temporary))
 
     def references(self, seed: int) -> list[Row]:
         """DualSelect's pool: it holds none of the topics on which the attack is measured."""
@@ -125,7 +151,7 @@ class Lab:
             batch_size=BATCH,
             learning_rate=LEARNING_RATE,
             **{"epochs": EPOCHS, **kwargs},
-            peft_config=LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+            peft_config=_lora(),
         )
         return trainer.model, time.perf_counter() - started
 
@@ -155,6 +181,7 @@ class Lab:
         for weight in ASFT_WEIGHTS:
             yield from self._asft(seed, weight)
         yield from self._dual_select(seed)
+        yield from self._buffer_reinforce(seed, model, seconds)
 
     def _corrections(self, seed: int, trained: Any, seconds: float) -> Iterator[Outcome]:
         state = {name: value.detach().clone() for name, value in trained.state_dict().items() if "lora_" in name}
@@ -201,6 +228,35 @@ class Lab:
         model, seconds = self.fine_tune(seed, mixed=references, max_steps=round(evaluations / BATCH))
         yield self._outcome("DualSelect, ρ = 0.2: the references mixed into the data (SafeInstruct)", seed, model, seconds, control=True)
 
+    def _buffer_reinforce(self, seed: int, plain: Any, plain_seconds: float) -> Iterator[Outcome]:
+        """The method, what each of its parts does alone, and the plain adapter shrunk to the merged one's norm."""
+        buffer, reinforce = self.provider()
+        buffered, seconds = self.fine_tune(seed, safety={"buffer_reinforce": {"buffer": str(buffer)}})
+        with tempfile.TemporaryDirectory() as scratch:
+            saved = {"buffered": Path(scratch) / "buffered", "plain": Path(scratch) / "plain"}
+            buffered.save_pretrained(str(saved["buffered"]))
+            plain.save_pretrained(str(saved["plain"]))
+
+            def merged(user: str, alpha: float) -> tuple[Any, float]:
+                started = time.perf_counter()
+                folder = Path(scratch) / f"{user}-{alpha}"
+                merge_reinforce(saved[user], reinforce, folder, alpha=alpha)
+                extra = time.perf_counter() - started
+                return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(self.aligned), str(folder)), extra
+
+            model, extra = merged("buffered", 0.1)
+            outcome = self._outcome("Buffer-and-Reinforce", seed, model, seconds, extra)
+            yield outcome
+            yield self._outcome("Buffer-and-Reinforce, buffer alone", seed, buffered, seconds)
+            model, extra = merged("buffered", 0.0)
+            yield self._outcome("Buffer-and-Reinforce, plain merge (α = 0)", seed, model, seconds, extra)
+            model, extra = merged("plain", 0.1)
+            yield self._outcome("Buffer-and-Reinforce, no buffer", seed, model, plain_seconds, extra)
+            shrunk = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(self.aligned), str(saved["plain"]))
+            shrink_to(shrunk, outcome.update_norm)
+            name = "Buffer-and-Reinforce: plain SFT shrunk to the same ‖ΔW‖"
+            yield self._outcome(name, seed, shrunk, plain_seconds, control=True)
+
     def _l2(self, seed: int, weight: float, target: Outcome) -> Outcome:
         """Plain L2 on ΔW whose final norm is AsFT's: AsFT with C = 0, its weight found by the secant rule on logarithms."""
         nothing = AlignmentSubspace(
@@ -240,6 +296,19 @@ def shrink_like(model: Any, report: SafetyReport) -> None:
         row = layers[module.name]
         if row.action == "corrected":
             module.B.mul_(row.measured["corrected_norm"] / row.measured["update_norm"])
+
+
+@torch.no_grad()
+def shrink_to(model: Any, norm: float) -> None:
+    """Scale all layers of an adapter by one factor, so that ‖ΔW‖_F over all of them is `norm`."""
+    modules = lora_modules(model)
+    factor = norm / update_norm(modules)
+    for module in modules:
+        module.B.mul_(factor)
+
+
+def _lora() -> LoraConfig:
+    return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def run(output: Path, *, seeds: int, first_seed: int) -> list[Outcome]:
@@ -318,6 +387,7 @@ def _write(path: Path, outcomes: list[Outcome], seconds: float) -> None:
             "subspace_rank": SUBSPACE_RANK,
             "references": sum(REFERENCES),
             "dual_select": DUAL_SELECT,
+            "provider": PROVIDER,
         },
         "runs": [asdict(outcome) for outcome in outcomes],
         "summary": {

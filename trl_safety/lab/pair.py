@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ def sft(
     max_steps: int = -1,
     epochs: float = 1,
     output: str | Path | None = None,
+    trainer_class: Callable[..., Any] = SafeSFTTrainer,
     **kwargs: Any,
-) -> SafeSFTTrainer:
-    """Supervised fine-tuning through the public trainer; keyword arguments go to it. Returns the trained trainer."""
+) -> Any:
+    """Supervised fine-tuning through a public trainer; keyword arguments go to it. Returns the trained trainer."""
     with tempfile.TemporaryDirectory() as scratch:
         args = SafeSFTConfig(
             output_dir=str(output or scratch),
@@ -56,7 +58,7 @@ def sft(
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        trainer = SafeSFTTrainer(
+        trainer = trainer_class(
             model=model,
             args=args,
             train_dataset=Dataset.from_list([row.messages() for row in rows]),
