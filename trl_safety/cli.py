@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from trl_safety.training.inspection import AdapterView
     from trl_safety.training.report import SafetyReport
+    from trl_safety.training.safety_gradient import SafetyGradient
     from trl_safety.training.selection import Dropped
 
 app = typer.Typer(
@@ -267,6 +268,45 @@ def merge_reinforce(
         typer.echo(f"{output}: written")
 
 
+@app.command(name="safety-gradient")
+def safety_gradient(
+    model: Annotated[str, typer.Argument(help="The aligned model: local folder or Hub id.", show_default=False)],
+    data: Annotated[str, typer.Argument(help="Training data: .jsonl, .csv, .parquet, a dataset folder or a Hub id.", show_default=False)],
+    direction: Annotated[
+        str,
+        typer.Option("--direction", "-d", help="A LoRA adapter trained for safety, or a subspace file with a rank.", show_default=False),
+    ],
+    buffer: Annotated[str | None, typer.Option(help="A BufferLoRA: also score beside it.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Rows to use, from the first.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the model in NF4.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG).")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the numbers (JSON).")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute; a GPU when there is one.")] = None,
+) -> None:
+    """Show, layer by layer, whether training on DATA moves the model with or against a safety direction."""
+    with _errors():
+        from trl_safety.training import inspection, safety_gradient
+
+        view = safety_gradient.safety_gradient(
+            model,
+            data,
+            direction,
+            buffer=buffer,
+            samples=samples,
+            batch_size=batch_size,
+            max_length=max_length,
+            load_in_4bit=load_in_4bit,
+            device=device,
+        )
+        _print_scores(view)
+        if json:
+            inspection.write_json(view, json)
+        if plot:
+            safety_gradient.plot(view, plot)
+
+
 @app.command()
 def lab(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pair, results.json and results.png.")] = Path(
@@ -315,6 +355,28 @@ def _print_selection(rows: list[Dropped], top: int) -> None:
         text = row.text if row.text is not None else "(not kept: look it up in the data set)"
         table.add_row(str(row.row), f"{row.dropped} of {row.seen}", f"{row.mean_loss:.3f}", f"{row.mean_cosine:+.3f}", Text(text))
     Console().print(table)
+
+
+def _print_scores(view: SafetyGradient) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trl_safety.training.inspection import common_prefix
+
+    table = Table(
+        title=f"safety gradient score of {view.samples} samples of {view.data}; negative: training moves against {view.direction}"
+    )
+    table.add_column("layer", overflow="fold", min_width=28)
+    for column in ("‖v‖", "aligned", *(["with the buffer"] if view.buffer else [])):
+        table.add_column(column, justify="right")
+    common = common_prefix([layer.layer for layer in view.layers])
+    for layer in view.layers:
+        buffered = [] if layer.buffered is None else [f"{layer.buffered:+.3g}"]
+        table.add_row(layer.layer.removeprefix(common), f"{layer.direction_norm:.3g}", f"{layer.score:+.3g}", *buffered)
+    Console().print(table)
+    sums = [sum(layer.score for layer in view.layers), sum(layer.buffered or 0.0 for layer in view.layers)]
+    text = f"over all layers {sums[0]:+.3g} (loss {view.loss:.3f})"
+    typer.echo(text + (f", with the buffer {sums[1]:+.3g} (loss {view.buffered_loss:.3f})" if view.buffer else ""))
 
 
 def _print_view(view: AdapterView) -> None:

@@ -564,7 +564,7 @@ class TestRefused:
 def test_no_block_no_difference(provider: Path, tmp_path: Path) -> None:
     model = tiny.model()
     before = logits(model)
-    frozen = FrozenAdapter(model, AdapterFolder.open(provider / "buffer"), "buffer")
+    frozen = FrozenAdapter(model, AdapterFolder.open(provider / "buffer").factors, "buffer")
     with frozen.attached():
         assert not torch.equal(logits(model), before)
         torch.testing.assert_close(logits(model), logits(dense(tiny.model(), provider / "buffer")), rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trl_safety.adapters.folder import AdapterFolder
+from trl_safety.adapters.folder import Factors
 from trl_safety.adapters.lora import unwrap
 from trl_safety.adapters.names import match, strip_wrappers
 from trl_safety.errors import AdapterError
@@ -26,30 +26,30 @@ class FrozenAdapter:
 
     Args:
         model: with or without an adapter of its own.
-        folder: the adapter. Its factors are kept in float32, or in float64 where they are stored so.
+        saved: module name → the adapter's factors. They are kept in float32, or in float64 where they are stored so.
         setting: how the user named it, for messages.
 
     Attributes:
-        layers: module name in the folder → the model's linear layer, without PEFT's wrapper.
+        layers: module name in `saved` → the model's linear layer, without PEFT's wrapper.
 
     Raises:
         AdapterError: a layer of the adapter is not in the model, or has another shape.
     """
 
-    def __init__(self, model: nn.Module, folder: AdapterFolder, setting: str) -> None:
+    def __init__(self, model: nn.Module, saved: Mapping[str, Factors], setting: str) -> None:
         self.setting = setting
-        self._scalings = {name: factors.scaling for name, factors in folder.factors.items()}
+        self._scalings = {name: factors.scaling for name, factors in saved.items()}
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._modules: dict[str, nn.Module] = {}
         self.layers: dict[str, Any] = {}
         self._fired: set[str] = set()
         available = {strip_wrappers(path): module for path, module in unwrap(model).named_modules() if _is_linear(path, module)}
-        for name, found in match(folder.factors, available).items():
+        for name, found in match(saved, available).items():
             if found is None:
                 raise AdapterError(f"{setting}: its layer {name!r} is not in the model: it was made for another one")
             module = available[found]
             layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
-            factors = folder.factors[name]
+            factors = saved[name]
             if factors.shape != _shape(layer):
                 raise AdapterError(
                     f"{setting}: its layer {name!r} is {factors.shape[0]} × {factors.shape[1]}, the model's {' × '.join(map(str, _shape(layer)))}: it was "
@@ -59,9 +59,14 @@ class FrozenAdapter:
             self._factors[name] = tuple(t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (factors.B, factors.A))  # type: ignore[assignment]
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Attach within the block; detached when it ends, however it ends."""
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in self._modules.items()]
+    def attached(self, gates: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Attach within the block; detached when it ends, however it ends.
+
+        Args:
+            gates: module → a factor of its update, 0-dimensional, differentiable: at 0 nothing changes, and its gradient is the
+                loss's slope along the update.
+        """
+        handles = [module.register_forward_hook(self._hook(name, (gates or {}).get(name))) for name, module in self._modules.items()]
         try:
             yield
         finally:
@@ -81,7 +86,7 @@ class FrozenAdapter:
                 "lora_o_kernel, lora_mlp_kernel) or a compiled model bypasses them; turn it off"
             )
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    def _hook(self, name: str, gate: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         scaling = self._scalings[name]
 
         def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -91,7 +96,8 @@ class FrozenAdapter:
                 # Layers of one model may lie on several devices; each pair of factors moves to its layer once.
                 B, A = self._factors[name] = B.to(x.device), A.to(x.device)
             self._fired.add(name)
-            return output + (functional.linear(functional.linear(x.to(A.dtype), A) * scaling, B)).to(output.dtype)
+            update = functional.linear(functional.linear(x.to(A.dtype), A) * scaling, B)
+            return output + (update if gate is None else gate.to(update) * update).to(output.dtype)
 
         return add
 

@@ -311,7 +311,7 @@ class BufferReinforce:
             raise ConfigurationError("torch_compile = True: a compiled model goes by the buffer; turn it off")
         setting = f"{NAME}.buffer = {config.buffer!r}"
         folder, record = open_kind(config.buffer, "buffer", f"{NAME}.buffer")
-        self.frozen = FrozenAdapter(trainer.model, folder, setting)
+        self.frozen = FrozenAdapter(trainer.model, folder.factors, setting)
         self.base_check = record.check_layers(self.frozen.layers, setting)
         self.sources = {"buffer_sha256": sha256(folder.path / WEIGHTS)}
         self.reinforce: AdapterFolder | None = None
@@ -321,7 +321,7 @@ class BufferReinforce:
     def _open_reinforce(self, source: str, model: Any) -> AdapterFolder:
         setting = f"{NAME}.reinforce = {source!r}"
         folder, record = open_kind(source, "reinforce", f"{NAME}.reinforce")
-        record.check_layers(FrozenAdapter(model, folder, setting).layers, setting)
+        record.check_layers(FrozenAdapter(model, folder.factors, setting).layers, setting)
         self.sources["reinforce_sha256"] = sha256(folder.path / WEIGHTS)
         user = {m.name: _factors(m) for m in self._prepared.modules}
         factors = _under_user_names(folder, user, setting)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +25,7 @@ from trl_safety.adapters.per_sample import Collect, Dots, FlatFactors, Total, pe
 from trl_safety.config import DualSelectConfig
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.methods import dual_select
+from trl_safety.training.data import load_rows
 from trl_safety.training.report import SOURCES, LayerReport, MethodReport
 from trl_safety.training.selection import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
 
@@ -69,27 +70,8 @@ def with_rows(dataset: Any, setting: str) -> Dataset:
 
 
 def load_references(source: str) -> Dataset:
-    """The reference data set behind `dual_select.reference_dataset`.
-
-    Raises:
-        ConfigurationError: it cannot be found or read.
-    """
-    setting = f"dual_select.reference_dataset = {source!r}"
-    path = Path(source)
-    try:
-        if path.is_dir():
-            loaded = load_from_disk(source) if (path / "state.json").is_file() else load_dataset(source, split="train")
-        elif path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
-            loaded = load_dataset(path.suffix.removeprefix(".").replace("jsonl", "json"), data_files=source, split="train")
-        else:
-            loaded = load_dataset(source, split="train")
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{setting}: cannot be read ({str(error).splitlines()[0]}); give a .jsonl, .csv or .parquet file, a dataset folder or a Hub id with a train split"
-        ) from error
-    if isinstance(loaded, DatasetDict) or not len(loaded):
-        raise ConfigurationError(f"{setting}: has no rows of its own; give one split with at least one row")
-    return loaded
+    """The reference data set behind `dual_select.reference_dataset`; see `load_rows`."""
+    return load_rows(source, "dual_select.reference_dataset")
 
 
 def prompts_only(dataset: Dataset) -> bool:

@@ -85,7 +85,7 @@ class ProviderMixin:
                 raise ConfigurationError("torch_compile = True: a compiled model goes by the buffer; turn it off")
             folder, record = open_kind(buffer, "buffer", "buffer")
             setting = f"buffer = {str(buffer)!r}"
-            self._frozen = FrozenAdapter(model, folder, setting)
+            self._frozen = FrozenAdapter(model, folder.factors, setting)
             record.check_layers(self._frozen.layers, setting)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
