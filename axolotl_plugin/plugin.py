@@ -17,10 +17,11 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
     """Validates the `safety:` block with the classes that `SafeSFTTrainer` uses, and has its methods act in Axolotl's trainer."""
 
     def register(self, cfg: Any) -> None:
-        """Refuse a plugin line without a block: nothing would be protected.
+        """Refuse a plugin line without a block, where nothing would be protected, and a provider's adapter to train or merge.
 
         Raises:
             ConfigurationError: there is no `safety:` block.
+            AdapterError: `lora_model_dir` is a BufferLoRA or a ReinforceLoRA.
         """
         from trl_safety.errors import ConfigurationError
 
@@ -30,6 +31,13 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
             raise ConfigurationError(
                 f"safety{meant} is missing: plugins names axolotl_plugin.SafetyPlugin, but nothing would be protected; add a `safety:` block or remove the plugin"
             )
+        folder = cfg.get("lora_model_dir")
+        if folder and (Path(folder) / "adapter_config.json").is_file():
+            from peft import LoraConfig
+
+            from trl_safety.adapters.lora import refuse_provider
+
+            refuse_provider(LoraConfig.from_pretrained(folder), f"lora_model_dir = {folder!r}")
 
     def get_input_args(self) -> str:
         """The class that adds the `safety` key to Axolotl's own schema."""
@@ -40,18 +48,10 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
 
         Raises:
             ConfigurationError: a method could not act beside one of them.
-            AdapterError: the adapter to train or merge is a provider's.
         """
-        from peft import LoraConfig
-
         from axolotl_plugin.rules import refuse
-        from trl_safety.adapters.folder import CONFIG
-        from trl_safety.adapters.lora import refuse_provider
 
         refuse(cfg, safety_of(cfg))
-        folder = cfg.get("lora_model_dir")
-        if folder and (Path(folder) / CONFIG).is_file():
-            refuse_provider(LoraConfig.from_pretrained(folder), f"lora_model_dir = {folder!r}")
 
     def get_trainer_cls(self, cfg: Any) -> Any:
         """Axolotl's trainer with the safety mixin where a method is part of the loss, else None."""

@@ -194,6 +194,56 @@ class CsuloraConfig(CorrectionConfig):
     """'exact' doubles the adapter's rank and loses nothing; 'original' cuts back and reports the energy lost."""
 
 
+class AlignmentVectorConfig(CorrectionConfig):
+    """The signed alignment vector (RESTA, arXiv 2402.11746): ΔW ← κ·ΔW + γ·V, appended to the adapter's factors."""
+
+    gamma: Annotated[float, Field(ge=-4, le=4)] = 1.0
+    """γ: how much of V = W_aligned − W_base is added. 0 adds nothing; negative takes alignment out."""
+    kappa: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """κ: what is kept of the user's update."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """k: V's leading directions to add; null: all that the subspace keeps."""
+    cut_to: Annotated[int, Field(ge=1)] | None = None
+    """Cut the corrected adapter, of rank r + k, back to this; the report has the energy lost."""
+    all_layers: bool = False
+    """Add V also to layers of the subspace that the adapter does not have."""
+    dare: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """DARE (arXiv 2311.03099): share of B's entries to drop at random, the others rescaled."""
+    seed: int = 0
+    """Of DARE's choice."""
+
+
+class AlignmentBufferConfig(Options):
+    """A data-free buffer: train the adapter on W_aligned − γ·V, then put it on W_aligned. With γ = 1 that is the unaligned base itself."""
+
+    gamma: Annotated[float, Field(ge=0, le=4)] = 1.0
+    """γ: how much of V is taken out while training. 0 is plain fine-tuning and protects nothing."""
+    how: Literal["weights", "low_rank"] = "weights"
+    """'weights' reads W_aligned − γV from the two checkpoints into the frozen weights, and W_aligned back for every evaluation: exact, no
+    memory, no time in a step. 'low_rank' takes the subspace's part of V out by a frozen low-rank adapter in training steps."""
+    embeddings: bool = True
+    """With 'weights': also the embeddings and the output head; false where the base has not learnt the chat template's tokens."""
+    base: str | None = None
+    """With 'weights': the unaligned model, folder or Hub id; null: that of `safety.subspace`."""
+    aligned: str | None = None
+    """With 'weights': the aligned model's checkpoint; null: that of `safety.subspace`, else the one that was loaded."""
+    base_revision: str | None = None
+    """Hub revision of `base`."""
+    aligned_revision: str | None = None
+    """Hub revision of `aligned`."""
+
+    @model_validator(mode="after")
+    def _nothing_unused(self) -> AlignmentBufferConfig:
+        if self.how == "low_rank":
+            unused = [name for name in ("base", "aligned", "base_revision", "aligned_revision") if getattr(self, name) is not None]
+            unused += ["embeddings"] if not self.embeddings else []
+            if unused:
+                raise ValueError(
+                    f"{unused[0]} = {getattr(self, unused[0])!r} is not used with how: low_rank, which takes V from safety.subspace"
+                )
+        return self
+
+
 def _kind(value: Any) -> str:
     return "<pair>" if isinstance(value, Mapping | SubspaceConfig) else "<path>"
 
@@ -213,6 +263,8 @@ class SafetyConfig(Options):
     asft: AsftConfig | None = None
     safe_lora: SafeLoraConfig | None = None
     csulora: CsuloraConfig | None = None
+    alignment_vector: AlignmentVectorConfig | None = None
+    alignment_buffer: AlignmentBufferConfig | None = None
     buffer_reinforce: BufferReinforceConfig | None = None
 
     @model_validator(mode="before")
@@ -228,9 +280,18 @@ class SafetyConfig(Options):
     def _acts(self) -> SafetyConfig:
         if not self.methods():
             raise ValueError(f"names no method, so that nothing would be protected: add one of {', '.join(METHODS)}")
-        if self.safe_lora and self.csulora:
-            raise ValueError("safe_lora and csulora both rewrite the trained adapter: keep one of them")
-        if not self.needs_subspace():
+        corrections = [name for name in CORRECTIONS if getattr(self, name)]
+        if len(corrections) > 1:
+            raise ValueError(f"{' and '.join(corrections)} both rewrite the trained adapter: keep one of them")
+        if self.alignment_buffer and self.buffer_reinforce:
+            raise ValueError(
+                "alignment_buffer and buffer_reinforce are two buffers, of which the second would be trained on the first: keep one of them"
+            )
+        if self.alignment_vector and self.buffer_reinforce and self.buffer_reinforce.reinforce:
+            raise ValueError(
+                "alignment_vector would be weighted down by buffer_reinforce's merge: keep one of them, or remove buffer_reinforce.reinforce"
+            )
+        if not self.needs_subspace() and not (self.alignment_buffer and not self.skip_modules):
             ignored = [name for name in ("subspace", "skip_modules") if getattr(self, name)]
             if ignored:
                 raise ValueError(f"{ignored[0]} = {getattr(self, ignored[0])!r} is used by none of {', '.join(self.methods())}: remove it")
@@ -238,7 +299,13 @@ class SafetyConfig(Options):
 
     def needs_subspace(self) -> bool:
         """Whether a method of the block reads an alignment subspace."""
-        return any(name in NEED_SUBSPACE for name in self.methods())
+        low_rank = self.alignment_buffer is not None and self.alignment_buffer.how == "low_rank"
+        return low_rank or any(name in NEED_SUBSPACE for name in self.methods())
+
+    @property
+    def correction(self) -> CorrectionConfig | None:
+        """The correction of the trained adapter, where there is one."""
+        return next((getattr(self, name) for name in CORRECTIONS if getattr(self, name)), None)
 
     def methods(self) -> dict[str, Options]:
         """The methods that are on, by name, in the order in which they act."""
@@ -267,8 +334,9 @@ class SafetyConfig(Options):
         return validate(cls, source, "safety")
 
 
-METHODS = ("dual_select", "asft", "safe_lora", "csulora", "buffer_reinforce")
-NEED_SUBSPACE = ("asft", "safe_lora", "csulora")
+METHODS = ("alignment_buffer", "dual_select", "asft", "safe_lora", "csulora", "alignment_vector", "buffer_reinforce")
+CORRECTIONS = ("safe_lora", "csulora", "alignment_vector")
+NEED_SUBSPACE = ("asft", *CORRECTIONS)
 T = TypeVar("T", bound=Options)
 
 

@@ -61,22 +61,42 @@ class Checkpoint:
             CheckpointError: it is quantised, is no matrix, holds NaN or infinity, or its file is damaged.
         """
         name = self.modules[module]
+        shape = self.shape(name)
+        if len(shape) != 2:
+            raise CheckpointError(f"layer {module!r} of {self.source!r} has shape {list(shape)}: only matrices are supported")
+        return self.tensor(name)
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors' names, as stored."""
+        return list(self._files)
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a tensor."""
+        return self._files[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        try:
+            return tuple(self._open(self._files[name]).get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise self._damaged(self._files[name], error) from error
+
+    def tensor(self, name: str) -> Tensor:
+        """Any tensor by its stored name; see `read`."""
         handle = self._open(self._files[name])
         try:
-            view = handle.get_slice(name)
-            dtype, shape = view.get_dtype(), view.get_shape()
+            dtype = handle.get_slice(name).get_dtype()
             if dtype not in FULL_PRECISION:
                 raise CheckpointError(
-                    f"layer {module!r} of {self.source!r} is stored as {dtype}, which is quantised: name the full-precision checkpoint"
+                    f"layer {name!r} of {self.source!r} is stored as {dtype}, which is quantised: name the full-precision checkpoint"
                 )
-            if len(shape) != 2:
-                raise CheckpointError(f"layer {module!r} of {self.source!r} has shape {shape}: only matrices are supported")
             tensor: Tensor = handle.get_tensor(name)
         except SafetensorError as error:
             raise self._damaged(self._files[name], error) from error
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
-                f"layer {module!r} of {self.source!r} holds NaN or infinity: the checkpoint is broken, fetch or save it again"
+                f"layer {name!r} of {self.source!r} holds NaN or infinity: the checkpoint is broken, fetch or save it again"
             )
         return tensor
 

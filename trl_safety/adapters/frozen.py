@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trl_safety.adapters.folder import Factors
-from trl_safety.adapters.lora import unwrap
-from trl_safety.adapters.names import match, strip_wrappers
+from trl_safety.adapters.lora import linear_layers, linear_shape
+from trl_safety.adapters.names import match
 from trl_safety.errors import AdapterError
 
 
@@ -43,16 +43,16 @@ class FrozenAdapter:
         self._modules: dict[str, nn.Module] = {}
         self.layers: dict[str, Any] = {}
         self._fired: set[str] = set()
-        available = {strip_wrappers(path): module for path, module in unwrap(model).named_modules() if _is_linear(path, module)}
+        available = linear_layers(model)
         for name, found in match(saved, available).items():
             if found is None:
                 raise AdapterError(f"{setting}: its layer {name!r} is not in the model: it was made for another one")
             module = available[found]
             layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
             factors = saved[name]
-            if factors.shape != _shape(layer):
+            if factors.shape != linear_shape(layer):
                 raise AdapterError(
-                    f"{setting}: its layer {name!r} is {factors.shape[0]} × {factors.shape[1]}, the model's {' × '.join(map(str, _shape(layer)))}: it was "
+                    f"{setting}: its layer {name!r} is {factors.shape[0]} × {factors.shape[1]}, the model's {' × '.join(map(str, linear_shape(layer)))}: it was "
                     "made for another one"
                 )
             self._modules[name], self.layers[name] = module, layer
@@ -100,18 +100,3 @@ class FrozenAdapter:
             return output + (update if gate is None else gate.to(update) * update).to(output.dtype)
 
         return add
-
-
-def _is_linear(path: str, module: nn.Module) -> bool:
-    """Linear layers by their outermost wrapper: an adapter's own factors and the layer inside a wrapper do not count."""
-    inner = {"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"} & set(path.split("."))
-    return not inner and (isinstance(module, LoraLayer) or _shape(module) != (0, 0))
-
-
-def _shape(layer: Any) -> tuple[int, int]:
-    """(out, in) of a linear layer, quantised or not, or of GPT-2's Conv1D; (0, 0) of anything else."""
-    if isinstance(layer, nn.Linear) or (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
-        return int(layer.out_features), int(layer.in_features)
-    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
-        return int(layer.nf), int(layer.weight.shape[0])
-    return 0, 0

@@ -114,6 +114,48 @@ def lora_modules(model: nn.Module, adapter: str | None = None) -> list[LoraModul
     return modules
 
 
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """Every linear layer of a model by name: PEFT's wrapper where there is one, never what is inside it."""
+    return {strip_wrappers(path): module for path, module in unwrap(model).named_modules() if _is_linear(path, module)}
+
+
+def linear_shape(layer: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer, quantised or not, or of GPT-2's Conv1D; (0, 0) of anything else."""
+    if isinstance(layer, nn.Linear) or (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
+        return int(layer.out_features), int(layer.in_features)
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+        return int(layer.nf), int(layer.weight.shape[0])
+    return 0, 0
+
+
+def _is_linear(path: str, module: nn.Module) -> bool:
+    inner = {"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"} & set(path.split("."))
+    return not inner and (isinstance(module, LoraLayer) or linear_shape(module) != (0, 0))
+
+
+def target(config: LoraConfig, modules: Iterable[str]) -> None:
+    """Have a LoraConfig name exactly these modules."""
+    config.target_modules = set(modules)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def extend_adapter(model: Any, adapter: str, extra: Iterable[str]) -> None:
+    """Add layers to a live `PeftModel`'s adapter, which keeps its name and its other layers' factors.
+
+    Whatever was trained besides LoRA factors (`modules_to_save`) would start anew; callers refuse it.
+    """
+    modules = lora_modules(model, adapter)
+    kept = {module.name: (module.B.detach().clone(), module.A.detach().clone(), module.scaling) for module in modules}
+    config = adapter_config(model, adapter)
+    target(config, [*kept, *extra])
+    model.base_model.inject_adapter(model.base_model.model, adapter)
+    for module in lora_modules(model, adapter):
+        if module.name in kept:
+            B, A, scaling = kept[module.name]
+            module.replace(B, A)
+            module.layer.scaling[adapter] = scaling
+
+
 def adapter_name(model: nn.Module, adapter: str | None = None) -> str:
     """The name of the adapter that is meant: the given one, else the only active one.
 

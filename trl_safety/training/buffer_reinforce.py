@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from trl_safety.adapters.files import new_folder, sha256
 from trl_safety.adapters.folder import WEIGHTS, AdapterFolder, Factors
 from trl_safety.adapters.frozen import FrozenAdapter
-from trl_safety.adapters.lora import LoraModule, adapter_config, lora_modules, marks, refuse_provider, unwrap
+from trl_safety.adapters.lora import LoraModule, adapter_config, extend_adapter, lora_modules, marks, refuse_provider, target, unwrap
 from trl_safety.adapters.names import match, strip_wrappers
 from trl_safety.adapters.record import RECORD, AdapterRecord, open_kind
 from trl_safety.config import BufferReinforceConfig, ReinforceMergeConfig, validate
@@ -177,7 +177,7 @@ def merge_reinforce(
     merges = merge_layers(folder.factors, factors, config, scalings, where)
     lora = copy.deepcopy(folder.config)
     if extra := [name for name in factors if name not in folder.factors]:
-        _target(lora, [*folder.factors, *extra])
+        target(lora, [*folder.factors, *extra])
     update_config(lora, NAME, {name: (merge.A.shape[0], merge.scaling) for name, merge in merges.items()})
     carried = carried_methods(Path(user))
     report = SafetyReport(
@@ -280,12 +280,6 @@ def _same_base(folder: AdapterFolder, record: AdapterRecord, setting: str) -> st
     if base and base == record.base_model:
         return f"{base}, by name the ReinforceLoRA's own base model"
     return f"{NOT_VERIFIED}: {base or 'no name in the adapter'} is not at hand, the ReinforceLoRA was trained on {record.base_model}; shapes match"
-
-
-def _target(config: Any, modules: Sequence[str]) -> None:
-    """Have a LoraConfig name exactly these modules."""
-    config.target_modules = set(modules)
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 
 class BufferReinforce:
@@ -417,9 +411,7 @@ def merge_live(
     lora = copy.deepcopy(adapter_config(model, adapter))
     model.peft_config[adapter] = lora
     if extra := [name for name in reinforce if name not in user]:
-        _target(lora, [*user, *extra])
-        # Wraps the further layers; what it does to the factors there are is overwritten below.
-        model.base_model.inject_adapter(model.base_model.model, adapter)
+        extend_adapter(model, adapter, extra)
     modules = {module.name: module for module in lora_modules(model, adapter)}
     device = next(iter(user.values())).B.device
     scalings = {name: module.scaling for name, module in modules.items()}

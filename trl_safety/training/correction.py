@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -23,16 +24,21 @@ from trl_safety.adapters.lora import (
     adapter_config,
     adapter_name,
     check_shape,
+    extend_adapter,
+    full_precision,
+    linear_layers,
+    linear_shape,
     lora_modules,
     not_covered,
     refuse_corrected,
+    target,
     unwrap,
     verify_base,
 )
 from trl_safety.adapters.names import is_named, match
-from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, AlignmentSubspace, LayerSubspace
+from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, AlignmentSubspace, LayerSubspace
 from trl_safety.config import CorrectionConfig
-from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.errors import AdapterError, ConfigurationError, SubspaceError
 from trl_safety.training.report import (
     REPORT,
     SOURCES,
@@ -79,6 +85,8 @@ class Correction(ABC):
 
     name: str
     reconstruction = False
+    all_layers = False
+    """Whether it also acts on layers of the subspace that the adapter does not have."""
 
     def __init__(self, config: CorrectionConfig) -> None:
         self.config = config
@@ -175,17 +183,27 @@ def prepare(model: nn.Module, subspace: AlignmentSubspace | None, skip_modules: 
 
 @torch.no_grad()
 def correct_model(
-    model: nn.Module, subspace: AlignmentSubspace, correction: Correction, prepared: Prepared, others: Sequence[MethodReport] = ()
+    model: nn.Module,
+    subspace: AlignmentSubspace,
+    correction: Correction,
+    prepared: Prepared,
+    others: Sequence[MethodReport] = (),
+    skip_modules: Iterable[str] = (),
 ) -> SafetyReport:
     """Correct a model's adapter in place, mark it, and make every later save write the report, with that of other methods."""
-    results = correction.run(
-        [LayerInput(m.name, *working_factors(m.B, m.A), m.scaling, prepared.subspaces[m.name]) for m in prepared.covered]
-    )
     model = unwrap(model)
     # The user's own LoraConfig object, which may serve another run, stays as it is.
     config = copy.deepcopy(adapter_config(model, prepared.adapter))
     cast(Any, model).peft_config[prepared.adapter] = config
-    reshaped = False
+    further = _further_layers(model, subspace, correction, prepared, skip_modules)
+    if further:
+        extend_adapter(model, prepared.adapter, further)
+        prepared.modules = lora_modules(model, prepared.adapter)
+        prepared.subspaces = {**prepared.subspaces, **further}
+    results = correction.run(
+        [LayerInput(m.name, *working_factors(*_trained(m, further)), m.scaling, prepared.subspaces[m.name]) for m in prepared.covered]
+    )
+    reshaped = bool(further)
     for module in prepared.modules:
         factors = results[module.name].factors if module.name in results else None
         if factors is None:
@@ -204,13 +222,61 @@ def correct_model(
     return report
 
 
+def _trained(module: LoraModule, further: Mapping[str, object]) -> tuple[Tensor, Tensor]:
+    """What training made of a layer: factors of rank 0 where it was not the adapter's."""
+    return (module.B[:, :0], module.A[:0]) if module.name in further else (module.B, module.A)
+
+
 def apply_correction(
     model: nn.Module, subspace: AlignmentSubspace, correction: Correction, skip_modules: Iterable[str], adapter: str | None
 ) -> SafetyReport:
     """Check a model's adapter and correct it in place; what `apply_safe_lora` and its like do after reading their options."""
     prepared = prepare(model, subspace, skip_modules, adapter)
-    correction.check(prepared.subspaces)
-    return correct_model(model, subspace, correction, prepared)
+    check_correction(model, subspace, correction, prepared, skip_modules)
+    return correct_model(model, subspace, correction, prepared, skip_modules=skip_modules)
+
+
+def check_correction(
+    model: nn.Module, subspace: AlignmentSubspace, correction: Correction, prepared: Prepared, skip_modules: Iterable[str]
+) -> None:
+    """Raise where a correction will not be able to act on a live model; see `prepare`."""
+    correction.check({**prepared.subspaces, **_further_layers(model, subspace, correction, prepared, skip_modules)})
+
+
+def _further_layers(
+    model: nn.Module, subspace: AlignmentSubspace, correction: Correction, prepared: Prepared, skip_modules: Iterable[str]
+) -> dict[str, LayerSubspace]:
+    """The layers besides the adapter's that a correction acts on, by the model's names, checked to be the aligned model's."""
+    if not correction.all_layers:
+        return {}
+    config, skip_modules = adapter_config(model, prepared.adapter), list(skip_modules)
+    if config.modules_to_save or not isinstance(unwrap(model), PeftModel):
+        raise AdapterError(
+            f"{correction.name}.all_layers = True: layers cannot be added to an adapter with modules_to_save = {config.modules_to_save!r} on a "
+            f"{type(unwrap(model)).__name__}; adapt those layers (target_modules), or correct the saved adapter with `trl-safety correct`"
+        )
+    layers = linear_layers(model)
+    adapted = {id(layer) for layer in prepared.subspaces.values()}
+    further = {}
+    wanted = {name: layer for name, layer in subspace.layers.items() if id(layer) not in adapted and not is_named(name, skip_modules)}
+    for name, found in match(wanted, layers).items():
+        if found is None:
+            raise SubspaceError(
+                f"the subspace's layer {name!r} is not in the model; list it in skip_modules, or build the subspace for this model"
+            )
+        layer = layers[found]
+        if any(module.name == found for module in prepared.modules):
+            continue
+        check_shape(found, linear_shape(layer), wanted[name])
+        weight = full_precision(layer)
+        limit = FULL_PRECISION_DIFFERENCE if weight is layer.weight else QUANTISED_DIFFERENCE
+        if weight is None or (apart := wanted[name].difference(weight)[0]) > limit:
+            raise AdapterError(
+                f"layer {found!r} of the model differs from the aligned model of the subspace"
+                + (f" by {apart:.1%}" if weight is not None else ", as far as can be told: its format cannot be read")
+            )
+        further[found] = wanted[name]
+    return further
 
 
 def correct_folder(
@@ -250,7 +316,16 @@ def correct_folder(
                 f"adapter = {str(adapter)!r}: fan_in_fan_out = {folder.config.fan_in_fan_out} does not fit the subspace's layer {name!r}: they belong "
                 "to different model classes"
             )
-    correction.check(subspaces)
+    further = {}
+    if correction.all_layers:
+        used = {layer.name for layer in subspaces.values()}
+        further = {name: layer for name, layer in subspace.layers.items() if layer.name not in used and not is_named(name, skip_modules)}
+        if further and (other := [name for name, layer in subspaces.items() if name != layer.name]):
+            raise AdapterError(
+                f"adapter = {str(adapter)!r}: names its layer {other[0]!r} otherwise than the subspace ({subspaces[other[0]].name!r}), so that the names of further "
+                "layers in its model are not known; build the subspace for this model, or leave all_layers out"
+            )
+    correction.check({**subspaces, **further})
     base_check = _check_base(folder, subspace, subspaces)
     loose = [name for name, layer in subspaces.items() if name != layer.name]
     if loose and base_check.startswith(NOT_VERIFIED):
@@ -263,14 +338,25 @@ def correct_folder(
     for name, layer in subspaces.items():
         factors = folder.factors[name]
         inputs.append(LayerInput(name, *working_factors(factors.B.to(where), factors.A.to(where)), factors.scaling, layer))
+    for name, layer in further.items():
+        empty = (
+            torch.zeros(layer.shape[0], 0, dtype=torch.float64, device=where),
+            torch.zeros(0, layer.shape[1], dtype=torch.float64, device=where),
+        )
+        inputs.append(LayerInput(name, *empty, 1.0, layer))
     results = correction.run(inputs)
+    stored = next(iter(folder.factors.values())).B.dtype
     changed = {name: (r.factors[0].cpu(), r.factors[1].cpu()) for name, r in results.items() if r.factors is not None}
+    changed |= {name: (changed[name][0].to(stored), changed[name][1].to(stored)) for name in further if name in changed}
     config = copy.deepcopy(folder.config)
+    if added := [name for name in further if name in changed]:
+        target(config, [*folder.factors, *added])
     scalings = {
         name: (changed[name][1].shape[0] if name in changed else factors.A.shape[0], factors.scaling)
         for name, factors in folder.factors.items()
     }
-    reshaped = any(changed[name][1].shape != folder.factors[name].A.shape for name in changed)
+    scalings |= {name: (changed[name][1].shape[0], 1.0) for name in added}
+    reshaped = bool(added) or any(changed[name][1].shape != folder.factors[name].A.shape for name in changed)
     update_config(config, correction.name if _acted(results) else None, scalings if reshaped else {})
     methods = [method for method in carried_methods(Path(adapter)) if method.acted] + [correction.report(results)]
     report = SafetyReport(
@@ -372,7 +458,7 @@ class CorrectionCallback(TrainerCallback):
     def prepare(self, model: nn.Module) -> Prepared:
         """Check that the correction will be able to act. Raises `AdapterError` or `SubspaceError` where it will not."""
         prepared = prepare(model, self.subspace, self.skip_modules)
-        self.correction.check(prepared.subspaces)
+        check_correction(model, self.subspace, self.correction, prepared, self.skip_modules)
         return prepared
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
@@ -403,7 +489,7 @@ class CorrectionCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Correct in memory the adapter that was checked at the start."""
         prepared = prepare(model, self.subspace, self.skip_modules, self._adapter)
-        self.result = correct_model(model, self.subspace, self.correction, prepared, self._others())
+        self.result = correct_model(model, self.subspace, self.correction, prepared, self._others(), self.skip_modules)
         self.other_methods = list
         if state.is_world_process_zero:
             own = self.result.methods[-1]

@@ -19,8 +19,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from trl_safety.adapters.lora import LoraModule, adapter_config, adapter_name, lora_modules, not_covered, refuse_corrected, unwrap
 from trl_safety.adapters.subspace import AlignmentSubspace
-from trl_safety.config import CorrectionConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
+from trl_safety.config import AlignmentVectorConfig, CorrectionConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
 from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.training.alignment_vector import AlignmentVectorCorrection
 from trl_safety.training.asft import AsftTerm
 from trl_safety.training.buffer_reinforce import PENDING, BufferReinforce, ReinforceCallback
 from trl_safety.training.compat import trainer_divides_loss
@@ -208,7 +209,7 @@ class SafetyMixin:
             _number_rows(trainer)
         self._safety = SafetyState(trainer, config, _subspace(trainer, config, subspace), references)
         trainer.add_callback(_Start(self))
-        if config.safe_lora or config.csulora:
+        if config.correction:
             trainer.add_callback(self._safety.correction)
         if self._safety.merge:
             trainer.add_callback(self._safety.merge)
@@ -377,6 +378,8 @@ def correction_for(config: CorrectionConfig) -> Correction:
         return SafeLoraCorrection(config)
     if isinstance(config, CsuloraConfig):
         return CsuloraCorrection(config)
+    if isinstance(config, AlignmentVectorConfig):
+        return AlignmentVectorCorrection(config)
     raise ConfigurationError(f"{type(config).__name__} is no correction of a trained adapter")
 
 
@@ -399,7 +402,7 @@ def _checkpoint(trainer: Any, resume_from_checkpoint: Any) -> Path | None:
 
 
 def _correction_callback(config: SafetyConfig, subspace: AlignmentSubspace | None) -> CorrectionCallback | None:
-    chosen = config.safe_lora or config.csulora
+    chosen = config.correction
     if subspace is None:
         return None
     return CorrectionCallback(subspace, correction_for(chosen), config.skip_modules) if chosen else None

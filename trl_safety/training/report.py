@@ -31,6 +31,8 @@ SOURCES = {
     "asft": "AsFT, arXiv 2506.08473",
     "safe_lora": "Safe LoRA, arXiv 2405.16833",
     "csulora": "CSULoRA, arXiv 2605.30640 (reconstruction: its formula is not public)",
+    "alignment_vector": "alignment vector (RESTA, arXiv 2402.11746)",
+    "alignment_buffer": "alignment buffer (trained on W_aligned − γ·V)",
     "buffer_reinforce": "Buffer-and-Reinforce, arXiv 2605.24550",
 }
 
