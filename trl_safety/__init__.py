@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AlignmentBufferConfig": "trl_safety.config",
     "AlignmentSubspace": "trl_safety.adapters.subspace",
+    "AlignmentVectorCallback": "trl_safety.training.alignment_vector",
+    "AlignmentVectorConfig": "trl_safety.config",
     "AsftConfig": "trl_safety.config",
     "BufferReinforceConfig": "trl_safety.config",
     "BufferTrainer": "trl_safety.training.trainer",
@@ -24,6 +27,7 @@ _HOMES = {
     "SafetyConfig": "trl_safety.config",
     "SafetyError": "trl_safety.errors",
     "SubspaceConfig": "trl_safety.config",
+    "apply_alignment_vector": "trl_safety.training.alignment_vector",
     "apply_csulora": "trl_safety.training.csulora",
     "apply_safe_lora": "trl_safety.training.safe_lora",
     "asft_penalty": "trl_safety.training.asft",
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
         SubspaceConfig,
     )
     from trl_safety.errors import SafetyError
+    from trl_safety.training.alignment_vector import AlignmentVectorCallback, apply_alignment_vector
     from trl_safety.training.asft import asft_penalty
     from trl_safety.training.buffer_reinforce import merge_reinforce
     from trl_safety.training.csulora import CSULoRACallback, apply_csulora
@@ -49,7 +54,10 @@ if TYPE_CHECKING:
     from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
 
 __all__ = [
+    "AlignmentBufferConfig",
     "AlignmentSubspace",
+    "AlignmentVectorCallback",
+    "AlignmentVectorConfig",
     "AsftConfig",
     "BufferReinforceConfig",
     "BufferTrainer",
@@ -64,6 +72,7 @@ __all__ = [
     "SafetyConfig",
     "SafetyError",
     "SubspaceConfig",
+    "apply_alignment_vector",
     "apply_csulora",
     "apply_safe_lora",
     "asft_penalty",

@@ -34,6 +34,7 @@ class Method(enum.StrEnum):
 
     safe_lora = "safe_lora"
     csulora = "csulora"
+    alignment_vector = "alignment_vector"
 
 
 class OperatorChoice(enum.StrEnum):
@@ -123,13 +124,20 @@ def correct(
     lambda_partial: Annotated[float | None, typer.Option(help="csulora: λ_M.  [default: 1]")] = None,
     lambda_outside: Annotated[float | None, typer.Option(help="csulora: λ_O.  [default: 1]")] = None,
     output_rank: Annotated[OutputRank | None, typer.Option(help="csulora: twice the rank, or cut back.  [default: exact]")] = None,
+    gamma: Annotated[float | None, typer.Option(help="alignment_vector: γ, how much of V to add.  [default: 1]")] = None,
+    kappa: Annotated[float | None, typer.Option(help="alignment_vector: κ, what to keep of the update.  [default: 1]")] = None,
+    rank: Annotated[int | None, typer.Option(help="alignment_vector: k, V's leading directions.  [default: all]")] = None,
+    cut_to: Annotated[int | None, typer.Option(help="alignment_vector: cut the result back to this rank.")] = None,
+    all_layers: Annotated[bool | None, typer.Option("--all-layers", help="alignment_vector: V also in layers ADAPTER lacks.")] = None,
+    dare: Annotated[float | None, typer.Option(help="alignment_vector: share of B's entries to drop.  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="alignment_vector: of DARE.  [default: 0]")] = None,
     skip_modules: Annotated[str | None, typer.Option(help="Layers to leave alone, by ending, comma-separated.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute; a GPU when there is one.")] = None,
 ) -> None:
     """Correct a saved adapter into a new folder. No model is loaded; the input is never changed."""
     with _errors():
         from trl_safety.adapters.subspace import AlignmentSubspace
-        from trl_safety.config import CsuloraConfig, SafeLoraConfig, validate
+        from trl_safety.config import AlignmentVectorConfig, CorrectionConfig, CsuloraConfig, SafeLoraConfig, validate
         from trl_safety.training.correction import correct_folder
         from trl_safety.training.mixin import correction_for
 
@@ -140,9 +148,21 @@ def correct(
             "lambda_partial": lambda_partial,
             "lambda_outside": lambda_outside,
             "output_rank": output_rank.value if output_rank else None,
+            "gamma": gamma,
+            "kappa": kappa,
+            "rank": rank,
+            "cut_to": cut_to,
+            "all_layers": all_layers,
+            "dare": dare,
+            "seed": seed,
         }
         options = {key: value for key, value in given.items() if value is not None}
-        config = validate(SafeLoraConfig if method is Method.safe_lora else CsuloraConfig, options, method.value)
+        classes: dict[Method, type[CorrectionConfig]] = {
+            Method.safe_lora: SafeLoraConfig,
+            Method.csulora: CsuloraConfig,
+            Method.alignment_vector: AlignmentVectorConfig,
+        }
+        config = validate(classes[method], options, method.value)
         report = correct_folder(
             adapter,
             output,
@@ -155,6 +175,41 @@ def correct(
         typer.echo(f"{output}: written")
         if not report.methods[-1].acted:
             typer.secho(f"Warning: {method.value} changed nothing: {report.methods[-1].summary}", fg="yellow", err=True)
+
+
+@app.command(name="alignment-adapter")
+def alignment_adapter(
+    subspace: Annotated[str, typer.Argument(help="Subspace file with a rank, or a Hub id.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the adapter.", show_default=False)],
+    gamma: Annotated[float, typer.Option(help="γ, how much of V it adds.")] = 1.0,
+    rank: Annotated[int | None, typer.Option(help="k, V's leading directions.  [default: all]")] = None,
+) -> None:
+    """Write γ·V as a LoRA adapter of its own, to be switched on beside a user's."""
+    with _errors():
+        from trl_safety.adapters.subspace import AlignmentSubspace
+        from trl_safety.training.alignment_vector import write_alignment_adapter
+
+        write_alignment_adapter(AlignmentSubspace.from_pretrained(subspace), output, gamma=gamma, rank=rank)
+        typer.echo(f"{output}: written; model.load_adapter({str(output)!r}, 'alignment'), then activate both adapters")
+
+
+@app.command(name="add-vector")
+def add_vector(
+    model: Annotated[str, typer.Argument(help="The fine-tuned model, adapter merged in: folder or Hub id.", show_default=False)],
+    base: Annotated[str, typer.Option(help="The unaligned model.", show_default=False)],
+    aligned: Annotated[str, typer.Option(help="The aligned model that was fine-tuned.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the model.", show_default=False)],
+    gamma: Annotated[float, typer.Option(help="γ, how much of V to add.")] = 1.0,
+    kappa: Annotated[float, typer.Option(help="κ, what to keep of the fine-tuning.")] = 1.0,
+) -> None:
+    """Add the whole alignment vector to a merged model, file by file (RESTA)."""
+    with _errors():
+        from trl_safety.training import alignment_vector
+
+        left = alignment_vector.add_vector(model, base, aligned, output, gamma=gamma, kappa=kappa)
+        typer.echo(f"{output}: written")
+        if left:
+            typer.secho(f"left as they are, since one of the pair lacks them: {', '.join(left)}", fg="yellow")
 
 
 @app.command()

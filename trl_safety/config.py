@@ -291,8 +291,10 @@ class SafetyConfig(Options):
             raise ValueError(
                 "alignment_vector would be weighted down by buffer_reinforce's merge: keep one of them, or remove buffer_reinforce.reinforce"
             )
-        if not self.needs_subspace() and not (self.alignment_buffer and not self.skip_modules):
-            ignored = [name for name in ("subspace", "skip_modules") if getattr(self, name)]
+        if not self.needs_subspace():
+            # The buffer may read from a subspace which pair it is of.
+            settings = ("skip_modules",) if self.alignment_buffer else ("subspace", "skip_modules")
+            ignored = [name for name in settings if getattr(self, name)]
             if ignored:
                 raise ValueError(f"{ignored[0]} = {getattr(self, ignored[0])!r} is used by none of {', '.join(self.methods())}: remove it")
         return self

@@ -24,6 +24,8 @@ from trl_safety.methods import alignment_vector
 from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction, update_config
 from trl_safety.training.report import LayerReport, SafetyReport
 
+VOCABULARY = ("embed", "lm_head", "wte")
+"""Parts of the names of tensors with a row for every token."""
 COPIED_SUFFIXES = {".json", ".jinja", ".md", ".model", ".txt"}
 
 

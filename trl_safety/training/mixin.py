@@ -21,6 +21,7 @@ from trl_safety.adapters.lora import LoraModule, adapter_config, adapter_name, l
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.config import AlignmentVectorConfig, CorrectionConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
 from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.training.alignment_buffer import AlignmentBuffer
 from trl_safety.training.alignment_vector import AlignmentVectorCorrection
 from trl_safety.training.asft import AsftTerm
 from trl_safety.training.buffer_reinforce import PENDING, BufferReinforce, ReinforceCallback
@@ -65,6 +66,11 @@ class SafetyState:
         self.dual_select: DualSelect | None = None
         if config.dual_select and references:
             self.dual_select = DualSelect(config.dual_select, trainer, self.prepared.modules, references.rows, kl=references.kl)
+        self.alignment_buffer: AlignmentBuffer | None = None
+        if config.alignment_buffer:
+            self.alignment_buffer = AlignmentBuffer(config, trainer, self.prepared, subspace)
+            if subspace is None:
+                self.prepared.base_check = self.alignment_buffer.base_check
         self.buffer: BufferReinforce | None = None
         self.merge: ReinforceCallback | None = None
         if config.buffer_reinforce:
@@ -96,8 +102,9 @@ class SafetyState:
         """Note where AsFT and the buffer start to act: at the first step, also of a run whose checkpoint they protected from there."""
         step = trainer.state.global_step
         self.first_step = 0 if step == 0 or self._protected_until(checkpoint, "asft") == step else step
-        if self.buffer:
-            self.buffer.first_step = 0 if step == 0 or self._protected_until(checkpoint, "buffer_reinforce") == step else step
+        for name, buffer in (("buffer_reinforce", self.buffer), ("alignment_buffer", self.alignment_buffer)):
+            if buffer:
+                buffer.first_step = 0 if step == 0 or self._protected_until(checkpoint, name) == step else step
         self.start_norm = update_norm(self.prepared.covered) if step == 0 else 0.0
         if self.dual_select:
             self.dual_select.begin(checkpoint)
@@ -132,8 +139,8 @@ class SafetyState:
 
     @property
     def acts_in_training(self) -> bool:
-        """Whether a method is part of the loss or of the gradient."""
-        return self.asft is not None or self.dual_select is not None or self.buffer is not None
+        """Whether a method acts before training ends."""
+        return any(method is not None for method in (self.asft, self.dual_select, self.buffer, self.alignment_buffer))
 
     def report(self, trainer: Any, *, final: bool) -> SafetyReport:
         """The report of the adapter as it is now, for a run without a correction."""
@@ -143,7 +150,8 @@ class SafetyState:
     def _reports(self, trainer: Any) -> list[MethodReport]:
         """Of the methods that act while training."""
         steps = trainer.state.global_step
-        reports = [self.dual_select.report(steps)] if self.dual_select else []
+        reports = [self.alignment_buffer.report(steps)] if self.alignment_buffer else []
+        reports += [self.dual_select.report(steps)] if self.dual_select else []
         reports += [self.asft.report(self.first_step, steps, self.start_norm)] if self.asft else []
         return reports + ([self.buffer.report(steps)] if self.buffer else [])
 
@@ -201,10 +209,11 @@ class SafetyMixin:
                 raise ConfigurationError(
                     "dual_select.reference_dataset is missing: name the pool of safety references there, or give reference_dataset to SafeSFTTrainer"
                 )
-            if config.buffer_reinforce and references.kl:
+            buffer = "buffer_reinforce" if config.buffer_reinforce else "alignment_buffer" if config.alignment_buffer else None
+            if buffer and references.kl:
                 raise ConfigurationError(
-                    "dual_select.reference_dataset holds prompts without an answer: the starting model's distribution is not what the references should "
-                    "have beside a jailbreak buffer; give references with answers, or remove buffer_reinforce"
+                    "dual_select.reference_dataset holds prompts without an answer: what the model says to them beside a buffer is not what it should say; give "
+                    f"references with answers, or remove {buffer}"
                 )
             _number_rows(trainer)
         self._safety = SafetyState(trainer, config, _subspace(trainer, config, subspace), references)
@@ -252,7 +261,8 @@ class SafetyMixin:
         In the first accumulated one, a check that the parent scaled the loss as the penalty's weight assumes.
         """
         parent: Any = super()
-        buffer = self._safety.buffer if self._safety is not None else None
+        safety = self._safety
+        buffer = (safety.buffer or safety.alignment_buffer) if safety is not None else None
         with buffer.attached() if buffer else nullcontext():
             result = parent.training_step(model, inputs, num_items_in_batch)
         trainer: Any = self
@@ -279,12 +289,16 @@ class SafetyMixin:
             # After any correction, also one that was added since the trainer was made.
             trainer.remove_callback(self._safety.merge)
             trainer.add_callback(self._safety.merge)
+        if self._safety.alignment_buffer:
+            self._safety.alignment_buffer.frame(trainer.callback_handler.callbacks)
         ended = False
         try:
             result = parent.train(resume_from_checkpoint, *args, **kwargs)
             ended = True
         finally:
             safety = self._safety
+            if safety.alignment_buffer:
+                safety.alignment_buffer.put_back()
             if safety.dual_select and self._began:
                 safety.dual_select.finish(ended=ended)
             merged = ended and safety.merge is not None
@@ -292,6 +306,20 @@ class SafetyMixin:
                 report_source(trainer.model, safety.prepared.adapter).freeze(trainer.model, safety.report(trainer, final=ended))
             self._began = False
         return result
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's evaluation, on the aligned model also while an alignment buffer is in its weights."""
+        parent: Any = super()
+        buffer = self._safety.alignment_buffer if self._safety is not None else None
+        with buffer.aligned() if buffer else nullcontext():
+            return parent.evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's; see `evaluate`."""
+        parent: Any = super()
+        buffer = self._safety.alignment_buffer if self._safety is not None else None
+        with buffer.aligned() if buffer else nullcontext():
+            return parent.predict(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's log with the `safety/…` metrics added."""
@@ -362,7 +390,7 @@ def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
 
 def needs_trainer_class(safety: SafetyConfig) -> bool:
     """Whether a method of the block acts in the loss, the gradient or the training step, which no callback can change."""
-    return bool(safety.asft or safety.dual_select or safety.buffer_reinforce)
+    return bool(safety.asft or safety.dual_select or safety.buffer_reinforce or safety.alignment_buffer)
 
 
 def safety_section(trainer: Any, card: Path) -> None:
@@ -409,10 +437,12 @@ def _correction_callback(config: SafetyConfig, subspace: AlignmentSubspace | Non
 
 
 def _subspace(trainer: Any, config: SafetyConfig, given: AlignmentSubspace | str | Path | None) -> AlignmentSubspace | None:
-    if not config.needs_subspace():
-        if given is not None:
+    if not config.needs_subspace() and (config.alignment_buffer is None or isinstance(config.subspace, SubspaceConfig | None)):
+        # The buffer reads the names of a pair from the block itself, and nothing else needs V.
+        if given is not None and config.alignment_buffer is None:
             raise ConfigurationError(f"subspace is given but {', '.join(config.methods())} uses none: remove it")
-        return None
+        if given is None:
+            return None
     if given is not None and config.subspace is not None:
         raise ConfigurationError(f"safety.subspace = {config.subspace!r}: a subspace is also given as an argument; keep one of them")
     source = given if given is not None else config.subspace

@@ -1,0 +1,158 @@
+"""The frozen weights of a live model, exchanged for others computed from a pair of checkpoints, and back, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl_safety.adapters.checkpoint import Checkpoint
+from trl_safety.adapters.lora import unwrap
+from trl_safety.adapters.names import match, strip_wrappers
+from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, sample
+from trl_safety.errors import AdapterError, CheckpointError
+
+LAYERS_COMPARED = 8
+UNTOUCHED = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One frozen parameter: where it is in the model, and which tensors of the pair belong to it."""
+
+    module: nn.Module
+    attribute: str
+    base: str
+    aligned: str
+    rows: int
+    """Of the first dimension that all three have; further rows of an embedding are left alone."""
+
+    @property
+    def parameter(self) -> Any:
+        """As it is now; exchanging a quantised one replaces the object."""
+        return getattr(self.module, self.attribute)
+
+
+class WeightExchange:
+    """Puts weights computed from W_aligned and W_base into a model's frozen parameters, and W_aligned back.
+
+    Reads one tensor of each checkpoint at a time and writes in place, in the parameter's dtype and on its device; 4-bit
+    parameters are quantised again as they were. Parameters that are trained (LoRA factors, whole modules) are not touched.
+
+    Args:
+        model: loaded from the aligned checkpoint, with or without an adapter.
+        base: the unaligned model.
+        aligned: the aligned model.
+        embeddings: whether the embeddings and the output head take part.
+        setting: how the user named the pair, for messages.
+
+    Raises:
+        CheckpointError: a frozen parameter is in one of the checkpoints not at all, or in another shape.
+        AdapterError: the model is not the aligned one, is quantised in a way that cannot be repeated, or the pair is equal.
+    """
+
+    def __init__(self, model: nn.Module, base: Checkpoint, aligned: Checkpoint, *, embeddings: bool, setting: str) -> None:
+        self._base, self._aligned = base, aligned
+        self._setting = setting
+        self.places = list(self._find(unwrap(model), embeddings))
+        if not self.places:
+            raise AdapterError(f"{setting}: no frozen weight of the model takes part: nothing would be exchanged")
+        self.check = self._compare()
+
+    def _find(self, model: nn.Module, embeddings: bool) -> Iterator[Place]:
+        inner: Any = model
+        heads = {id(layer.weight) for layer in (inner.get_input_embeddings(), inner.get_output_embeddings()) if layer is not None}
+        seen: set[int] = set()
+        found: dict[str, tuple[nn.Module, str, Any]] = {}
+        for path, module in model.named_modules():
+            if UNTOUCHED & set(path.split(".")):
+                continue
+            for attribute, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in seen or parameter.requires_grad or (id(parameter) in heads and not embeddings):
+                    continue
+                seen.add(id(parameter))
+                found[strip_wrappers(f"{path}.{attribute}".replace(".original_module", ""))] = module, attribute, parameter
+        places = [match(found, checkpoint.names) for checkpoint in (self._base, self._aligned)]
+        for name, (module, attribute, parameter) in found.items():
+            stored = [place[name] for place in places]
+            if stored[0] is None or stored[1] is None:
+                source = self._base.source if stored[0] is None else self._aligned.source
+                raise CheckpointError(f"{self._setting}: the model's {name!r} is not in {source!r}: name the pair of this model")
+            kind = type(parameter).__name__
+            if not parameter.is_floating_point() and kind != "Params4bit":
+                raise AdapterError(
+                    f"{name!r} is stored as {kind} {parameter.dtype}, which cannot be quantised again: load the model in 4 bits (bitsandbytes) or full "
+                    "precision, or use how: low_rank"
+                )
+            shape = tuple(parameter.quant_state.shape if kind == "Params4bit" else parameter.shape)
+            shapes = [self._base.shape(stored[0]), self._aligned.shape(stored[1])]
+            rows = min(shape[0], shapes[0][0], shapes[1][0])
+            if any(other[1:] != shape[1:] or (other[0] != shape[0] and id(parameter) not in heads) for other in shapes):
+                raise CheckpointError(
+                    f"{self._setting}: the model's {name!r} is {list(shape)}, in the base {list(shapes[0])} and in the aligned checkpoint {list(shapes[1])}: name "
+                    "the pair of this model"
+                )
+            yield Place(module, attribute, stored[0], stored[1], rows)
+
+    def _compare(self) -> str:
+        """Sampled entries of some matrices: the model's are the aligned checkpoint's, and the base's are others."""
+        from trl_safety.adapters.lora import full_precision
+
+        matrices = [place for place in self.places if place.parameter.ndim == 2 and place.rows == len(self._aligned_of(place))]
+        compared = matrices[:: max(1, len(matrices) // LAYERS_COMPARED)]
+        differs = False
+        for place in compared:
+            aligned, base = self._aligned.tensor(place.aligned), self._base.tensor(place.base)
+            weight = full_precision(place.module) if place.attribute == "weight" else place.parameter
+            assert weight is not None  # noqa: S101  # refused when it was found
+            dtype = weight.dtype
+            apart = torch.linalg.vector_norm(sample(weight).float() - sample(aligned.to(dtype)).float())
+            limit = QUANTISED_DIFFERENCE if weight is not place.parameter else FULL_PRECISION_DIFFERENCE
+            if not float(apart) <= limit * float(torch.linalg.vector_norm(sample(aligned).float())):
+                raise AdapterError(
+                    f"{self._setting}: the model's {place.aligned!r} is not that of {self._aligned.source!r}: load the aligned model of the pair, and train it"
+                )
+            differs |= not torch.equal(aligned, base)
+        if not differs:
+            raise AdapterError(f"{self._setting}: {self._base.source!r} and {self._aligned.source!r} do not differ: V would be nothing")
+        return f"weights match {self._aligned.source} in all {len(compared)} tensors that were compared"
+
+    def _aligned_of(self, place: Place) -> range:
+        return range(self._aligned.shape(place.aligned)[0])
+
+    @torch.no_grad()
+    def put(self, compute: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Write compute(W_aligned, W_base) into every place."""
+        for place in self.places:
+            _write(place, compute(self._aligned.tensor(place.aligned)[: place.rows], self._base.tensor(place.base)[: place.rows]))
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Write W_aligned into every place."""
+        for place in self.places:
+            _write(place, self._aligned.tensor(place.aligned)[: place.rows])
+
+
+def _write(place: Place, value: Tensor) -> None:
+    parameter = place.parameter
+    if type(parameter).__name__ != "Params4bit":
+        parameter.data[: place.rows].copy_(value.to(parameter.dtype))
+        return
+    from bitsandbytes.nn import Params4bit
+
+    state = parameter.quant_state
+    quantised = Params4bit(
+        value.to(state.dtype).contiguous(),
+        requires_grad=False,
+        quant_type=parameter.quant_type,
+        blocksize=parameter.blocksize,
+        compress_statistics=parameter.compress_statistics,
+        quant_storage=parameter.quant_storage,
+    ).to(parameter.device)
+    parameter.data = quantised.data
+    parameter.quant_state = quantised.quant_state
+    if hasattr(place.module, "quant_state"):
+        place.module.quant_state = quantised.quant_state

@@ -1,0 +1,37 @@
+"""The data-free buffer: W_aligned − γ·V in place of W_aligned while the user's adapter trains, V = W_aligned − W_base.
+
+Task arithmetic (arXiv 2212.04089) turned round: what alignment added is taken out before training, so that harmful samples find
+little left to unlearn, and is there again when the adapter is put on W_aligned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def take_out(aligned: Tensor, base: Tensor, gamma: float) -> Tensor:
+    """W_aligned − γ·(W_aligned − W_base), of W_aligned's dtype, computed in float32; at γ = 0 and 1 one of the two, bit for bit.
+
+    Args:
+        aligned: W_aligned, of any shape.
+        base: W_base, of the same shape.
+        gamma: γ.
+    """
+    if gamma == 0:
+        return aligned
+    if gamma == 1:
+        return base.to(aligned.dtype)
+    return torch.lerp(aligned.float(), base.float(), gamma).to(aligned.dtype)
+
+
+def low_rank(U: Tensor, values: Tensor, Z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Factors (out, k) and (k, in) of −γ·V_k = −γ·U Σ Zᵀ, to be added to the layer's output while training.
+
+    Args:
+        U: (out, k).
+        values: σ, (k,).
+        Z: (in, k).
+        gamma: γ.
+    """
+    return U * (values * -gamma), Z.mT
