@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trl_safety.config import METHODS, SafetyConfig
+from trl_safety.config import CORRECTIONS, METHODS, SafetyConfig
 from trl_safety.errors import ConfigurationError
-
-CORRECTIONS = ("safe_lora", "csulora")
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ REFUSED = (
         _on("trainer_cls"),
         "the method is part of the plugin's own trainer class, which Axolotl prefers in silence",
         "remove trainer_cls",
-        ("dual_select", "asft", "buffer_reinforce"),
+        tuple(method for method in METHODS if method not in CORRECTIONS),
     ),
     Rule(
         "lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel",
@@ -108,6 +106,14 @@ REFUSED = (
         "fused kernels bypass the modules in which the samples' gradients are read and on which the buffer acts",
         "set lora_qkv_kernel, lora_o_kernel and lora_mlp_kernel: false",
         ("dual_select", "buffer_reinforce"),
+    ),
+    Rule(
+        "load_in_8bit",
+        "true",
+        _on("load_in_8bit"),
+        "8-bit weights cannot be exchanged and quantised again as they were",
+        "use load_in_4bit, or full precision",
+        ("alignment_buffer",),
     ),
     Rule(
         "sample_packing",

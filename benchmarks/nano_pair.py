@@ -27,19 +27,21 @@ from trl_safety import (
     ReinforceTrainer,
     SafeSFTConfig,
     SafeSFTTrainer,
+    apply_alignment_vector,
     apply_csulora,
     apply_safe_lora,
     merge_reinforce,
 )
 from trl_safety.adapters.lora import lora_modules
-from trl_safety.lab.experiment import shrink_like, shrink_to
+from trl_safety.lab.experiment import random_like, shrink_like, shrink_to
 from trl_safety.training.factor_groups import update_norm
 from trl_safety.training.selection import SELECTION, most_dropped, read_choices
 
 BATCH, EPOCHS = 16, 6
 DUAL_SELECT = {"keep": BATCH // 2, "references": 32}
 ASFT_WEIGHTS = (0.01, 1.0)
-METHODS = ["corrections", "asft", "dual_select", "buffer_reinforce"]
+METHODS = ["corrections", "asft", "dual_select", "buffer_reinforce", "alignment_vector", "alignment_buffer"]
+VECTOR_GAMMAS, VECTOR_RANKS, BUFFER_GAMMAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5), (8, 32, 96), (0.5, 1.0, 1.3)
 CORRECTIONS = {
     "Safe LoRA, cosine ≤ 0.35": lambda model, whole, _: apply_safe_lora(model, whole, threshold=0.35),
     "Safe LoRA, 10 layers": lambda model, whole, _: apply_safe_lora(model, whole, layers=10),
@@ -114,7 +116,8 @@ def main() -> None:
     started = time.perf_counter()
     whole = AlignmentSubspace.from_pair(*pair, target_modules="all-linear", whole=True, progress=False)
     ranked = AlignmentSubspace.from_pair(*pair, target_modules="all-linear", rank=32, progress=False)
-    print(f"both subspaces: {time.perf_counter() - started:.2f} s")
+    full = AlignmentSubspace.from_pair(*pair, target_modules="all-linear", tolerance=1e-9, progress=False)
+    print(f"the three subspaces: {time.perf_counter() - started:.2f} s")
     rows: list[dict[str, Any]] = []
     keep = tempfile.TemporaryDirectory()
 
@@ -187,6 +190,22 @@ def main() -> None:
                 norm = next(row["update_norm"] for row in rows if row["method"] == "Buffer-and-Reinforce" and row["seed"] == seed)
                 shrink_to(shrunk, norm)
                 add("Buffer-and-Reinforce: plain SFT shrunk to the same ‖ΔW‖", seed, shrunk, 0.0)
+            if "alignment_vector" in options.methods:
+                model, seconds = train(folder, scratch, seed)
+                add("plain SFT", seed, model, seconds)
+                points = [(f"alignment vector, γ = {gamma:g}", full, {"gamma": gamma}) for gamma in VECTOR_GAMMAS]
+                points += [(f"alignment vector, γ = 1, k = {rank}", full, {"rank": rank}) for rank in VECTOR_RANKS]
+                points += [("alignment vector: −V", full, {"gamma": -1.0})]
+                points += [("alignment vector: a random matrix of V's spectrum", random_like(full, seed), {})]
+                for name, subspace, arguments in points:
+                    copied = load(scratch)
+                    begun = time.perf_counter()
+                    apply_alignment_vector(copied, subspace, **arguments)
+                    add(name, seed, copied, time.perf_counter() - begun)
+            for gamma in BUFFER_GAMMAS if "alignment_buffer" in options.methods else ():
+                block = {"alignment_buffer": {"base": str(folder / "base"), "gamma": gamma}}
+                model, seconds = train(folder, scratch, seed, safety=block)
+                add(f"alignment buffer, γ = {gamma:g}", seed, model, seconds)
             if "dual_select" in options.methods:
                 model, seconds = train(folder, scratch, seed, safety={"dual_select": DUAL_SELECT}, reference_dataset=references)
                 add("DualSelect, ρ = 0.2", seed, model, seconds)

@@ -52,6 +52,9 @@ def tiny_version(config: dict[str, Any], pair: Path, output: Path) -> dict[str, 
     if "dual_select" in config["safety"]:
         config["safety"]["dual_select"] |= {"reference_dataset": str(pair / "train.jsonl"), "references": 4, "warmup_steps": 1}
         return config
+    if "alignment_buffer" in config["safety"]:
+        config["safety"]["alignment_buffer"] |= {"base": str(pair / "base")}
+        return config
     if "buffer_reinforce" in config["safety"]:
         config["safety"]["buffer_reinforce"] |= {"buffer": str(pair / "buffer"), "reinforce": str(pair / "reinforce")}
         return config

@@ -13,7 +13,7 @@ from trl_safety.config import METHODS
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trl_safety"
 
-ADAPTERS = {"adapters", "linalg", "errors", "torch", "peft", "safetensors", "huggingface_hub", "transformers", "tqdm"}
+ADAPTERS = {"adapters", "linalg", "errors", "torch", "peft", "safetensors", "huggingface_hub", "transformers", "tqdm", "bitsandbytes"}
 TRAINING = ADAPTERS | {"training", "methods", "config", "trl", "pydantic", "matplotlib", "datasets", "accelerate"}
 MAY_IMPORT = {
     "errors": set(),

@@ -37,6 +37,7 @@ WRONG = {
     "torch_compile": True,
     "streaming": True,
     "lora_modules_to_save": ["lm_head"],
+    "load_in_8bit": True,
 }
 
 
@@ -117,6 +118,9 @@ def tiny_version(options: dict[str, Any], world: Path, tmp_path: Path) -> dict[s
     options |= {"sequence_len": 64, "special_tokens": {"pad_token": "<pad>"}, "save_strategy": "no", "logging_steps": 1, **CPU}
     if "dual_select" in options["safety"]:
         options["safety"]["dual_select"] |= {"reference_dataset": str(world / "train.jsonl"), "references": 4, "warmup_steps": 1}
+        return options
+    if "alignment_buffer" in options["safety"]:
+        options["safety"]["alignment_buffer"] |= {"base": str(world / "base")}
         return options
     if "buffer_reinforce" in options["safety"]:
         options["safety"]["buffer_reinforce"] |= {"buffer": str(world / "buffer"), "reinforce": str(world / "reinforce")}

@@ -29,6 +29,7 @@ from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.errors import SafetyError
 from trl_safety.lab.pair import complete, load, make_pair, sft
 from trl_safety.lab.world import COMPLIANCE, QUESTIONS, REFUSAL, Row, World
+from trl_safety.training.alignment_vector import apply_alignment_vector
 from trl_safety.training.buffer_reinforce import merge_reinforce
 from trl_safety.training.csulora import apply_csulora
 from trl_safety.training.factor_groups import update_norm
@@ -50,6 +51,8 @@ REFERENCES = (200, 100)
 DUAL_SELECT = {"keep": BATCH // 2, "references": 32}
 PROVIDER = {"harmful": 1_000, "refusals": 1_000, "benign": 1_000}
 """Samples of the BufferLoRA and of the ReinforceLoRA. They hold none of the topics on which the attack is measured."""
+VECTOR_GAMMAS = (0.5, 1.0, 1.5)
+BUFFER_GAMMAS = (0.5, 1.0)
 NORM_TOLERANCE = 0.03
 MOST_CONTROL_RUNS = 5
 TABLE_WIDTH = 150
@@ -101,6 +104,7 @@ class Lab:
         pair: dict[str, Any] = {"base": self.base, "aligned": self.aligned, "target_modules": "all-linear", "progress": False}
         self.whole = AlignmentSubspace.from_pair(**pair, whole=True)
         self.ranked = AlignmentSubspace.from_pair(**pair, rank=SUBSPACE_RANK)
+        self.full = AlignmentSubspace.from_pair(**pair, tolerance=1e-9)
 
     def user_rows(self, seed: int, poison: float = POISON) -> list[Row]:
         """The user's data: the task, and a share of samples that comply with forbidden requests."""
@@ -182,6 +186,8 @@ class Lab:
             yield from self._asft(seed, weight)
         yield from self._dual_select(seed)
         yield from self._buffer_reinforce(seed, model, seconds)
+        yield from self._alignment_vector(seed, model, seconds)
+        yield from self._alignment_buffer(seed)
 
     def _corrections(self, seed: int, trained: Any, seconds: float) -> Iterator[Outcome]:
         state = {name: value.detach().clone() for name, value in trained.state_dict().items() if "lora_" in name}
@@ -257,6 +263,25 @@ class Lab:
             name = "Buffer-and-Reinforce: plain SFT shrunk to the same ‖ΔW‖"
             yield self._outcome(name, seed, shrunk, plain_seconds, control=True)
 
+    def _alignment_vector(self, seed: int, plain: Any, seconds: float) -> Iterator[Outcome]:
+        """V added to the plainly trained adapter, −V, and a random matrix with V's singular values in V's place."""
+        state = {name: value.detach().clone() for name, value in plain.state_dict().items() if "lora_" in name}
+        rows = [(f"alignment vector, γ = {gamma:g}", self.full, gamma, False) for gamma in VECTOR_GAMMAS]
+        rows.append((f"alignment vector, γ = 1, rank {SUBSPACE_RANK}", self.ranked, 1.0, False))
+        rows.append(("alignment vector: −V", self.full, -1.0, True))
+        rows.append(("alignment vector: a random matrix of V's spectrum", random_like(self.full, seed), 1.0, True))
+        for name, subspace, gamma, control in rows:
+            model = self._restored(plain, state)
+            started = time.perf_counter()
+            apply_alignment_vector(model, subspace, gamma=gamma)
+            yield self._outcome(name, seed, model, seconds, time.perf_counter() - started, control=control)
+
+    def _alignment_buffer(self, seed: int) -> Iterator[Outcome]:
+        for gamma in BUFFER_GAMMAS:
+            block = {"alignment_buffer": {"base": str(self.base), "aligned": str(self.aligned), "gamma": gamma}}
+            model, seconds = self.fine_tune(seed, safety=block)
+            yield self._outcome(f"alignment buffer, γ = {gamma:g}", seed, model, seconds)
+
     def _l2(self, seed: int, weight: float, target: Outcome) -> Outcome:
         """Plain L2 on ΔW whose final norm is AsFT's: AsFT with C = 0, its weight found by the secant rule on logarithms."""
         nothing = AlignmentSubspace(
@@ -296,6 +321,21 @@ def shrink_like(model: Any, report: SafetyReport) -> None:
         row = layers[module.name]
         if row.action == "corrected":
             module.B.mul_(row.measured["corrected_norm"] / row.measured["update_norm"])
+
+
+def random_like(subspace: AlignmentSubspace, seed: int) -> AlignmentSubspace:
+    """A control of V's direction: random singular vectors with V's singular values, in every layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def orthonormal(like: torch.Tensor) -> torch.Tensor:
+        basis, _ = torch.linalg.qr(torch.randn(like.shape, generator=generator))
+        return torch.Tensor(basis).to(like)
+
+    layers = {}
+    for name, layer in subspace.layers.items():
+        left, _, right = layer.factors()
+        layers[name] = dataclasses.replace(layer, left=orthonormal(left), right=orthonormal(right))
+    return AlignmentSubspace(layers, subspace.provenance)
 
 
 @torch.no_grad()
@@ -388,6 +428,8 @@ def _write(path: Path, outcomes: list[Outcome], seconds: float) -> None:
             "references": sum(REFERENCES),
             "dual_select": DUAL_SELECT,
             "provider": PROVIDER,
+            "vector_gammas": VECTOR_GAMMAS,
+            "buffer_gammas": BUFFER_GAMMAS,
         },
         "runs": [asdict(outcome) for outcome in outcomes],
         "summary": {

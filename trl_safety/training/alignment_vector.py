@@ -293,9 +293,9 @@ def _added(name: str, weight: Tensor, base: Tensor, aligned: Tensor, gamma: floa
             "of this model"
         )
     rows = min(len(weight), len(aligned), len(base))
-    if rows < len(weight) and "embed" not in name and "lm_head" not in name and "wte" not in name:
+    if not len(weight) == len(aligned) == len(base) and not any(part in name for part in VOCABULARY):
         raise CheckpointError(
-            f"tensor {name!r} has {len(weight)} rows in the model and {rows} in one of the pair: name the pair of this model"
+            f"tensor {name!r} has {len(weight)} rows in the model, {len(aligned)} in the aligned and {len(base)} in the base model: name the pair of this model"
         )
     result = weight.clone()
     one, before, unaligned = (tensor[:rows].float() for tensor in (weight, aligned, base))
