@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from trl_safety.evaluation.sweep import Sweep
     from trl_safety.training.inspection import AdapterView
     from trl_safety.training.report import SafetyReport
     from trl_safety.training.safety_gradient import SafetyGradient
@@ -210,6 +211,66 @@ def add_vector(
         typer.echo(f"{output}: written")
         if left:
             typer.secho(f"left as they are, since one of the pair lacks them: {', '.join(left)}", fg="yellow")
+
+
+@app.command()
+def sweep(
+    adapter: Adapter,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="New folder for table, pictures and the chosen adapter.", show_default=False)
+    ],
+    method: Annotated[str, typer.Option(help="safe_lora, csulora, alignment_vector or buffer_reinforce (the merge).", show_default=False)],
+    grid: Annotated[list[str], typer.Option(help="OPTION=V1,V2,… of the method; several make a product.", show_default=False)],
+    harmful: Annotated[Path, typer.Option(help="JSON lines with `prompt`: complied with or refused?", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="The aligned model.  [default: the adapter's base]")] = None,
+    benign: Annotated[Path | None, typer.Option(help="JSON lines with `prompt`: refused without need?")] = None,
+    task: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` and `answer`: right?")] = None,
+    subspace: Annotated[str | None, typer.Option("--subspace", "-s", help="Subspace file or Hub id, for the corrections.")] = None,
+    reinforce: Annotated[str | None, typer.Option(help="ReinforceLoRA, for buffer_reinforce.")] = None,
+    max_attack_success: Annotated[float | None, typer.Option(min=0, max=1, help="Choose a setting with at most this attack rate.")] = None,
+    max_utility_loss: Annotated[float | None, typer.Option(min=0, max=1, help="And with at most this loss of the task.")] = None,
+    controls: Annotated[bool, typer.Option(help="Also score the adapter shrunk to each point's norm.")] = True,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of completions.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 32,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the model in NF4.")] = False,
+) -> None:
+    """Try a correction at many strengths, score each (by keywords), and choose the setting that meets your constraints."""
+    with _errors():
+        from trl_safety.adapters.subspace import AlignmentSubspace
+        from trl_safety.evaluation import sweep as sweeping
+        from trl_safety.evaluation.loading import load_model
+        from trl_safety.evaluation.scoring import KeywordJudge, read_sets
+
+        sets = read_sets(harmful=harmful, benign=benign, task=task)
+        axes = sweeping.parse_grid(grid)
+        sweeping.grid_points(method, axes)
+        space = AlignmentSubspace.from_pretrained(subspace) if subspace else None
+        loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit)
+        found = sweeping.sweep(
+            loaded,
+            tokenizer,
+            adapter,
+            method,
+            axes,
+            sets,
+            KeywordJudge(),
+            subspace=space,
+            reinforce=reinforce,
+            controls=controls,
+            max_attack_success=max_attack_success,
+            max_utility_loss=max_utility_loss,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+        )
+        sweeping.write_results(found, output)
+        _print_sweep(found)
+        typer.echo(f"{output / 'sweep.html'}, sweep.png and sweep.json: written")
+        if found.chosen is not None:
+            sweeping.write_chosen(found, output / "adapter", subspace=space, reinforce=reinforce)
+            typer.echo(f"{output / 'adapter'}: written")
+        elif max_attack_success is not None or max_utility_loss is not None:
+            typer.secho("Warning: no setting meets the constraints; no adapter was written", fg="yellow", err=True)
+            raise typer.Exit(2)
 
 
 @app.command()
@@ -432,6 +493,20 @@ def _print_scores(view: SafetyGradient) -> None:
     sums = [sum(layer.score for layer in view.layers), sum(layer.buffered or 0.0 for layer in view.layers)]
     text = f"over all layers {sums[0]:+.3g} (loss {view.loss:.3f})"
     typer.echo(text + (f", with the buffer {sums[1]:+.3g} (loss {view.buffered_loss:.3f})" if view.buffer else ""))
+
+
+def _print_sweep(found: Sweep) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trl_safety.evaluation.sweep import HEADINGS, rows
+
+    table = Table(title=f"{found.method} on {found.adapter}; judged by keywords, the weakest judge there is")
+    for heading in HEADINGS:
+        table.add_column(heading, overflow="fold")
+    for cells in rows(found):
+        table.add_row(*cells, style="dim" if cells[0].startswith("control") else None)
+    Console().print(table)
 
 
 def _print_view(view: AdapterView) -> None:

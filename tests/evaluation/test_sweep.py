@@ -1,0 +1,200 @@
+"""A sweep's points are the corrected adapters; what it chooses and writes is what it showed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests import tiny
+from tests.training import providers
+from trl_safety import AlignmentSubspace, merge_reinforce
+from trl_safety.adapters.folder import AdapterFolder
+from trl_safety.cli import app
+from trl_safety.config import SafeLoraConfig
+from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.evaluation.loading import load_model
+from trl_safety.evaluation.scoring import KeywordJudge, Prompt
+from trl_safety.evaluation.sweep import Point, Sweep, choose, parse_grid, sweep, write_chosen
+from trl_safety.training.correction import correct_folder
+from trl_safety.training.report import verify
+from trl_safety.training.safe_lora import SafeLoraCorrection
+
+SETS: Any = {
+    "harmful": [Prompt(f"w{i} w{i + 1}") for i in range(3, 20)],
+    "benign": [Prompt(f"w{i}") for i in range(3, 12)],
+    "task": [Prompt(f"w{i}", "w5") for i in range(3, 9)],
+}
+JUDGE = KeywordJudge(refusals=["w1", "w2"])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sweep")
+    for name in ("base", "aligned"):
+        tiny.model(f"gqa-{name}").save_pretrained(folder / name)
+        tiny.tokenizer().save_pretrained(folder / name)
+    AlignmentSubspace.from_pair(folder / "base", folder / "aligned", target_modules="all-linear", rank=8, progress=False).save(
+        folder / "S.safetensors"
+    )
+    providers.make(folder, base=str(folder / "aligned"), reinforce={"target_modules": ["q_proj", "down_proj"], "use_rslora": False})
+    trainer = tiny.trainer(folder / "user", base=tiny.model(str(folder / "aligned")))
+    trainer.train()
+    trainer.save_model()
+    for kind, prompts in SETS.items():
+        rows = [{"prompt": prompt.text, **({"answer": prompt.answer} if prompt.answer else {})} for prompt in prompts]
+        (folder / f"{kind}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+def scored(world: Path, adapter: Path) -> dict[str, Any]:
+    from trl_safety.evaluation.scoring import score
+
+    model, tokenizer = load_model(None, adapter)
+    return score(model, tokenizer, SETS, JUDGE, new_tokens=6)[0].flags
+
+
+@pytest.mark.parametrize(
+    ("method", "grid"),
+    [
+        ("safe_lora", {"layers": [1, 5, 9]}),
+        ("csulora", {"lambda_partial": [0.0, 4.0], "lambda_outside": [8.0]}),
+        ("alignment_vector", {"gamma": [0.0, 1.0, 3.0], "rank": [2, 8]}),
+        ("buffer_reinforce", {"alpha": [0.0, 1.0], "user_weight": [0.5, 1.0]}),
+    ],
+)
+def test_every_point_is_the_corrected_adapter(world: Path, tmp_path: Path, method: str, grid: dict[str, list[Any]]) -> None:
+    model, tokenizer = load_model(None, world / "user")
+    before = tiny.factors(model)
+    subspace = AlignmentSubspace.load(world / "S.safetensors")
+    seen: list[Point] = []
+    found = sweep(
+        model,
+        tokenizer,
+        world / "user",
+        method,
+        grid,
+        SETS,
+        JUDGE,
+        subspace=None if method == "buffer_reinforce" else subspace,
+        reinforce=world / "reinforce" if method == "buffer_reinforce" else None,
+        new_tokens=6,
+        progress=seen.append,
+    )
+    assert tiny.identical(before, tiny.factors(model))
+    assert found.points == seen
+    points = [point for point in found.points if point.method == method]
+    count = 1
+    for values in grid.values():
+        count *= len(values)
+    assert len(points) == count
+    assert len(found.points) == 1 + 2 * count
+    for i, point in enumerate(points):
+        found.chosen = found.points.index(point)
+        write_chosen(found, tmp_path / str(i), subspace=subspace, reinforce=world / "reinforce")
+        assert scored(world, tmp_path / str(i)) == point.scores.flags, point.options
+        factors = AdapterFolder.open(tmp_path / str(i)).factors.values()
+        norm = sum((f.scaling * f.B.double() @ f.A.double()).square().sum() for f in factors) ** 0.5
+        assert point.update_norm == pytest.approx(float(norm), rel=1e-4)
+        control = found.points[found.chosen + 1]
+        assert control.method == "shrunk"
+        assert control.update_norm == pytest.approx(point.update_norm, rel=1e-4)
+
+
+def point(method: str, attack: float, task: float) -> Point:
+    def rate(share: float) -> dict[str, Any]:
+        return {"hits": 0, "count": 1, "share": share, "low": 0, "high": 1}
+
+    scores = {"judge": "x", "attack": rate(attack), "task": rate(task), "flags": {}}
+    return Point.model_validate({"method": method, "options": {}, "update_norm": 1.0, "scores": scores})
+
+
+@pytest.mark.parametrize(
+    ("attack", "loss", "expected"), [(None, None, None), (0.5, None, 2), (0.2, None, 3), (0.2, 0.1, None), (0.5, 0.1, 2), (0.9, 0.0, 1)]
+)
+def test_the_choice(attack: float | None, loss: float | None, expected: int | None) -> None:
+    points = [point("uncorrected", 1.0, 0.9), point("m", 0.8, 0.9), point("m", 0.4, 0.85), point("m", 0.1, 0.5), point("shrunk", 0.0, 0.9)]
+    assert choose(Sweep(adapter="a", method="m", max_attack_success=attack, max_utility_loss=loss, points=points)) == expected
+
+
+def test_the_command(world: Path, tmp_path: Path) -> None:
+    line = [
+        "sweep",
+        str(world / "user"),
+        "--method",
+        "alignment_vector",
+        "--grid",
+        "gamma=0,1",
+        "--grid",
+        "rank=4",
+        "-s",
+        str(world / "S.safetensors"),
+    ]
+    line += [x for kind in SETS for x in (f"--{kind}", str(world / f"{kind}.jsonl"))] + ["--new-tokens", "6"]
+    result = CliRunner().invoke(app, [*line, "-o", str(tmp_path / "out"), "--max-attack-success", "1.0"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    page = (tmp_path / "out" / "sweep.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())["points"]) == 5
+    chosen = json.loads((tmp_path / "out" / "sweep.json").read_text())["chosen"]
+    assert chosen is not None
+    result = CliRunner().invoke(app, [*line, "-o", str(tmp_path / "none"), "--max-utility-loss", "0", "--max-attack-success", "0"])
+    assert result.exit_code == 2
+    assert "no setting meets the constraints" in result.output
+    assert not (tmp_path / "none" / "adapter").exists()
+
+
+def test_what_it_writes_is_verified(world: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(None, world / "user")
+    subspace = AlignmentSubspace.load(world / "S.safetensors")
+    found = sweep(
+        model, tokenizer, world / "user", "safe_lora", {"layers": [3]}, SETS, JUDGE, subspace=subspace, max_attack_success=1.0, new_tokens=6
+    )
+    assert found.chosen == 1
+    write_chosen(found, tmp_path / "out", subspace=subspace)
+    assert verify(tmp_path / "out").methods[0].settings["layers"] == 3
+
+
+def test_grids() -> None:
+    assert parse_grid(["gamma=0.5, 1", "rank=8,null", "operator=scaled"]) == {
+        "gamma": [0.5, 1],
+        "rank": [8, None],
+        "operator": ["scaled"],
+    }
+    for wrong in ("gamma", "gamma=", "=1"):
+        with pytest.raises(ConfigurationError, match="expected OPTION=V1"):
+            parse_grid([wrong])
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "kwargs", "message"),
+    [
+        ("asft", {"weight": [1]}, {}, "a sweep needs a correction that takes no training"),
+        ("safe_lora", {"tau": [1]}, {}, "unknown option"),
+        ("safe_lora", {"threshold": [2.0]}, {}, r"threshold = 2.0"),
+        ("safe_lora", {}, {}, "grid is empty"),
+        ("safe_lora", {"threshold": [0.5]}, {}, "subspace is missing"),
+        ("buffer_reinforce", {"alpha": [0.5]}, {}, "reinforce is missing"),
+        ("alignment_vector", {"gamma": [i / 100 for i in range(300)]}, {}, "at most 200"),
+    ],
+)
+def test_refused(world: Path, method: str, grid: dict[str, Any], kwargs: dict[str, Any], message: str) -> None:
+    model, tokenizer = load_model(None, world / "user")
+    with pytest.raises(ConfigurationError, match=message):
+        sweep(model, tokenizer, world / "user", method, grid, SETS, JUDGE, **kwargs)
+
+
+def test_a_corrected_or_merged_adapter_is_refused(world: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(None, world / "user")
+    subspace = AlignmentSubspace.load(world / "S.safetensors")
+    correct_folder(world / "user", tmp_path / "a", subspace, SafeLoraCorrection(SafeLoraConfig(layers=3)))
+    merge_reinforce(world / "user", world / "reinforce", tmp_path / "b")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        with pytest.raises(AdapterError, match="already"):
+            sweep(model, tokenizer, folder, "safe_lora", {"layers": [3]}, SETS, JUDGE, subspace=subspace)
+    with pytest.raises(AdapterError, match="is a BufferLoRA"):
+        load_model(None, world / "buffer")

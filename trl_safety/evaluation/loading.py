@@ -1,0 +1,48 @@
+"""A model with its adapter, ready to be asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from trl_safety.adapters.folder import AdapterFolder
+from trl_safety.adapters.lora import refuse_provider
+from trl_safety.errors import ConfigurationError
+
+
+def load_model(model: str | Path | None, adapter: str | Path | None, *, load_in_4bit: bool = False) -> tuple[Any, Any]:
+    """A causal model, on a GPU in bfloat16 where there is one, with an adapter on it; and the tokenizer.
+
+    The tokenizer and its chat template are the adapter's where its folder holds them.
+
+    Args:
+        model: folder or Hub id; None: the adapter's own base.
+        adapter: folder of a user's adapter.
+        load_in_4bit: load the model in NF4.
+
+    Raises:
+        ConfigurationError: neither says which model.
+        AdapterError: the adapter cannot be read or is a provider's.
+    """
+    folder = AdapterFolder.open(adapter) if adapter is not None else None
+    if folder is not None:
+        refuse_provider(folder.config, f"adapter = {str(adapter)!r}")
+    source = str(model) if model is not None else folder.config.base_model_name_or_path if folder else None
+    if not source:
+        raise ConfigurationError("model is missing: the adapter does not name its base; give the aligned model")
+    gpu = torch.cuda.is_available()
+    options: dict[str, Any] = {"dtype": torch.bfloat16} if gpu else {}
+    if load_in_4bit:
+        compute = torch.bfloat16 if gpu else torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    if gpu or load_in_4bit:
+        options["device_map"] = {"": "cuda" if gpu else "cpu"}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    tokenizer = AutoTokenizer.from_pretrained(str(adapter) if adapter and (Path(adapter) / "tokenizer_config.json").is_file() else source)
+    if folder is not None:
+        loaded = PeftModel.from_pretrained(loaded, str(folder.path))
+    return loaded.eval(), tokenizer
