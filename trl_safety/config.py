@@ -156,7 +156,7 @@ class CorrectionConfig(Options):
     """What all corrections of a trained adapter share."""
 
     corrected_checkpoints: bool = False
-    """Write a corrected copy into `checkpoint-N/safety_corrected/`; the checkpoint itself stays resumable, uncorrected."""
+    """Write a corrected copy into `checkpoint-N/safety/corrected/`; the checkpoint itself stays resumable, uncorrected."""
 
 
 class SafeLoraConfig(CorrectionConfig):
@@ -283,6 +283,12 @@ class SafetyConfig(Options):
         corrections = [name for name in CORRECTIONS if getattr(self, name)]
         if len(corrections) > 1:
             raise ValueError(f"{' and '.join(corrections)} both rewrite the trained adapter: keep one of them")
+        if self.skip_modules and (
+            buffer := "alignment_buffer" if self.alignment_buffer else "buffer_reinforce" if self.buffer_reinforce else None
+        ):
+            raise ValueError(
+                f"skip_modules = {self.skip_modules!r}: {buffer} acts on the whole model and cannot leave layers alone; remove one of the two"
+            )
         if self.alignment_buffer and self.buffer_reinforce:
             raise ValueError(
                 "alignment_buffer and buffer_reinforce are two buffers, of which the second would be trained on the first: keep one of them"
@@ -293,7 +299,7 @@ class SafetyConfig(Options):
             )
         if not self.needs_subspace():
             # The buffer may read from a subspace which pair it is of.
-            settings = ("skip_modules",) if self.alignment_buffer else ("subspace", "skip_modules")
+            settings = () if self.alignment_buffer else ("subspace", "skip_modules")
             ignored = [name for name in settings if getattr(self, name)]
             if ignored:
                 raise ValueError(f"{ignored[0]} = {getattr(self, ignored[0])!r} is used by none of {', '.join(self.methods())}: remove it")

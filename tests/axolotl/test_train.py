@@ -16,7 +16,7 @@ from tests.training.test_corrections import assert_close, updates
 from trl_safety import AlignmentSubspace, asft_penalty, merge_reinforce
 from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.lora import kind_of
-from trl_safety.config import CsuloraConfig, SafeLoraConfig
+from trl_safety.config import AlignmentVectorConfig, CsuloraConfig, SafeLoraConfig
 from trl_safety.errors import ReportError
 from trl_safety.training.buffer_reinforce import USER_ADAPTER
 from trl_safety.training.correction import correct_folder
@@ -43,7 +43,8 @@ def test_corrections_equal_those_of_the_saved_adapter_and_without_the_plugin_not
     axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
     with pytest.raises(ReportError, match="no method of trl-safety protected it"):
         verify(tmp_path / "plain")
-    for method, block in {"safe_lora": SafeLoraConfig(threshold=1.0), "csulora": CsuloraConfig()}.items():
+    blocks = {"safe_lora": SafeLoraConfig(threshold=1.0), "csulora": CsuloraConfig(), "alignment_vector": AlignmentVectorConfig()}
+    for method, block in blocks.items():
         correct_folder(tmp_path / "plain", tmp_path / f"want-{method}", subspace(world), correction_for(block))
         options = protect({**config, "output_dir": str(tmp_path / method)}, world, **{method: block.model_dump(exclude_none=True)})
         axolotl("train", options)
@@ -210,6 +211,22 @@ def test_buffer_reinforce_with_qlora_and_checkpoints(world: Path, config: dict[s
     assert kind_of(AdapterFolder.open(tmp_path / "out" / "checkpoint-2").config) == "user"
     with pytest.raises(ReportError, match="still to come"):
         verify(tmp_path / "out" / "checkpoint-2")
+
+
+def test_alignment_buffer_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    """The adapter is the one that trains on the unaligned base, and is for the aligned model. On identical rows, as above."""
+    config["datasets"][0]["path"] = str(world / "same.jsonl")
+    plugin = {"plugins": ["axolotl_plugin.SafetyPlugin"], "safety": {"alignment_buffer": {"base": str(world / "base")}}}
+    axolotl("train", {**config, **plugin})
+    assert "W_aligned − 1·V" in verify(tmp_path / "out").methods[0].summary
+    assert AdapterFolder.open(tmp_path / "out").config.base_model_name_or_path == str(world / "aligned")
+    axolotl("train", {**config, "base_model": str(world / "base"), "output_dir": str(tmp_path / "on-base")})
+    assert tiny.largest_difference(weights(tmp_path / "out"), weights(tmp_path / "on-base")) < 1e-4
+    axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
+    assert tiny.largest_difference(weights(tmp_path / "out"), weights(tmp_path / "plain")) > 1e-2
+    qlora = {"adapter": "qlora", "load_in_4bit": True, "learning_rate": 0.05, "output_dir": str(tmp_path / "qlora"), "eval_steps": 2}
+    axolotl("train", {**config, **plugin, **qlora, "val_set_size": 4, "max_steps": 4})
+    verify(tmp_path / "qlora")
 
 
 def test_another_plugins_trainer_class_is_said(world: Path, config: dict[str, Any], axolotl: Axolotl) -> None:

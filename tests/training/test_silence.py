@@ -9,14 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
-from trl_safety import AlignmentSubspace, SafeLoRACallback, apply_safe_lora
-from trl_safety.config import SafeLoraConfig, SafetyConfig
+from tests.tiny import DATA
+from tests.training import providers
+from trl_safety import (
+    AlignmentSubspace,
+    AlignmentVectorCallback,
+    SafeLoRACallback,
+    apply_alignment_vector,
+    apply_safe_lora,
+    merge_reinforce,
+)
+from trl_safety.adapters.folder import AdapterFolder
+from trl_safety.config import AlignmentVectorConfig, SafeLoraConfig, SafetyConfig
 from trl_safety.errors import AdapterError, ConfigurationError, ReportError
+from trl_safety.training.alignment_vector import AlignmentVectorCorrection
+from trl_safety.training.buffer_reinforce import USER_ADAPTER
 from trl_safety.training.correction import correct_folder
 from trl_safety.training.report import read_report, verify
 from trl_safety.training.safe_lora import SafeLoraCorrection
@@ -289,3 +302,133 @@ def test_a_users_lora_config_serves_another_run(tmp_path: Path, gqa_subspace: Al
         trainer.train()
         assert trainer.safety_report.protected
     assert {**config.to_dict(), "base_model_name_or_path": None} == {**before, "base_model_name_or_path": None}
+
+
+class TestBuffersAndVectors:
+    """What a second skeptic found: each of these once ended with a report that said protected."""
+
+    @pytest.fixture(scope="class")
+    def provider(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        torch.manual_seed(0)
+        return providers.make(tmp_path_factory.mktemp("provider"))
+
+    @staticmethod
+    def block(provider: Path) -> dict[str, Any]:
+        return {"buffer_reinforce": {"buffer": str(provider / "buffer"), "reinforce": str(provider / "reinforce")}}
+
+    def test_a_model_object_that_held_another_adapter(self, provider: Path, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        model = tiny.model()
+        first = tiny.trainer(tmp_path / "a", base=model, peft_config=tiny.lora(target_modules=["q_proj", "k_proj"]))
+        first.train()
+        with pytest.raises(AdapterError, match="left from another adapter that was put on the same model object"):
+            tiny.trainer(tmp_path / "b", base=model, peft_config=tiny.lora(target_modules=["q_proj"]), safety=self.block(provider))
+        # And on disk, where PEFT would leave the further factors out.
+        first.save_model()
+        config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
+        with pytest.raises(AdapterError, match="which its target_modules do not name"):
+            merge_reinforce(tmp_path / "a", provider / "reinforce", tmp_path / "out")
+
+    @pytest.mark.parametrize("layer", ["q_proj", "o_proj", "down_proj"])
+    def test_a_stage_before_that_the_checkpoint_does_not_have(self, tmp_path: Path, layer: str) -> None:
+        base = tiny.model()
+        base.model.layers[1].get_submodule(f"self_attn.{layer}" if layer != "down_proj" else f"mlp.{layer}").weight.data.mul_(1.01)
+        before = {name: value.clone() for name, value in base.state_dict().items()}
+        pair = {"base": str(DATA / "gqa-base"), "aligned": str(DATA / "gqa-aligned")}
+        with pytest.raises(AdapterError, match="load the aligned model of the pair"):
+            tiny.trainer(tmp_path, base=base, safety={"alignment_buffer": pair}).train()
+        now = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items() if "lora_" not in name}
+        assert tiny.identical(before, now)
+
+    def test_alignment_in_few_layers_is_alignment(self, tmp_path: Path) -> None:
+        aligned = tiny.model("gqa-base")
+        aligned.model.layers[2].self_attn.v_proj.weight.data += 0.1
+        aligned.save_pretrained(tmp_path / "aligned")
+        pair = {"base": str(DATA / "gqa-base"), "aligned": str(tmp_path / "aligned")}
+        tiny.trainer(tmp_path / "out", base=tiny.model(str(tmp_path / "aligned")), safety={"alignment_buffer": pair}).train()
+
+    def test_a_pair_in_the_block_covers_all_layers(self, tmp_path: Path) -> None:
+        pair = {"base": str(DATA / "gqa-base"), "aligned": str(DATA / "gqa-aligned"), "rank": 8}
+        trainer = tiny.trainer(tmp_path / "a", safety={"subspace": pair, "alignment_vector": {"all_layers": True}})
+        trainer.train()
+        assert len(trainer.safety_report.methods[0].layers) == 21
+        trainer = tiny.trainer(tmp_path / "b", safety={"subspace": pair, "alignment_buffer": {"how": "low_rank"}})
+        trainer.train()
+        assert "in 21 layers" in trainer.safety_report.methods[0].summary
+
+    @pytest.mark.parametrize("options", [{"gamma": -1.0}, {"gamma": 0.0, "dare": 0.1}])
+    def test_taking_alignment_out_is_no_protection(
+        self, gqa_model: Any, gqa_subspace: AlignmentSubspace, options: dict[str, float]
+    ) -> None:
+        report = apply_alignment_vector(gqa_model, gqa_subspace, **options)
+        assert not report.protected
+        assert "NOT a protection" in report.methods[0].summary
+
+    def test_an_untrained_buffer(self, tmp_path: Path) -> None:
+        from trl import SFTConfig
+
+        from trl_safety import BufferTrainer
+
+        config = tiny.lora(init_lora_weights=True)
+        tiny.trainer(tmp_path / "b", cls=BufferTrainer, args=tiny.arguments(tmp_path / "b", SFTConfig), peft_config=config).save_model()
+        with pytest.raises(AdapterError, match="its update is zero in every layer"):
+            tiny.trainer(tmp_path, safety={"buffer_reinforce": {"buffer": str(tmp_path / "b")}})
+
+    def test_skip_modules_beside_a_buffer(self, provider: Path, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        with pytest.raises(ConfigurationError, match="cannot leave layers alone"):
+            tiny.trainer(tmp_path, safety={"skip_modules": ["q_proj"], "asft": {}, **self.block(provider)}, subspace=gqa_subspace)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_added_layers_do_not_round_the_trained_ones(self, provider: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+        trainer = tiny.trainer(tmp_path, base=tiny.model(dtype=dtype), safety=self.block(provider), learning_rate=1e-5)
+        trainer.train()
+        trainer.save_model()
+        merge_reinforce(tmp_path / USER_ADAPTER, provider / "reinforce", tmp_path / "again")
+        one, other = (
+            {name: f.scaling * f.B.double() @ f.A.double() for name, f in AdapterFolder.open(folder).factors.items()}
+            for folder in (tmp_path, tmp_path / "again")
+        )
+        assert tiny.largest_difference(one, other) < 1e-6
+
+    def test_biases_of_lora_and_added_layers(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        with pytest.raises(AdapterError, match="lora_bias = True"):
+            tiny.trainer(
+                tmp_path, peft_config=tiny.lora(lora_bias=True), safety={"alignment_vector": {"all_layers": True}}, subspace=gqa_subspace
+            )
+
+    def test_the_vector_and_the_merge_by_another_way(self, provider: Path, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        with pytest.raises(ConfigurationError, match="weighted down by buffer_reinforce's merge"):
+            tiny.trainer(tmp_path, safety=self.block(provider), callbacks=[AlignmentVectorCallback(gqa_subspace)])
+        correct_folder(DATA / "gqa-adapter", tmp_path / "v", gqa_subspace, AlignmentVectorCorrection(AlignmentVectorConfig()))
+        with pytest.raises(AdapterError, match="has the alignment vector in it"):
+            merge_reinforce(tmp_path / "v", provider / "reinforce", tmp_path / "out")
+
+    def test_resuming_with_other_settings(self, tmp_path: Path) -> None:
+        pair = {"base": str(DATA / "gqa-base"), "aligned": str(DATA / "gqa-aligned")}
+        tiny.trainer(tmp_path, safety={"alignment_buffer": {**pair, "gamma": 0.01}}, save_strategy="steps", save_steps=2).train()
+        trainer = tiny.trainer(tmp_path, safety={"alignment_buffer": pair})
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert not trainer.safety_report.protected
+        assert "steps 1 to 2 were trained without it" in trainer.safety_report.methods[0].summary
+
+    def test_a_buffer_as_a_second_adapter(self, provider: Path, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        model = PeftModel.from_pretrained(tiny.model(), str(DATA / "gqa-adapter"), is_trainable=True)
+        model.load_adapter(str(provider / "buffer"), "buf")
+        model.set_adapter("default")
+        with pytest.raises(AdapterError, match="adapter 'buf' of the model is a BufferLoRA"):
+            tiny.trainer(tmp_path, base=model, peft_config=None, safety={"asft": {}}, subspace=gqa_subspace)
+
+    def test_added_tokens_are_left_alone(self, tmp_path: Path) -> None:
+        pair = {"base": str(DATA / "gqa-base"), "aligned": str(DATA / "gqa-aligned")}
+        for config in (tiny.lora(), tiny.lora(modules_to_save=["embed_tokens", "lm_head"]), tiny.lora(trainable_token_indices=[3, 4])):
+            base = tiny.model()
+            base.resize_token_embeddings(70)
+            trainer = tiny.trainer(tmp_path, base=base, peft_config=config, safety={"alignment_buffer": pair})
+            before = {name: value.clone() for name, value in trainer.model.named_parameters() if not value.requires_grad}
+            trainer.train()
+            assert tiny.identical(before, {name: value for name, value in trainer.model.named_parameters() if name in before})
+
+    def test_a_place_for_the_users_adapter(self, provider: Path, tmp_path: Path) -> None:
+        (tmp_path / "safety").write_text("a file")
+        with pytest.raises(AdapterError, match="the user's adapter is kept there"):
+            tiny.trainer(tmp_path, safety=self.block(provider)).train()

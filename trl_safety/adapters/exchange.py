@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_safety.adapters.checkpoint import Checkpoint
-from trl_safety.adapters.lora import unwrap
+from trl_safety.adapters.lora import full_precision, unwrap
 from trl_safety.adapters.names import match, strip_wrappers
 from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, sample
 from trl_safety.errors import AdapterError, CheckpointError
@@ -57,6 +58,8 @@ class WeightExchange:
     def __init__(self, model: nn.Module, base: Checkpoint, aligned: Checkpoint, *, embeddings: bool, setting: str) -> None:
         self._base, self._aligned = base, aligned
         self._setting = setting
+        self._verified = False
+        self._written: list[Place] = []
         self.places = list(self._find(unwrap(model), embeddings))
         if not self.places:
             raise AdapterError(f"{setting}: no frozen weight of the model takes part: nothing would be exchanged")
@@ -64,7 +67,8 @@ class WeightExchange:
 
     def _find(self, model: nn.Module, embeddings: bool) -> Iterator[Place]:
         inner: Any = model
-        heads = {id(layer.weight) for layer in (inner.get_input_embeddings(), inner.get_output_embeddings()) if layer is not None}
+        ends = (layer for layer in (inner.get_input_embeddings(), inner.get_output_embeddings()) if layer is not None)
+        heads = {id(parameter) for layer in ends for parameter in layer.parameters()}
         seen: set[int] = set()
         found: dict[str, tuple[nn.Module, str, Any]] = {}
         for path, module in model.named_modules():
@@ -74,7 +78,9 @@ class WeightExchange:
                 if id(parameter) in seen or parameter.requires_grad or (id(parameter) in heads and not embeddings):
                     continue
                 seen.add(id(parameter))
-                found[strip_wrappers(f"{path}.{attribute}".replace(".original_module", ""))] = module, attribute, parameter
+                # The wrappers of modules_to_save and trainable_token_indices, around the parameter as it was loaded.
+                name = f"{path}.{attribute}".replace(".original_module", "").replace(".token_adapter", "")
+                found[strip_wrappers(name)] = module, attribute, parameter
         places = [match(found, checkpoint.names) for checkpoint in (self._base, self._aligned)]
         for name, (module, attribute, parameter) in found.items():
             stored = [place[name] for place in places]
@@ -98,42 +104,51 @@ class WeightExchange:
             yield Place(module, attribute, stored[0], stored[1], rows)
 
     def _compare(self) -> str:
-        """Sampled entries of some matrices: the model's are the aligned checkpoint's, and the base's are others."""
-        from trl_safety.adapters.lora import full_precision
-
-        matrices = [place for place in self.places if place.parameter.ndim == 2 and place.rows == len(self._aligned_of(place))]
-        compared = matrices[:: max(1, len(matrices) // LAYERS_COMPARED)]
-        differs = False
-        for place in compared:
-            aligned, base = self._aligned.tensor(place.aligned), self._base.tensor(place.base)
-            weight = full_precision(place.module) if place.attribute == "weight" else place.parameter
-            assert weight is not None  # noqa: S101  # refused when it was found
-            dtype = weight.dtype
-            apart = torch.linalg.vector_norm(sample(weight).float() - sample(aligned.to(dtype)).float())
-            limit = QUANTISED_DIFFERENCE if weight is not place.parameter else FULL_PRECISION_DIFFERENCE
-            if not float(apart) <= limit * float(torch.linalg.vector_norm(sample(aligned).float())):
-                raise AdapterError(
-                    f"{self._setting}: the model's {place.aligned!r} is not that of {self._aligned.source!r}: load the aligned model of the pair, and train it"
-                )
-            differs |= not torch.equal(aligned, base)
-        if not differs:
+        """Some of the places, before training; `put` looks at all of them."""
+        places = [place for place in self.places if place.parameter.ndim == 2]
+        for place in random.Random(0).sample(places, min(LAYERS_COMPARED, len(places))):  # noqa: S311  # no secret here
+            self._is_aligned(place, self._aligned.tensor(place.aligned))
+        pairs = ((self._aligned.tensor(place.aligned), self._base.tensor(place.base)) for place in self.places)
+        if not any(
+            not torch.equal(aligned[: place.rows], base[: place.rows]) for place, (aligned, base) in zip(self.places, pairs, strict=True)
+        ):
             raise AdapterError(f"{self._setting}: {self._base.source!r} and {self._aligned.source!r} do not differ: V would be nothing")
-        return f"weights match {self._aligned.source} in all {len(compared)} tensors that were compared"
+        return f"weights match {self._aligned.source}"
 
-    def _aligned_of(self, place: Place) -> range:
-        return range(self._aligned.shape(place.aligned)[0])
+    def _is_aligned(self, place: Place, aligned: Tensor) -> None:
+        """Sampled entries of the model's parameter are those of the aligned checkpoint, up to a cast or to quantisation."""
+        weight = full_precision(place.module) if place.attribute == "weight" else place.parameter
+        assert weight is not None  # noqa: S101  # refused when it was found
+        ours, theirs = (sample(tensor[: place.rows]).float() for tensor in (weight, aligned.to(weight.dtype)))
+        limit = QUANTISED_DIFFERENCE if weight is not place.parameter else FULL_PRECISION_DIFFERENCE
+        if not float(torch.linalg.vector_norm(ours - theirs)) <= limit * float(torch.linalg.vector_norm(theirs)):
+            raise AdapterError(
+                f"{self._setting}: the model's {place.aligned!r} is not that of {self._aligned.source!r}: load the aligned model of the pair, and train it"
+            )
 
     @torch.no_grad()
     def put(self, compute: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Write compute(W_aligned, W_base) into every place."""
+        """Write compute(W_aligned, W_base) into every place.
+
+        Raises:
+            AdapterError: a place holds other weights than the aligned checkpoint's, which nothing could put back. It and those after
+                it stay as they are.
+        """
         for place in self.places:
-            _write(place, compute(self._aligned.tensor(place.aligned)[: place.rows], self._base.tensor(place.base)[: place.rows]))
+            aligned = self._aligned.tensor(place.aligned)
+            if not self._verified:
+                self._is_aligned(place, aligned)
+            self._written.append(place)
+            _write(place, compute(aligned[: place.rows], self._base.tensor(place.base)[: place.rows]))
+        self._verified = True
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Write W_aligned into every place."""
-        for place in self.places:
+        """Write W_aligned into every place that was written to."""
+        while self._written:
+            place = self._written[-1]
             _write(place, self._aligned.tensor(place.aligned)[: place.rows])
+            self._written.pop()
 
 
 def _write(place: Place, value: Tensor) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trl_safety.adapters.files import new_folder
-from trl_safety.adapters.lora import check_config
+from trl_safety.adapters.lora import check_config, strays
 from trl_safety.adapters.names import strip_wrappers
 from trl_safety.errors import AdapterError
 
@@ -80,6 +80,11 @@ class AdapterFolder:
             module = strip_wrappers(full)
             self._paths[module] = full
             self.factors[module] = Factors(pair["B"], pair["A"], self._scaling(module, pair["A"].shape[0]))
+        if stray := strays(config, self.factors):
+            raise AdapterError(
+                f"{str(path)!r}: has factors for {stray[0]!r}, which its target_modules do not name, so that loading it would leave them out: they are left "
+                "from another adapter on the same model object; train it again on a model loaded anew"
+            )
         if not self.factors:
             raise AdapterError(f"{str(path)!r}: holds no LoRA factors; give the folder of a trained LoRA adapter")
 

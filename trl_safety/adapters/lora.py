@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftType
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from trl_safety.adapters.names import strip_wrappers
@@ -111,7 +112,19 @@ def lora_modules(model: nn.Module, adapter: str | None = None) -> list[LoraModul
         modules.append(LoraModule(strip_wrappers(path), layer, name))
     if not modules:
         raise AdapterError(f"adapter {name!r} wraps no linear layer: check target_modules of its LoraConfig")
+    if stray := strays(config, [module.name for module in modules]):
+        raise AdapterError(
+            f"layer {stray[0]!r} holds factors of adapter {name!r}, whose target_modules do not name it: they are left from another adapter that was put on "
+            "the same model object; load the model anew"
+        )
     return modules
+
+
+def strays(config: Any, names: Iterable[str]) -> list[str]:
+    """The modules that an adapter has factors for though its configuration does not target them."""
+    if config.target_modules is None or (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
+        return []
+    return [name for name in names if not check_target_module_exists(config, name)]
 
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
@@ -145,11 +158,14 @@ def extend_adapter(model: Any, adapter: str, extra: Iterable[str]) -> None:
     Whatever was trained besides LoRA factors (`modules_to_save`) would start anew; callers refuse it.
     """
     modules = lora_modules(model, adapter)
+    dtype = modules[0].A.dtype
     kept = {module.name: (module.B.detach().clone(), module.A.detach().clone(), module.scaling) for module in modules}
     config = adapter_config(model, adapter)
     target(config, [*kept, *extra])
     model.base_model.inject_adapter(model.base_model.model, adapter)
     for module in lora_modules(model, adapter):
+        # PEFT makes new factors of the base model's dtype, which may be narrower than what was trained.
+        module.A.data, module.B.data = module.A.data.to(dtype), module.B.data.to(dtype)
         if module.name in kept:
             B, A, scaling = kept[module.name]
             module.replace(B, A)

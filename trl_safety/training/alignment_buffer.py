@@ -13,7 +13,6 @@ from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.exchange import WeightExchange
 from trl_safety.adapters.folder import Factors
 from trl_safety.adapters.frozen import FrozenAdapter
-from trl_safety.adapters.names import is_named
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.config import AlignmentBufferConfig, SafetyConfig, SubspaceConfig
 from trl_safety.errors import ConfigurationError, SubspaceError
@@ -47,12 +46,13 @@ class AlignmentBuffer:
         self._prepared = prepared
         self._taken = False
         self._checked = False
+        self._layers = 0
         self.exchange: WeightExchange | None = None
         self.frozen: FrozenAdapter | None = None
         if getattr(trainer.args, "torch_compile", False) and self.config.how == "low_rank":
             raise ConfigurationError("torch_compile = True: a compiled model goes by the low-rank buffer; turn it off, or use how: weights")
         if self.config.how == "low_rank":
-            self.frozen = self._low_rank(trainer.model, subspace, config.skip_modules)
+            self.frozen = self._low_rank(trainer.model, subspace)
             self.base_check = prepared.base_check
         else:
             base, aligned = self._pair(config, trainer, subspace)
@@ -60,17 +60,16 @@ class AlignmentBuffer:
             self.exchange = WeightExchange(trainer.model, base, aligned, embeddings=self.config.embeddings, setting=setting)
             self.base_check = self.exchange.check
 
-    def _low_rank(self, model: Any, subspace: AlignmentSubspace | None, skip_modules: list[str]) -> FrozenAdapter:
+    def _low_rank(self, model: Any, subspace: AlignmentSubspace | None) -> FrozenAdapter:
         assert subspace is not None  # noqa: S101  # required by the block
         factors = {}
         for name, layer in subspace.layers.items():
-            if is_named(name, skip_modules):
-                continue
             if layer.left is None:
                 raise SubspaceError(
                     f"layer {name!r}: the subspace keeps V whole, which a low-rank buffer cannot take out; build it with a rank or a tolerance, or use how: weights"
                 )
             factors[name] = Factors(*alignment_buffer.low_rank(*layer.factors(), self.config.gamma), 1.0)
+        self._layers = len(factors)
         return FrozenAdapter(model, factors, f"{NAME}.how = 'low_rank'")
 
     def _pair(self, config: SafetyConfig, trainer: Any, subspace: AlignmentSubspace | None) -> tuple[Checkpoint, Checkpoint]:
@@ -139,7 +138,11 @@ class AlignmentBuffer:
         elif not acted:
             summary = "no step was trained"
         else:
-            how = "in the frozen weights" if self.exchange else "by a frozen low-rank adapter"
+            how = (
+                f"in {len(self.exchange.places)} frozen tensors"
+                if self.exchange
+                else f"by a frozen low-rank adapter in {self._layers} layers"
+            )
             summary = f"trained on W_aligned − {self.config.gamma:g}·V ({how}) in optimizer steps {self.first_step + 1} to {steps}; the adapter is for W_aligned"
         if self.first_step:
             summary += f"; steps 1 to {self.first_step} were trained without it"
@@ -161,6 +164,10 @@ class _PutBack(TrainerCallback):
 
     def __init__(self, buffer: AlignmentBuffer) -> None:
         self._buffer = buffer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # `auto_find_batch_size` begins again after running out of memory.
+        self._buffer.put_back()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._buffer.put_back()

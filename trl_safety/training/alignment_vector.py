@@ -22,7 +22,7 @@ from trl_safety.errors import CheckpointError, ConfigurationError, SubspaceError
 from trl_safety.linalg.low_rank import product_norm_squared, truncate_product
 from trl_safety.methods import alignment_vector
 from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction, update_config
-from trl_safety.training.report import LayerReport, SafetyReport
+from trl_safety.training.report import LayerReport, MethodReport, SafetyReport
 
 VOCABULARY = ("embed", "lm_head", "wte")
 """Parts of the names of tensors with a row for every token."""
@@ -52,6 +52,23 @@ class AlignmentVectorCorrection(Correction):
                     f"alignment_vector.rank = {self.config.rank}: the subspace has {layer.rank} directions of layer {layer.name!r}; use at most as many, or "
                     "build it with a larger rank"
                 )
+
+    def check_ranks(self, ranks: Mapping[str, int]) -> None:
+        """A cut that cuts nothing is refused where that can be told: where k is given."""
+        largest = max(ranks.values()) + (self.config.rank or 0)
+        if self.config.cut_to is not None and self.config.rank is not None and self.config.cut_to >= largest:
+            raise ConfigurationError(
+                f"alignment_vector.cut_to = {self.config.cut_to}: the corrected adapter has rank {largest}, so that nothing would be cut; use less, or leave it out"
+            )
+
+    def report(self, results: Mapping[str, LayerResult], summary: str | None = None) -> MethodReport:
+        """As of every correction; but taking alignment out, or DARE alone, protects nothing."""
+        report = super().report(results, summary)
+        if self.config.gamma > 0 or (self.config.gamma == 0 and self.config.kappa < 1):
+            return report
+        return report.model_copy(
+            update={"acted": False, "summary": f"{report.summary}; NOT a protection, with gamma = {self.config.gamma:g}"}
+        )
 
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
         """Add V to every layer; one transfer to the host."""
@@ -194,15 +211,15 @@ def write_alignment_adapter(subspace: AlignmentSubspace, output: str | Path, *, 
     Args:
         subspace: with a rank.
         output: a new or empty folder.
-        gamma: γ, not 0.
+        gamma: γ, above 0.
         rank: k, of the subspace's directions; default all.
 
     Raises:
         SubspaceError: the subspace keeps V whole or has too few directions.
-        ConfigurationError: γ is 0.
+        ConfigurationError: γ is not above 0.
     """
-    if gamma == 0:
-        raise ConfigurationError("gamma = 0: the adapter would do nothing; use 1, say")
+    if gamma <= 0:
+        raise ConfigurationError(f"gamma = {gamma:g}: the adapter would do nothing, or take alignment out; use 1, say")
     config = validate(AlignmentVectorConfig, {"gamma": gamma, "rank": rank}, "alignment_vector")
     AlignmentVectorCorrection(config).check(subspace.layers)
     ranks = {name: rank or layer.rank for name, layer in subspace.layers.items()}

@@ -162,6 +162,10 @@ def merge_reinforce(
         raise AdapterError(
             f"user = {str(user)!r}: was merged with a ReinforceLoRA already: give the user's adapter alone ({USER_ADAPTER} of the run)"
         )
+    if "alignment_vector" in marks(folder.config):
+        raise AdapterError(
+            f"user = {str(user)!r}: has the alignment vector in it, which the merge would weight down: merge the adapter without it"
+        )
     if folder.config.lora_bias:
         raise AdapterError(f"user = {str(user)!r}: lora_bias = True: the biases of lora_B cannot be merged; train without lora_bias")
     other, record = open_kind(reinforce, "reinforce", "reinforce")
@@ -380,6 +384,17 @@ class ReinforceCallback(TrainerCallback):
 
     def __init__(self, method: BufferReinforce, reports: Callable[[], list[MethodReport]], prepared: Prepared, subspace: Any) -> None:
         self._method, self._reports, self._prepared, self._subspace = method, reports, prepared, subspace
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See that the user's adapter alone can be saved, before it is trained."""
+        folder = (Path(args.output_dir) / USER_ADAPTER).parent
+        if state.is_world_process_zero:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise AdapterError(
+                    f"output_dir = {args.output_dir!r}: {str(folder)!r} cannot be made ({error.strerror}); the user's adapter is kept there"
+                ) from error
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Save, merge, report."""

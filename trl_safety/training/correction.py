@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from trl_safety.adapters.lora import (
     lora_modules,
     not_covered,
     refuse_corrected,
+    refuse_provider,
     target,
     unwrap,
     verify_base,
@@ -94,6 +96,9 @@ class Correction(ABC):
     @abstractmethod
     def check(self, layers: Mapping[str, LayerSubspace]) -> None:
         """Raise where the correction could not act on these subspaces."""
+
+    def check_ranks(self, ranks: Mapping[str, int]) -> None:  # noqa: B027  # most corrections accept any
+        """Raise where the correction could not act on an adapter of these ranks, by module."""
 
     @abstractmethod
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
@@ -166,6 +171,9 @@ def prepare(model: nn.Module, subspace: AlignmentSubspace | None, skip_modules: 
     adapter = adapter_name(model, adapter)
     modules = lora_modules(model, adapter)
     config = adapter_config(model, adapter)
+    for name, other in cast(Any, unwrap(model)).peft_config.items():
+        # PEFT saves every adapter that is loaded, not the active one alone.
+        refuse_provider(other, f"adapter {name!r} of the model")
     refuse_corrected(config, f"adapter {adapter!r}")
     subspaces = subspace.for_modules([module.name for module in modules], skip_modules) if subspace else {}
     base_check = verify_base(modules, subspaces) if subspace else f"{NOT_VERIFIED}: no method of the run needs the aligned model's weights"
@@ -241,6 +249,7 @@ def check_correction(
 ) -> None:
     """Raise where a correction will not be able to act on a live model; see `prepare`."""
     correction.check({**prepared.subspaces, **_further_layers(model, subspace, correction, prepared, skip_modules)})
+    correction.check_ranks({module.name: int(module.A.shape[0]) for module in prepared.covered})
 
 
 def _further_layers(
@@ -250,10 +259,10 @@ def _further_layers(
     if not correction.all_layers:
         return {}
     config, skip_modules = adapter_config(model, prepared.adapter), list(skip_modules)
-    if config.modules_to_save or not isinstance(unwrap(model), PeftModel):
+    if config.modules_to_save or config.lora_bias or not isinstance(unwrap(model), PeftModel):
         raise AdapterError(
-            f"{correction.name}.all_layers = True: layers cannot be added to an adapter with modules_to_save = {config.modules_to_save!r} on a "
-            f"{type(unwrap(model)).__name__}; adapt those layers (target_modules), or correct the saved adapter with `trl-safety correct`"
+            f"{correction.name}.all_layers = True: layers cannot be added to an adapter with modules_to_save = {config.modules_to_save!r} and lora_bias = "
+            f"{config.lora_bias} on a {type(unwrap(model)).__name__}; adapt those layers (target_modules), or correct the saved adapter with `trl-safety correct`"
         )
     layers = linear_layers(model)
     adapted = {id(layer) for layer in prepared.subspaces.values()}
@@ -318,6 +327,10 @@ def correct_folder(
             )
     further = {}
     if correction.all_layers:
+        if folder.config.lora_bias:
+            raise AdapterError(
+                f"adapter = {str(adapter)!r}: lora_bias = True: {correction.name}.all_layers cannot add layers to it; leave all_layers out"
+            )
         used = {layer.name for layer in subspaces.values()}
         further = {name: layer for name, layer in subspace.layers.items() if layer.name not in used and not is_named(name, skip_modules)}
         if further and (other := [name for name, layer in subspaces.items() if name != layer.name]):
@@ -326,6 +339,7 @@ def correct_folder(
                 "layers in its model are not known; build the subspace for this model, or leave all_layers out"
             )
     correction.check({**subspaces, **further})
+    correction.check_ranks({name: folder.factors[name].A.shape[0] for name in subspaces})
     base_check = _check_base(folder, subspace, subspaces)
     loose = [name for name, layer in subspaces.items() if name != layer.name]
     if loose and base_check.startswith(NOT_VERIFIED):
@@ -421,8 +435,8 @@ def _check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mapp
     base = folder.config.base_model_name_or_path
     if base and Path(base).is_dir():
         checkpoint = Checkpoint(base)
-        names = list(layers)
-        names = names[:: max(1, len(names) // BASE_LAYERS_SAMPLED)]
+        # At random: every so many layers would be the same kind of layer again and again.
+        names = random.Random(0).sample(list(layers), min(BASE_LAYERS_SAMPLED, len(layers)))  # noqa: S311  # no secret here
         stored = {name: found for name, found in match(names, checkpoint.modules).items() if found is not None}
         for name, found in stored.items():
             to_aligned, _, _ = layers[name].difference(checkpoint.read(found))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -17,7 +18,16 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from trl_safety.adapters.lora import LoraModule, adapter_config, adapter_name, lora_modules, not_covered, refuse_corrected, unwrap
+from trl_safety.adapters.lora import (
+    LoraModule,
+    adapter_config,
+    adapter_name,
+    linear_layers,
+    lora_modules,
+    not_covered,
+    refuse_corrected,
+    unwrap,
+)
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.config import AlignmentVectorConfig, CorrectionConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
 from trl_safety.errors import AdapterError, ConfigurationError
@@ -102,20 +112,23 @@ class SafetyState:
         """Note where AsFT and the buffer start to act: at the first step, also of a run whose checkpoint they protected from there."""
         step = trainer.state.global_step
         self.first_step = 0 if step == 0 or self._protected_until(checkpoint, "asft") == step else step
-        for name, buffer in (("buffer_reinforce", self.buffer), ("alignment_buffer", self.alignment_buffer)):
-            if buffer:
-                buffer.first_step = 0 if step == 0 or self._protected_until(checkpoint, name) == step else step
+        buffer = self.buffer or self.alignment_buffer
+        if buffer:
+            own = buffer.report(0)
+            buffer.first_step = 0 if step == 0 or self._protected_until(checkpoint, own.name, own.settings) == step else step
         self.start_norm = update_norm(self.prepared.covered) if step == 0 else 0.0
         if self.dual_select:
             self.dual_select.begin(checkpoint)
 
-    def _protected_until(self, checkpoint: Path | None, method: str) -> int | None:
+    def _protected_until(self, checkpoint: Path | None, method: str, settings: Mapping[str, Any] | None = None) -> int | None:
         folder = adapter_folder(unwrap(self._model), checkpoint, self.prepared.adapter) if checkpoint else None
         if folder is None or not (folder / REPORT).is_file():
             return None
         report = read_report(folder)
         acted = (found for found in report.methods if found.name == method and (found.acted or found.summary.endswith(PENDING)))
-        steps = next((found.steps for found in acted), None)
+        # Settings are compared after a round through JSON, as the report's were.
+        same = (found for found in acted if settings is None or found.settings == json.loads(json.dumps(settings)))
+        steps = next((found.steps for found in same), None)
         return steps[1] if steps and steps[0] == 1 and describes(report, folder) else None
 
     def _refuse_frozen(self) -> None:
@@ -166,6 +179,10 @@ class SafetyState:
         if given and (self.correction or len(given) > 1):
             raise ConfigurationError(
                 "callbacks and the safety block name two corrections, which would both rewrite the trained adapter: keep one of them"
+            )
+        if given and self.merge and given[0].correction.name == "alignment_vector":
+            raise ConfigurationError(
+                "callbacks: the alignment vector would be weighted down by buffer_reinforce's merge: keep one of them, or remove buffer_reinforce.reinforce"
             )
         if given:
             self.correction = given[0]
@@ -461,7 +478,17 @@ def _built(trainer: Any, config: SafetyConfig, pair: SubspaceConfig) -> Alignmen
     """Build the subspace for the adapted layers into the output folder, once on every node."""
     from trl_safety.adapters.names import is_named
 
-    names = [m.name for m in lora_modules(trainer.model) if not is_named(m.name, config.skip_modules)]
+    names = [m.name for m in lora_modules(trainer.model)]
+    low_rank = config.alignment_buffer is not None and config.alignment_buffer.how == "low_rank"
+    if low_rank or (config.alignment_vector is not None and config.alignment_vector.all_layers):
+        inner: Any = unwrap(trainer.model)
+        head = inner.get_output_embeddings()
+        names = [
+            name
+            for name, layer in linear_layers(trainer.model).items()
+            if getattr(layer, "base_layer", layer) is not head and layer is not head
+        ]
+    names = [name for name in names if not is_named(name, config.skip_modules)]
     path = Path(trainer.args.output_dir) / BUILT_SUBSPACE
     with trainer.accelerator.local_main_process_first():
         if trainer.accelerator.is_local_main_process:

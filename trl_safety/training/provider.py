@@ -80,6 +80,8 @@ class ProviderMixin:
         keep_beside(
             model, adapter, RecordSource(AdapterRecord.of_layers(self.kind, base, {m.name: m.layer.get_base_layer() for m in modules}))
         )
+        if self.kind == "buffer":
+            model.push_to_hub = self.push_to_hub
         if buffer is not None:
             if trainer.args.torch_compile:
                 raise ConfigurationError("torch_compile = True: a compiled model goes by the buffer; turn it off")
