@@ -28,6 +28,10 @@ def test_nano_pair_says_what_it_needs() -> None:
     assert "folder" in run("nano_pair.py", "--help")
 
 
+def test_alignment_vector_says_what_it_needs() -> None:
+    assert "--gammas" in run("alignment_vector.py", "--help")
+
+
 def test_dual_select() -> None:
     out = run("dual_select.py", "--hidden", 64, "--layers", 1, "--length", 16, "--batches", 4, "--pool", 8, "--rounds", 1, "--steps", 2)
     row = json.loads(out.splitlines()[-1])

@@ -300,6 +300,33 @@ class TestUserTraining:
         trainer.save_model()
         assert verify(tmp_path).protected
 
+    def test_qlora_all_the_way(self, tmp_path: Path) -> None:
+        """Both of the provider's adapters and the user's on 4-bit layers; bitsandbytes' CPU kernels need dimensions of 64."""
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+        from trl import SFTConfig
+
+        config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "aligned")
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+        options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+        def load(name: str = "aligned") -> Any:
+            return AutoModelForCausalLM.from_pretrained(tmp_path / name, quantization_config=options, device_map={"": "cpu"})
+
+        for kind, cls in (("buffer", BufferTrainer), ("reinforce", lambda **kw: ReinforceTrainer(**kw, buffer=tmp_path / "buffer"))):
+            trainer = tiny.trainer(tmp_path / kind, cls=cls, args=tiny.arguments(tmp_path / kind, SFTConfig, max_steps=2), base=load())
+            trainer.train()
+            trainer.save_model()
+            assert AdapterRecord.read(tmp_path / kind).quantised
+        trainer = tiny.trainer(tmp_path / "user", base=load(), safety=block(tmp_path), max_steps=2)
+        trainer.train()
+        trainer.save_model()
+        assert verify(tmp_path / "user").base_check.endswith("up to quantisation")
+        # In full precision, too: the adapters are for the model, not for its rounding.
+        tiny.trainer(tmp_path / "full", base=AutoModelForCausalLM.from_pretrained(tmp_path / "aligned"), safety=block(tmp_path))
+        with pytest.raises(AdapterError, match="use the adapter that was made for this model"):
+            tiny.trainer(tmp_path / "no", base=load("other"), safety=block(tmp_path))
+
     def test_a_layer_that_goes_by_the_buffer_is_an_error(self, provider: Path, tmp_path: Path) -> None:
         trainer = tiny.trainer(tmp_path, safety=buffer_only(provider))
         attention = trainer.model.base_model.model.model.layers[1].self_attn
