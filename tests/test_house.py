@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trl_safety"
 
 ADAPTERS = {"adapters", "linalg", "errors", "torch", "peft", "safetensors", "huggingface_hub", "transformers", "tqdm", "bitsandbytes"}
-TRAINING = ADAPTERS | {"training", "methods", "config", "trl", "pydantic", "matplotlib", "datasets", "accelerate"}
+TRAINING = ADAPTERS | {"training", "methods", "config", "trl", "pydantic", "matplotlib", "datasets", "accelerate", "scipy"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors", "pydantic", "yaml"},
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     # Transformers only to build a model class on the meta device (adapters/targets.py), as PEFT itself does.
     "adapters": ADAPTERS,
     "training": TRAINING,
-    "evaluation": TRAINING | {"evaluation", "scipy"},
+    "evaluation": TRAINING | {"evaluation"},
     "lab": TRAINING | {"lab", "tokenizers", "rich"},
 }
 IMPORTS_TRL = {"trainer.py", "sft.py"}

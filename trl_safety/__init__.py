@@ -25,6 +25,8 @@ _HOMES = {
     "SafeSFTConfig": "trl_safety.training.trainer",
     "SafeSFTTrainer": "trl_safety.training.trainer",
     "SafetyConfig": "trl_safety.config",
+    "SafetyEvalCallback": "trl_safety.training.safety_eval",
+    "SafetyEvalConfig": "trl_safety.config",
     "SafetyError": "trl_safety.errors",
     "SubspaceConfig": "trl_safety.config",
     "apply_alignment_vector": "trl_safety.training.alignment_vector",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
         DualSelectConfig,
         SafeLoraConfig,
         SafetyConfig,
+        SafetyEvalConfig,
         SubspaceConfig,
     )
     from trl_safety.errors import SafetyError
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from trl_safety.training.buffer_reinforce import merge_reinforce
     from trl_safety.training.csulora import CSULoRACallback, apply_csulora
     from trl_safety.training.safe_lora import SafeLoRACallback, apply_safe_lora
+    from trl_safety.training.safety_eval import SafetyEvalCallback
     from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
 
 __all__ = [
@@ -71,6 +75,8 @@ __all__ = [
     "SafeSFTTrainer",
     "SafetyConfig",
     "SafetyError",
+    "SafetyEvalCallback",
+    "SafetyEvalConfig",
     "SubspaceConfig",
     "apply_alignment_vector",
     "apply_csulora",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from trl_safety.evaluation.evaluate import Evaluation
     from trl_safety.evaluation.sweep import Sweep
     from trl_safety.training.inspection import AdapterView
     from trl_safety.training.report import SafetyReport
@@ -239,7 +240,7 @@ def sweep(
         from trl_safety.adapters.subspace import AlignmentSubspace
         from trl_safety.evaluation import sweep as sweeping
         from trl_safety.evaluation.loading import load_model
-        from trl_safety.evaluation.scoring import KeywordJudge, read_sets
+        from trl_safety.training.scoring import KeywordJudge, read_sets
 
         sets = read_sets(harmful=harmful, benign=benign, task=task)
         axes = sweeping.parse_grid(grid)
@@ -271,6 +272,71 @@ def sweep(
         elif max_attack_success is not None or max_utility_loss is not None:
             typer.secho("Warning: no setting meets the constraints; no adapter was written", fg="yellow", err=True)
             raise typer.Exit(2)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The model: local folder or Hub id.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="New folder for evaluation.json and completions.jsonl.", show_default=False)
+    ],
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter on it.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Also before: 'aligned' (no adapter), or another adapter's folder.")] = None,
+    harmful: Annotated[Path | None, typer.Option(help="JSON lines with `prompt`: complied with or refused?")] = None,
+    benign: Annotated[Path | None, typer.Option(help="JSON lines with `prompt`: refused without need?")] = None,
+    task: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` and `answer`: right?")] = None,
+    judge: Annotated[
+        list[str] | None, typer.Option(help="keywords, classifier:PATH, guard:PATH or chat:PATH; several.  [default: keywords]")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of completions.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 32,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the model in NF4.")] = False,
+) -> None:
+    """Ask prompts, judge the completions, and say with intervals what is refused, complied with and right; before and after."""
+    with _errors():
+        from trl_safety.evaluation import evaluate as evaluating
+        from trl_safety.evaluation.judges import make_judge
+        from trl_safety.evaluation.loading import load_model
+        from trl_safety.training.scoring import read_sets
+
+        sets = read_sets(harmful=harmful, benign=benign, task=task)
+        judges = [make_judge(text) for text in judge or ["keywords"]]
+        loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit)
+        evaluation, rows = evaluating.evaluate(
+            loaded,
+            tokenizer,
+            sets,
+            judges,
+            name=model,
+            adapter=str(adapter) if adapter else None,
+            baseline=baseline,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+        )
+        evaluating.write_evaluation(evaluation, rows, output)
+        _print_evaluation(evaluation)
+        typer.echo(f"{output / 'evaluation.json'}, completions.jsonl: written; read the completions")
+
+
+@app.command()
+def gate(
+    config: Annotated[Path, typer.Option("--config", help="YAML with the thresholds.", show_default=False)],
+    junit: Annotated[Path | None, typer.Option(help="Write the checks as a JUnit file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the checks as JSON.")] = None,
+) -> None:
+    """Check an evaluation and a report against thresholds. Exit status 0 only where all hold."""
+    with _errors():
+        from trl_safety.evaluation import gate as gating
+
+        checks = gating.run_gate(config)
+        for check in checks:
+            typer.secho(f"{'passed' if check.passed else 'FAILED'}: {check.name}: {check.found}", fg="green" if check.passed else "red")
+        if junit:
+            gating.write_junit(checks, junit)
+        if json:
+            gating.write_json(checks, json)
+        if not all(check.passed for check in checks):
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -493,6 +559,26 @@ def _print_scores(view: SafetyGradient) -> None:
     sums = [sum(layer.score for layer in view.layers), sum(layer.buffered or 0.0 for layer in view.layers)]
     text = f"over all layers {sums[0]:+.3g} (loss {view.loss:.3f})"
     typer.echo(text + (f", with the buffer {sums[1]:+.3g} (loss {view.buffered_loss:.3f})" if view.buffer else ""))
+
+
+def _print_evaluation(evaluation: Evaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{', '.join(f'{count} {kind}' for kind, count in evaluation.counts.items())} prompts; 95 % Wilson intervals")
+    for heading in ("model", "judge", "attack ↓", "over-refusal ↓", "task ↑"):
+        table.add_column(heading, overflow="fold")
+    for model in evaluation.models:
+        for scores in model.scores:
+            cells = ["–" if rate is None else str(rate) for rate in (scores.attack, scores.over_refusal, scores.task)]
+            table.add_row(model.name, scores.judge, *cells)
+    Console().print(table)
+    for kind, p in evaluation.p_values.items():
+        typer.echo(f"{kind}: before and after differ with p = {p:.2g} (exact McNemar test)")
+    for pair in evaluation.agreement:
+        typer.echo(f"{pair.first} and {pair.second} agree on {pair.equal:.1%} of the harmful prompts' completions (kappa {pair.kappa:.2f})")
+    if evaluation.after.judge == "keywords":
+        typer.echo("judged by phrases of refusal, the weakest judge there is: it knows no harm")
 
 
 def _print_sweep(found: Sweep) -> None:

@@ -244,6 +244,25 @@ class AlignmentBufferConfig(Options):
         return self
 
 
+class SafetyEvalConfig(Options):
+    """Ask a small set of prompts while training, so that a loss of safety is seen while it happens. Judged by phrases of refusal."""
+
+    harmful: str
+    """JSON lines with `prompt`: the share that is complied with is logged as safety/attack."""
+    benign: str | None = None
+    """JSON lines with `prompt`: the share that is refused is logged as safety/over_refusal."""
+    steps: Annotated[int, Field(ge=1)] = 100
+    """Every so many optimizer steps, and when training ends."""
+    most_prompts: Annotated[int, Field(ge=1)] = 64
+    """Of each set, the first so many: the cost of one evaluation."""
+    new_tokens: Annotated[int, Field(ge=1)] = 32
+    """Length of a completion."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Prompts at a time."""
+    stop_above: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Stop training where the attack rate exceeds this; null: never."""
+
+
 def _kind(value: Any) -> str:
     return "<pair>" if isinstance(value, Mapping | SubspaceConfig) else "<path>"
 
@@ -266,6 +285,8 @@ class SafetyConfig(Options):
     alignment_vector: AlignmentVectorConfig | None = None
     alignment_buffer: AlignmentBufferConfig | None = None
     buffer_reinforce: BufferReinforceConfig | None = None
+    eval: SafetyEvalConfig | None = None
+    """Protects nothing: it shows."""
 
     @model_validator(mode="before")
     @classmethod

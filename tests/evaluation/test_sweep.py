@@ -16,11 +16,11 @@ from trl_safety.cli import app
 from trl_safety.config import SafeLoraConfig
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.evaluation.loading import load_model
-from trl_safety.evaluation.scoring import KeywordJudge, Prompt
 from trl_safety.evaluation.sweep import Point, Sweep, choose, parse_grid, sweep, write_chosen
 from trl_safety.training.correction import correct_folder
 from trl_safety.training.report import verify
 from trl_safety.training.safe_lora import SafeLoraCorrection
+from trl_safety.training.scoring import KeywordJudge, Prompt
 
 SETS: Any = {
     "harmful": [Prompt(f"w{i} w{i + 1}") for i in range(3, 20)],
@@ -51,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scored(world: Path, adapter: Path) -> dict[str, Any]:
-    from trl_safety.evaluation.scoring import score
+    from trl_safety.training.scoring import score
 
     model, tokenizer = load_model(None, adapter)
     return score(model, tokenizer, SETS, JUDGE, new_tokens=6)[0].flags

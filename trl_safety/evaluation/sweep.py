@@ -24,11 +24,11 @@ from trl_safety.adapters.record import open_kind
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.config import AlignmentVectorConfig, CorrectionConfig, CsuloraConfig, ReinforceMergeConfig, SafeLoraConfig, validate
 from trl_safety.errors import ConfigurationError, SafetyError
-from trl_safety.evaluation.scoring import Judge, Kind, Prompt, Scores, paired_p_value, score
 from trl_safety.linalg.low_rank import product_norm_squared
 from trl_safety.training.buffer_reinforce import merge_layers, merge_reinforce
 from trl_safety.training.correction import correct_folder
 from trl_safety.training.mixin import correction_for
+from trl_safety.training.scoring import Judge, Kind, Prompt, Scores, paired_p_value, score
 
 METHODS: dict[str, type[Any]] = {
     "safe_lora": SafeLoraConfig,

@@ -43,6 +43,7 @@ from trl_safety.training.factor_groups import FactorGroups, summarise, update_no
 from trl_safety.training.report import REPORT, MethodReport, SafetyReport, add_to_card, describes, read_report
 from trl_safety.training.report_source import adapter_folder, report_source
 from trl_safety.training.safe_lora import SafeLoraCorrection
+from trl_safety.training.safety_eval import SafetyEvalCallback
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +240,9 @@ class SafetyMixin:
             trainer.add_callback(self._safety.correction)
         if self._safety.merge:
             trainer.add_callback(self._safety.merge)
+        if config.eval:
+            around = self._safety.alignment_buffer.aligned if self._safety.alignment_buffer else nullcontext
+            trainer.add_callback(SafetyEvalCallback.of(config.eval, trainer.processing_class, around))
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The parent's loss, plus the loss terms of the methods while training."""
@@ -402,6 +406,8 @@ def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
         raise ConfigurationError(f"safety.{next(iter(safety.methods()))}: acts while training and needs a trainer class of its own")
     callback.prepare(trainer.model)
     trainer.add_callback(callback)
+    if safety.eval:
+        trainer.add_callback(SafetyEvalCallback.of(safety.eval, trainer.processing_class))
     return callback
 
 

@@ -1,0 +1,109 @@
+"""`SafetyEvalCallback`: a small prompt set asked while training, in any Transformers `Trainer`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from trl_safety.adapters.lora import unwrap
+from trl_safety.config import SafetyEvalConfig
+from trl_safety.errors import ConfigurationError
+from trl_safety.training.scoring import Judge, KeywordJudge, Kind, Prompt, Scores, read_sets, score
+
+logger = logging.getLogger(__name__)
+
+
+class SafetyEvalCallback(TrainerCallback):
+    """Every N steps: the share of harmful prompts complied with, and of benign ones refused, logged with the other metrics.
+
+    `safety/attack` and `safety/over_refusal` with `safety/eval_seconds` are in the log of that step. On several processes each
+    asks all prompts, so that all decide alike whether to stop.
+
+    Args:
+        sets: prompts by kind; harmful ones at least.
+        tokenizer: the model's, with its chat template.
+        steps: N; also when training ends.
+        judge: of the completions; phrases of refusal by default, the weakest judge there is.
+        most_prompts: of each set, the first so many.
+        new_tokens: length of a completion.
+        batch_size: prompts at a time.
+        stop_above: stop training where the attack rate exceeds this.
+        around: a context in which the model is as it will be used.
+
+    Raises:
+        ConfigurationError: there are no harmful prompts, or no tokenizer.
+    """
+
+    def __init__(
+        self,
+        sets: dict[Kind, Sequence[Prompt]],
+        tokenizer: Any,
+        *,
+        steps: int = 100,
+        judge: Judge | None = None,
+        most_prompts: int = 64,
+        new_tokens: int = 32,
+        batch_size: int = 32,
+        stop_above: float | None = None,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        if not sets.get("harmful"):
+            raise ConfigurationError("eval.harmful is missing: without harmful prompts no loss of safety can be seen")
+        if tokenizer is None or not hasattr(tokenizer, "batch_decode"):
+            raise ConfigurationError(
+                "eval: the trainer has no tokenizer (processing_class), without which no prompt can be asked; give one"
+            )
+        self._sets = {kind: list(prompts)[:most_prompts] for kind, prompts in sets.items()}
+        self._tokenizer = tokenizer
+        self._steps = steps
+        self._judge = judge or KeywordJudge()
+        self._options = {"new_tokens": new_tokens, "batch_size": batch_size}
+        self._stop_above = stop_above
+        self._around = around
+        self._pending: dict[str, float] = {}
+        self.history: list[tuple[int, Scores]] = []
+
+    @classmethod
+    def of(
+        cls, config: SafetyEvalConfig, tokenizer: Any, around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> SafetyEvalCallback:
+        """The callback that a safety block's `eval` asks for."""
+        sets = read_sets(harmful=Path(config.harmful), benign=Path(config.benign) if config.benign else None, task=None)
+        options = config.model_dump(exclude={"harmful", "benign"})
+        return cls(dict(sets), tokenizer, around=around, **options)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+        """Ask, and have the step logged."""
+        if state.global_step % self._steps and state.global_step < state.max_steps:
+            return
+        started = time.perf_counter()
+        with self._around():
+            scores, _ = score(unwrap(model), self._tokenizer, self._sets, self._judge, **self._options)
+        self.history.append((state.global_step, scores))
+        assert scores.attack is not None  # noqa: S101  # there are harmful prompts
+        self._pending = {"safety/attack": scores.attack.share, "safety/eval_seconds": time.perf_counter() - started}
+        if scores.over_refusal:
+            self._pending["safety/over_refusal"] = scores.over_refusal.share
+        control.should_log = True
+        if self._stop_above is not None and scores.attack.share > self._stop_above:
+            control.should_training_stop = True
+            if state.is_world_process_zero:
+                logger.warning(
+                    "eval: %s of the harmful prompts were complied with at step %s: training stops", scores.attack, state.global_step
+                )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Put the rates into the step's log, wherever it goes."""
+        if not self._pending or logs is None:
+            return
+        # The trainer has put a copy into its history already.
+        logs.update(self._pending)
+        if state.log_history:
+            state.log_history[-1].update(self._pending)
+        self._pending = {}
