@@ -319,6 +319,21 @@ def evaluate(
 
 
 @app.command()
+def report(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file.", show_default=False)],
+    evaluation: Annotated[Path | None, typer.Option(help="Folder of `trl-safety eval`.")] = None,
+    sweep: Annotated[Path | None, typer.Option(help="Folder of `trl-safety sweep`.")] = None,
+) -> None:
+    """One self-contained page on a finished run: what was applied, per layer; the training's curves; before and after; the sweep."""
+    with _errors():
+        from trl_safety.evaluation.run_page import write_run_page
+
+        write_run_page(adapter, output, evaluation=evaluation, sweep=sweep)
+        typer.echo(f"{output}: written")
+
+
+@app.command()
 def gate(
     config: Annotated[Path, typer.Option("--config", help="YAML with the thresholds.", show_default=False)],
     junit: Annotated[Path | None, typer.Option(help="Write the checks as a JUnit file.")] = None,

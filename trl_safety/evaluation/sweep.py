@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import itertools
 import json
 import math
@@ -24,6 +21,7 @@ from trl_safety.adapters.record import open_kind
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.config import AlignmentVectorConfig, CorrectionConfig, CsuloraConfig, ReinforceMergeConfig, SafeLoraConfig, validate
 from trl_safety.errors import ConfigurationError, SafetyError
+from trl_safety.evaluation import page
 from trl_safety.linalg.low_rank import product_norm_squared
 from trl_safety.training.buffer_reinforce import merge_layers, merge_reinforce
 from trl_safety.training.correction import correct_folder
@@ -350,46 +348,36 @@ def write_results(found: Sweep, output: Path) -> None:
     Raises:
         SafetyError: the folder cannot be written to.
     """
-    picture = io.BytesIO()
-    figure(found).savefig(picture, format="png", dpi=130)
+    drawn = page.png(figure(found))
     contents = {
         "sweep.json": (json.dumps(found.model_dump(), indent=1, ensure_ascii=False) + "\n").encode(),
-        "sweep.png": picture.getvalue(),
-        "sweep.html": _page(found, picture.getvalue()).encode(),
+        "sweep.png": drawn,
+        "sweep.html": _page(found, drawn).encode(),
     }
     for name, content in contents.items():
         with replacing(output / name, error=SafetyError, setting="output") as temporary:
             temporary.write_bytes(content)
 
 
-def _page(found: Sweep, picture: bytes) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-        "table{border-collapse:collapse;font-size:13px;width:100%}td,th{padding:.3rem .5rem;border-bottom:1px solid #ddd;text-align:left}"
-        "img{max-width:100%}"
-    )
-    if found.chosen is None:
-        verdict = (
-            "No constraint was given."
-            if found.max_attack_success is None and found.max_utility_loss is None
-            else "No setting meets the constraints."
-        )
-    else:
+def _page(found: Sweep, drawn: bytes) -> str:
+    if found.chosen is not None:
         verdict = f"Chosen: {_label(found.points[found.chosen])}."
+    elif found.max_attack_success is None and found.max_utility_loss is None:
+        verdict = "No constraint was given."
+    else:
+        verdict = "No setting meets the constraints."
     wanted = [
         f"attack at most {found.max_attack_success:g}" if found.max_attack_success is not None else "",
         f"task at most {found.max_utility_loss:g} below the uncorrected adapter's" if found.max_utility_loss is not None else "",
     ]
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(found.method)}: sweep</title>"
-        f"<style>{style}</style><h1>{html.escape(found.method)} on {html.escape(Path(found.adapter).name)}</h1>"
-        f"<p>{html.escape(verdict)} {html.escape('; '.join(part for part in wanted if part))}</p>"
-        f"<img alt='attack against task' src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
-        "<p>Rates with Wilson intervals at 95 %. p: exact McNemar test against the uncorrected adapter on the same prompts. The control is the uncorrected "
-        f"adapter scaled to the same ‖ΔW‖. Judge: {html.escape(found.points[0].scores.judge)}"
-        f"{', which looks for phrases alone and is the weakest there is' if found.points[0].scores.judge == 'keywords' else ''}.</p>"
-        f"<table>{line(HEADINGS, 'th')}{''.join(line(cells, 'td') for cells in rows(found))}</table></html>\n"
+    judge = found.points[0].scores.judge
+    return page.page(
+        f"{found.method} on {Path(found.adapter).name}",
+        page.paragraph(" ".join([verdict, *(f"Asked for: {part}." for part in wanted if part)])),
+        page.picture(drawn, "attack against task"),
+        page.paragraph(
+            "Rates with Wilson intervals at 95 %. p: exact McNemar test against the uncorrected adapter on the same prompts. The control is the uncorrected adapter "
+            f"scaled to the same ‖ΔW‖. Judge: {judge}{', phrases of refusal, the weakest there is' if judge == 'keywords' else ''}."
+        ),
+        page.table(HEADINGS, rows(found)),
     )
