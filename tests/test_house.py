@@ -23,7 +23,7 @@ MAY_IMPORT = {
     # Transformers only to build a model class on the meta device (adapters/targets.py), as PEFT itself does.
     "adapters": ADAPTERS,
     "training": TRAINING,
-    "evaluation": TRAINING | {"evaluation"},
+    "evaluation": TRAINING | {"evaluation", "inspect_ai", "lm_eval"},
     "lab": TRAINING | {"lab", "tokenizers", "rich"},
 }
 IMPORTS_TRL = {"trainer.py", "sft.py"}

@@ -288,12 +288,17 @@ def evaluate(
     judge: Annotated[
         list[str] | None, typer.Option(help="keywords, classifier:PATH, guard:PATH or chat:PATH; several.  [default: keywords]")
     ] = None,
+    inspect: Annotated[list[str] | None, typer.Option(help="A task of inspect_ai, e.g. inspect_evals/xstest; several.")] = None,
+    grader: Annotated[str | None, typer.Option(help="With --inspect: a local model for tasks that are graded by one.")] = None,
+    lm_eval: Annotated[list[str] | None, typer.Option(help="A task of lm-evaluation-harness, e.g. gsm8k; several.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of each of those tasks, the first so many samples.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of completions.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 32,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the model in NF4.")] = False,
 ) -> None:
     """Ask prompts, judge the completions, and say with intervals what is refused, complied with and right; before and after."""
     with _errors():
+        from trl_safety.errors import ConfigurationError
         from trl_safety.evaluation import evaluate as evaluating
         from trl_safety.evaluation.judges import make_judge
         from trl_safety.evaluation.loading import load_model
@@ -301,7 +306,27 @@ def evaluate(
 
         sets = read_sets(harmful=harmful, benign=benign, task=task)
         judges = [make_judge(text) for text in judge or ["keywords"]]
+        for option, value in (("--grader", grader), ("--limit", limit)):
+            if value is not None and not (inspect or (lm_eval and option == "--limit")):
+                raise ConfigurationError(
+                    f"{option} = {value!r}: is used by {'--inspect' if option == '--grader' else '--inspect and --lm-eval'} alone"
+                )
         loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit)
+
+        def benchmarks(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
+            from trl_safety.evaluation.harness import run_lm_eval
+            from trl_safety.evaluation.inspecting import run_inspect
+
+            found = {}
+            if inspect:
+                asked = load_model(grader, None) if grader else None
+                found |= run_inspect(
+                    model, tokenizer, inspect, log_dir=output / "inspect", limit=limit, batch_size=batch_size, grader=asked
+                )
+            if lm_eval:
+                found |= run_lm_eval(model, tokenizer, lm_eval, batch_size=batch_size, limit=limit)
+            return found
+
         evaluation, rows = evaluating.evaluate(
             loaded,
             tokenizer,
@@ -310,6 +335,7 @@ def evaluate(
             name=model,
             adapter=str(adapter) if adapter else None,
             baseline=baseline,
+            benchmarks=benchmarks if inspect or lm_eval else None,
             new_tokens=new_tokens,
             batch_size=batch_size,
         )
@@ -588,6 +614,9 @@ def _print_evaluation(evaluation: Evaluation) -> None:
             cells = ["–" if rate is None else str(rate) for rate in (scores.attack, scores.over_refusal, scores.task)]
             table.add_row(model.name, scores.judge, *cells)
     Console().print(table)
+    for model in evaluation.models:
+        for task, metrics in model.benchmarks.items():
+            typer.echo(f"{model.name}: {task}: {', '.join(f'{name} {value:.3f}' for name, value in metrics.items())}")
     for kind, p in evaluation.p_values.items():
         typer.echo(f"{kind}: before and after differ with p = {p:.2g} (exact McNemar test)")
     for pair in evaluation.agreement:

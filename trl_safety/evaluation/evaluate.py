@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from trl_safety import __version__
 from trl_safety.adapters.files import replacing
@@ -25,10 +25,12 @@ ALIGNED = "aligned"
 
 
 class Evaluated(BaseModel):
-    """One model: its name, and its scores under every judge."""
+    """One model: its name, its scores under every judge, and what benchmarks gave."""
 
     name: str
     scores: list[Scores]
+    benchmarks: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Task → metric → value, of other people's benchmarks."""
 
 
 class Evaluation(BaseModel):
@@ -71,6 +73,7 @@ def evaluate(
     name: str,
     adapter: str | None = None,
     baseline: str | None = None,
+    benchmarks: Callable[[Any, Any], dict[str, dict[str, float]]] | None = None,
     new_tokens: int = 64,
     batch_size: int = 32,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
@@ -85,6 +88,7 @@ def evaluate(
         name: what the model is called.
         adapter: the adapter's folder, for the record.
         baseline: "aligned" (the model without its adapter) or the folder of another adapter, evaluated first.
+        benchmarks: model and tokenizer → task → metric → value, run on every model.
         new_tokens: length of completions.
         batch_size: prompts at a time.
 
@@ -95,7 +99,7 @@ def evaluate(
         ConfigurationError: there is nothing to ask, or no adapter that the baseline would be without.
         AdapterError: the baseline's adapter cannot be read or is a provider's.
     """
-    if not sets:
+    if not sets and benchmarks is None:
         raise ConfigurationError("no prompt set is given: name harmful, benign or task prompts")
     if not judges:
         raise ConfigurationError("no judge is given: name one, e.g. keywords")
@@ -104,9 +108,11 @@ def evaluate(
     if baseline is not None:
         with _as_baseline(model, baseline):
             one, completed = _one(model, tokenizer, sets, judges, baseline, new_tokens, batch_size)
+            one.benchmarks = benchmarks(model, tokenizer) if benchmarks else {}
         found.append(one)
         rows += completed
     one, completed = _one(model, tokenizer, sets, judges, adapter or name, new_tokens, batch_size)
+    one.benchmarks = benchmarks(model, tokenizer) if benchmarks else {}
     found.append(one)
     rows += completed
     pairs = found[0].scores[0].flags, found[-1].scores[0].flags

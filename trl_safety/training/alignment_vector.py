@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.files import new_folder
-from trl_safety.adapters.folder import PEFT_PREFIX, WEIGHTS
+from trl_safety.adapters.folder import COPIED_SUFFIXES, PEFT_PREFIX, WEIGHTS
 from trl_safety.adapters.names import strip_wrappers
 from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
 from trl_safety.config import AlignmentVectorConfig, validate
@@ -26,7 +26,6 @@ from trl_safety.training.report import LayerReport, MethodReport, SafetyReport
 
 VOCABULARY = ("embed", "lm_head", "wte")
 """Parts of the names of tensors with a row for every token."""
-COPIED_SUFFIXES = {".json", ".jinja", ".md", ".model", ".txt"}
 
 
 class AlignmentVectorCorrection(Correction):

@@ -1,0 +1,34 @@
+"""lm-evaluation-harness on a task of our own, offline. Axolotl's environment has the harness."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from trl_safety.errors import ConfigurationError
+from trl_safety.evaluation.harness import run_lm_eval
+
+pytest.importorskip("lm_eval")
+
+TASK = """
+task: tiny_words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: ["w5", "w6"]
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_a_task_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(3, 15)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
+    found = run_lm_eval(tiny.model(), tiny.tokenizer(), ["tiny_words"], include=tmp_path / "tasks", limit=10)
+    assert 0 <= found["tiny_words"]["acc"] <= 1
+    with pytest.raises(ConfigurationError, match="knows no such task"):
+        run_lm_eval(tiny.model(), tiny.tokenizer(), ["tiny_word"], include=tmp_path / "tasks")
