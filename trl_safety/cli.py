@@ -317,7 +317,7 @@ def evaluate(
             from trl_safety.evaluation.harness import run_lm_eval
             from trl_safety.evaluation.inspecting import run_inspect
 
-            found = {}
+            found: dict[str, dict[str, float]] = {}
             if inspect:
                 asked = load_model(grader, None) if grader else None
                 found |= run_inspect(

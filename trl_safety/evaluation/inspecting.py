@@ -42,7 +42,7 @@ def run_inspect(
         raise ConfigurationError(
             f"inspect = {', '.join(map(str, tasks))}: inspect_ai is not installed ({error}); pip install 'trl-safety[eval]' in an environment without Axolotl"
         ) from error
-    roles = {"grader": _wrapped(*grader, new_tokens)} if grader is not None else None
+    roles = {"grader": _wrapped(grader[0], grader[1], new_tokens)} if grader is not None else None
     logs = inspect_eval(
         list(tasks),
         model=_wrapped(model, tokenizer, new_tokens),
