@@ -2,6 +2,7 @@ PYTHON ?= python3.11
 NEWEST := .venv-newest
 AXOLOTL := .venv-axolotl
 SEEDS ?= 3
+WORKERS ?= 2
 OUTPUT ?= lab_results
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
@@ -23,11 +24,11 @@ types: $(NEWEST)/.installed
 	$(NEWEST)/bin/mypy
 
 test-newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/python -m pytest
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The lab's training does not depend on the stack; its wiring is tested on both.
 test-axolotl: $(AXOLOTL)/.installed
-	$(AXOLOTL)/bin/python -m pytest -m "not lab"
+	$(AXOLOTL)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab"
 
 $(NEWEST)/.installed: EXTRAS := qlora,test
 $(NEWEST)/.installed: constraints/newest.txt
