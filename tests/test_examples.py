@@ -54,6 +54,8 @@ def tiny_version(config: dict[str, Any], pair: Path, output: Path) -> dict[str, 
         return config
     if "alignment_buffer" in config["safety"]:
         config["safety"]["alignment_buffer"] |= {"base": str(pair / "base")}
+        (pair / "prompts.jsonl").write_text('{"prompt": "w3 w4"}\n{"prompt": "w5"}\n')
+        config["safety"]["eval"] |= {"harmful": str(pair / "prompts.jsonl"), "benign": str(pair / "prompts.jsonl"), "stop_above": None}
         return config
     if "buffer_reinforce" in config["safety"]:
         config["safety"]["buffer_reinforce"] |= {"buffer": str(pair / "buffer"), "reinforce": str(pair / "reinforce")}

@@ -237,12 +237,15 @@ def sweep(
 ) -> None:
     """Try a correction at many strengths, score each (by keywords), and choose the setting that meets your constraints."""
     with _errors():
+        from trl_safety.adapters.files import refuse_full
         from trl_safety.adapters.subspace import AlignmentSubspace
+        from trl_safety.errors import ConfigurationError
         from trl_safety.evaluation import sweep as sweeping
         from trl_safety.evaluation.loading import load_model
         from trl_safety.training.scoring import KeywordJudge, read_sets
 
         sets = read_sets(harmful=harmful, benign=benign, task=task)
+        refuse_full(output, error=ConfigurationError, setting="output")
         axes = sweeping.parse_grid(grid)
         sweeping.grid_points(method, axes)
         space = AlignmentSubspace.from_pretrained(subspace) if subspace else None
@@ -298,6 +301,7 @@ def evaluate(
 ) -> None:
     """Ask prompts, judge the completions, and say with intervals what is refused, complied with and right; before and after."""
     with _errors():
+        from trl_safety.adapters.files import refuse_full
         from trl_safety.errors import ConfigurationError
         from trl_safety.evaluation import evaluate as evaluating
         from trl_safety.evaluation.judges import make_judge
@@ -305,6 +309,7 @@ def evaluate(
         from trl_safety.training.scoring import read_sets
 
         sets = read_sets(harmful=harmful, benign=benign, task=task)
+        refuse_full(output, error=ConfigurationError, setting="output")
         judges = [make_judge(text) for text in judge or ["keywords"]]
         for option, value in (("--grader", grader), ("--limit", limit)):
             if value is not None and not (inspect or (lm_eval and option == "--limit")):

@@ -260,7 +260,7 @@ class SafetyEvalConfig(Options):
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Prompts at a time."""
     stop_above: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Stop training where the attack rate exceeds this; null: never."""
+    """Stop training where the attack rate exceeds this; null: never. Not with a correction, which acts after what is measured."""
 
 
 def _kind(value: Any) -> str:

@@ -102,7 +102,7 @@ def test_resuming_ends_where_the_uninterrupted_run_does(world: Path, config: dic
     )
     axolotl("train", options)
     whole = weights(tmp_path / "out")
-    with pytest.raises(ReportError, match="corrections act when training ends"):
+    with pytest.raises(ReportError, match="corrections and merges act when training ends"):
         verify(tmp_path / "out" / "checkpoint-2")
     axolotl("train", {**options, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")})
     assert tiny.largest_difference(weights(tmp_path / "out"), whole) < 1e-5

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tests import tiny
 from trl_safety.cli import app
-from trl_safety.errors import ConfigurationError, SafetyError
+from trl_safety.errors import AdapterError, ConfigurationError, SafetyError
 from trl_safety.evaluation.evaluate import evaluate, read_evaluation
 from trl_safety.evaluation.gate import run_gate
 from trl_safety.evaluation.judges import Agreement, ChatJudge, ClassifierJudge, GuardJudge, make_judge
@@ -185,6 +185,24 @@ def test_the_gate(tmp_path: Path, gate: dict[str, Any], attack: float, passes: b
     suite = ElementTree.parse(tmp_path / "j.xml").getroot()  # noqa: S314  # our own file
     assert (suite.get("failures") == "0") == passes
     assert all(check["passed"] for check in json.loads((tmp_path / "j.json").read_text())) == passes
+
+
+def test_an_evaluation_of_another_adapter(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation(0.0, 0.06)))
+    (tmp_path / "gate.yaml").write_text(json.dumps({"adapter": str(world / "user"), "evaluation": "evaluation.json", "max_attack": 0.1}))
+    with pytest.raises(ConfigurationError, match="whose weights are not those in"):
+        run_gate(tmp_path / "gate.yaml")
+
+
+def test_another_model_and_a_full_folder(world: Path, tmp_path: Path) -> None:
+    tiny.model("gqa-base").save_pretrained(tmp_path / "base")
+    with pytest.raises(AdapterError, match="which the adapter was trained on"):
+        load_model(tmp_path / "base", world / "user")
+    with pytest.raises(ConfigurationError, match="model = 'missing': cannot be loaded"):
+        load_model("missing", None)
+    result = CliRunner().invoke(app, ["eval", str(world / "aligned"), "-o", str(world), *sets_of(world)])
+    assert result.exit_code == 1
+    assert "is there already and is never overwritten" in result.output
 
 
 def test_the_gate_verifies_the_adapter(world: Path, tmp_path: Path) -> None:

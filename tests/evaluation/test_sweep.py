@@ -100,7 +100,7 @@ def test_every_point_is_the_corrected_adapter(world: Path, tmp_path: Path, metho
         norm = sum((f.scaling * f.B.double() @ f.A.double()).square().sum() for f in factors) ** 0.5
         assert point.update_norm == pytest.approx(float(norm), rel=1e-4)
         control = found.points[found.chosen + 1]
-        assert control.method == "shrunk"
+        assert control.method == "scaled"
         assert control.update_norm == pytest.approx(point.update_norm, rel=1e-4)
 
 
@@ -116,7 +116,7 @@ def point(method: str, attack: float, task: float) -> Point:
     ("attack", "loss", "expected"), [(None, None, None), (0.5, None, 2), (0.2, None, 3), (0.2, 0.1, None), (0.5, 0.1, 2), (0.9, 0.0, 1)]
 )
 def test_the_choice(attack: float | None, loss: float | None, expected: int | None) -> None:
-    points = [point("uncorrected", 1.0, 0.9), point("m", 0.8, 0.9), point("m", 0.4, 0.85), point("m", 0.1, 0.5), point("shrunk", 0.0, 0.9)]
+    points = [point("uncorrected", 1.0, 0.9), point("m", 0.8, 0.9), point("m", 0.4, 0.85), point("m", 0.1, 0.5), point("scaled", 0.0, 0.9)]
     assert choose(Sweep(adapter="a", method="m", max_attack_success=attack, max_utility_loss=loss, points=points)) == expected
 
 

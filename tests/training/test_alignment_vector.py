@@ -178,6 +178,8 @@ def test_the_whole_vector_on_a_merged_model(tmp_path: Path) -> None:
         torch.testing.assert_close(new, before + 0.8 * (old - before) + 0.5 * (before - unaligned), rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigurationError, match="would stay as it is"):
         add_vector(tmp_path / "merged", DATA / "gqa-base", DATA / "gqa-aligned", tmp_path / "no", gamma=0)
+    with pytest.raises(CheckpointError, match="do not differ"):
+        add_vector(tmp_path / "merged", DATA / "gqa-base", DATA / "gqa-base", tmp_path / "no")
     with pytest.raises(CheckpointError, match="name the pair"):
         add_vector(tmp_path / "merged", DATA / "mha-base", DATA / "mha-aligned", tmp_path / "no")
     assert not (tmp_path / "no").exists()

@@ -174,7 +174,7 @@ def test_checkpoints_stay_uncorrected_and_say_so(tmp_path: Path, gqa_subspace: A
         one, other = (load_file(tmp_path / who / f"checkpoint-{step}" / "adapter_model.safetensors") for who in ("plain", "ours"))
         assert tiny.identical(one, other)
         assert (read_report(checkpoint).stage, read_report(checkpoint).protected) == ("training", False)
-        with pytest.raises(ReportError, match="corrections act when training ends"):
+        with pytest.raises(ReportError, match="corrections and merges act when training ends"):
             verify(checkpoint)
         verify(checkpoint / "safety" / "corrected")
     final = load_file(tmp_path / "ours" / "checkpoint-4" / "safety" / "corrected" / "adapter_model.safetensors")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
@@ -25,8 +26,9 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 def test_in_any_trainer(tmp_path: Path) -> None:
+    (tmp_path / "benign.jsonl").write_text("\n".join(json.dumps({"prompt": prompt.text}) for prompt in PROMPTS[:5]))
     callback = SafetyEvalCallback(
-        {"harmful": PROMPTS, "benign": PROMPTS[:5]}, tiny.tokenizer(), steps=2, judge=JUDGE, new_tokens=5, most_prompts=9
+        {"harmful": PROMPTS, "benign": tmp_path / "benign.jsonl"}, tiny.tokenizer(), steps=2, judge=JUDGE, new_tokens=5, most_prompts=9
     )
     args = tiny.arguments(tmp_path, SFTConfig, max_steps=5, logging_steps=100)
     trainer = tiny.trainer(tmp_path, cls=SFTTrainer, args=args, callbacks=[callback])
@@ -51,13 +53,27 @@ def test_it_changes_nothing_in_training(tmp_path: Path, files: dict[str, str], g
 
 def test_training_stops(tmp_path: Path, files: dict[str, str], gqa_subspace: AlignmentSubspace) -> None:
     block: dict[str, Any] = {
-        "safe_lora": {"layers": 2},
+        "asft": {"weight": 0.1},
         "eval": {"harmful": files["harmful"], "steps": 2, "new_tokens": 4, "stop_above": 0.5},
     }
     trainer = tiny.trainer(tmp_path, safety=block, subspace=gqa_subspace)
     trainer.train()
     assert trainer.state.global_step == 2
-    assert trainer.safety_report.methods[0].name == "safe_lora"
+    assert trainer.safety_report.methods[0].name == "asft"
+    with pytest.raises(ConfigurationError, match="have not corrected yet"):
+        tiny.trainer(tmp_path, safety={**block, "safe_lora": {"layers": 2}}, subspace=gqa_subspace)
+
+
+def test_every_other_callback_sees_the_rates(tmp_path: Path, files: dict[str, str], gqa_subspace: AlignmentSubspace) -> None:
+    seen: list[set[str]] = []
+
+    class Notes(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(set(logs))
+
+    block = {"asft": {"weight": 0.1}, "eval": {**files, "steps": 2, "new_tokens": 4}}
+    tiny.trainer(tmp_path, safety=block, subspace=gqa_subspace, callbacks=[Notes()], logging_steps=100).train()
+    assert sum("safety/attack" in keys for keys in seen) == 2
 
 
 def test_an_alignment_buffer_is_out_of_the_way(tmp_path: Path, files: dict[str, str]) -> None:
@@ -81,6 +97,8 @@ def test_an_alignment_buffer_is_out_of_the_way(tmp_path: Path, files: dict[str, 
 def test_refused(tmp_path: Path, files: dict[str, str], gqa_subspace: AlignmentSubspace) -> None:
     with pytest.raises(ConfigurationError, match=r"eval.harmful is missing"):
         SafetyEvalCallback({"benign": PROMPTS}, tiny.tokenizer())
+    with pytest.raises(ConfigurationError, match="is no Prompt; give the path"):
+        SafetyEvalCallback({"harmful": [{"prompt": "w3"}]}, tiny.tokenizer())  # type: ignore[list-item]
     with pytest.raises(ConfigurationError, match="no tokenizer"):
         SafetyEvalCallback({"harmful": PROMPTS}, None)
     with pytest.raises(ConfigurationError, match="names no method"):

@@ -183,7 +183,7 @@ def test_resuming_from_a_protected_one_carries_it_on(tmp_path: Path, gqa_subspac
 def test_a_checkpoint_before_its_correction_is_not_protected(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
     trainer = tiny.trainer(tmp_path, safety=BOTH, subspace=gqa_subspace, save_strategy="steps", save_steps=2)
     trainer.train()
-    with pytest.raises(ReportError, match="corrections act when training ends"):
+    with pytest.raises(ReportError, match="corrections and merges act when training ends"):
         verify(tmp_path / "checkpoint-4")
 
 
@@ -356,7 +356,7 @@ class TestBuffersAndVectors:
         trainer.train()
         assert "in 21 layers" in trainer.safety_report.methods[0].summary
 
-    @pytest.mark.parametrize("options", [{"gamma": -1.0}, {"gamma": 0.0, "dare": 0.1}])
+    @pytest.mark.parametrize("options", [{"gamma": -1.0}, {"gamma": 0.0, "dare": 0.1}, {"gamma": 0.0, "kappa": 0.5}])
     def test_taking_alignment_out_is_no_protection(
         self, gqa_model: Any, gqa_subspace: AlignmentSubspace, options: dict[str, float]
     ) -> None:

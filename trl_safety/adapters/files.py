@@ -48,8 +48,8 @@ def new_folder(path: Path, *, error: type[Exception], setting: str, replace: boo
     """
     temporary: Path | None = None
     try:
-        if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise error(f"{setting} = {str(path)!r}: is there already and is never overwritten; name a new folder")
+        if not replace:
+            refuse_full(path, error=error, setting=setting)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         temporary.chmod(0o777 & ~_umask())
@@ -80,6 +80,16 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_full(path: Path, *, error: type[Exception], setting: str) -> None:
+    """Refuse an output folder that holds something already, before the work whose result goes there.
+
+    Raises:
+        error: it is there and not empty.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise error(f"{setting} = {str(path)!r}: is there already and is never overwritten; name a new folder")
 
 
 def _umask() -> int:

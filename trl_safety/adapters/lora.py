@@ -351,7 +351,7 @@ def refuse_corrected(config: Any, where: str) -> None:
     refuse_provider(config, where)
     if found := marks(config):
         raise AdapterError(
-            f"{where} was corrected by {', '.join(found)} already, and a second correction would shrink it again: start from the adapter as it "
+            f"{where} was corrected by {', '.join(found)} already, and a second correction would act on the corrected one: start from the adapter as it "
             "was trained (a checkpoint of the run, or the input of `trl-safety correct`)"
         )
 

@@ -13,8 +13,8 @@ from peft import PeftModel
 from pydantic import BaseModel, Field
 
 from trl_safety import __version__
-from trl_safety.adapters.files import replacing
-from trl_safety.adapters.folder import AdapterFolder
+from trl_safety.adapters.files import replacing, sha256
+from trl_safety.adapters.folder import WEIGHTS, AdapterFolder
 from trl_safety.adapters.lora import refuse_provider
 from trl_safety.errors import ConfigurationError, SafetyError
 from trl_safety.evaluation.judges import Agreement, agreements
@@ -46,6 +46,7 @@ class Evaluation(BaseModel):
     trl_safety: str = __version__
     model: str
     adapter: str | None
+    adapter_sha256: str | None = None
     baseline: str | None
     models: list[Evaluated]
     p_values: dict[str, float]
@@ -123,6 +124,7 @@ def evaluate(
     return Evaluation(
         model=name,
         adapter=adapter,
+        adapter_sha256=sha256(Path(adapter) / WEIGHTS) if adapter else None,
         baseline=baseline,
         models=found,
         p_values={kind: paired_p_value(pairs[0][kind], pairs[1][kind]) for kind in sets} if baseline is not None else {},
@@ -193,6 +195,20 @@ def write_evaluation(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], 
     for name, text in (("evaluation.json", evaluation.model_dump_json(indent=1) + "\n"), ("completions.jsonl", lines)):
         with replacing(output / name, error=SafetyError, setting="output") as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def refuse_another(evaluation: Evaluation, adapter: Path) -> None:
+    """Refuse an evaluation that is not of the adapter in a folder, as it is now.
+
+    Raises:
+        ConfigurationError: its adapter had other weights.
+    """
+    weights = adapter / WEIGHTS
+    if not weights.is_file() or evaluation.adapter_sha256 != sha256(weights):
+        raise ConfigurationError(
+            f"evaluation: is of {evaluation.adapter or evaluation.model!r}, whose weights are not those in {str(adapter)!r}: run `trl-safety eval` with --adapter "
+            f"{adapter}"
+        )
 
 
 def read_evaluation(path: Path) -> Evaluation:

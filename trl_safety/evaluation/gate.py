@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 from trl_safety.adapters.files import replacing
 from trl_safety.config import Options, read_yaml, validate
 from trl_safety.errors import ConfigurationError, ReportError, SafetyError
-from trl_safety.evaluation.evaluate import Evaluation, read_evaluation
+from trl_safety.evaluation.evaluate import Evaluation, read_evaluation, refuse_another
 from trl_safety.training.report import verify
 from trl_safety.training.scoring import Rate
 
@@ -80,7 +80,10 @@ def run_gate(path: Path) -> list[Check]:
         except ReportError as error:
             checks.append(Check(name="verify", passed=False, found=str(error)))
     if config.evaluation is not None:
-        checks += list(_limits(config, read_evaluation(path.parent / config.evaluation)))
+        evaluation = read_evaluation(path.parent / config.evaluation)
+        if config.adapter is not None:
+            refuse_another(evaluation, path.parent / config.adapter)
+        checks += list(_limits(config, evaluation))
     return checks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.lora import refuse_provider
-from trl_safety.errors import ConfigurationError
+from trl_safety.adapters.names import match
+from trl_safety.adapters.record import LAYERS_COMPARED
+from trl_safety.adapters.subspace import sample
+from trl_safety.errors import AdapterError, ConfigurationError
 
 
 def load_model(model: str | Path | None, adapter: str | Path | None, *, load_in_4bit: bool = False) -> tuple[Any, Any]:
@@ -25,8 +30,8 @@ def load_model(model: str | Path | None, adapter: str | Path | None, *, load_in_
         load_in_4bit: load the model in NF4.
 
     Raises:
-        ConfigurationError: neither says which model.
-        AdapterError: the adapter cannot be read or is a provider's.
+        ConfigurationError: neither says which model, or it cannot be loaded.
+        AdapterError: the adapter cannot be read, is a provider's, or was trained on another model.
     """
     folder = AdapterFolder.open(adapter) if adapter is not None else None
     if folder is not None:
@@ -41,8 +46,31 @@ def load_model(model: str | Path | None, adapter: str | Path | None, *, load_in_
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     if gpu or load_in_4bit:
         options["device_map"] = {"": "cuda" if gpu else "cpu"}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    if folder is not None and model is not None:
+        _same_model(folder, str(model))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    except OSError as error:
+        raise ConfigurationError(
+            f"model = {source!r}: cannot be loaded ({str(error).splitlines()[0]}); give a folder or a Hub id"
+        ) from error
     tokenizer = AutoTokenizer.from_pretrained(str(adapter) if adapter and (Path(adapter) / "tokenizer_config.json").is_file() else source)
     if folder is not None:
         loaded = PeftModel.from_pretrained(loaded, str(folder.path))
     return loaded.eval(), tokenizer
+
+
+def _same_model(folder: AdapterFolder, model: str) -> None:
+    """Compare the model with the one that the adapter names, where both are at hand."""
+    base = folder.config.base_model_name_or_path
+    if not base or base == model or not (Path(base).is_dir() and Path(model).is_dir()):
+        return
+    one, other = Checkpoint(base), Checkpoint(model)
+    names = random.Random(0).sample(list(folder.factors), min(LAYERS_COMPARED, len(folder.factors)))  # noqa: S311  # no secret here
+    places = [match(names, checkpoint.modules) for checkpoint in (one, other)]
+    for name in names:
+        first, second = (place[name] for place in places)
+        if first is None or second is None or not torch.equal(sample(one.read(first)).float(), sample(other.read(second)).float()):
+            raise AdapterError(
+                f"model = {model!r}: its layer {name!r} is not that of {base!r}, which the adapter was trained on: name that model"
+            )

@@ -9,7 +9,7 @@ from typing import Any
 from trl_safety.adapters.files import replacing
 from trl_safety.errors import ConfigurationError, ReportError, SafetyError
 from trl_safety.evaluation import page
-from trl_safety.evaluation.evaluate import Evaluation, read_evaluation
+from trl_safety.evaluation.evaluate import Evaluation, read_evaluation, refuse_another
 from trl_safety.evaluation.sweep import HEADINGS, Sweep, figure, rows
 from trl_safety.training.inspection import common_prefix
 from trl_safety.training.report import MethodReport, SafetyReport, read_report, verify
@@ -46,7 +46,9 @@ def write_run_page(folder: Path, output: Path, *, evaluation: Path | None = None
         parts += _method(method)
     parts += _curves(folder)
     if evaluation is not None:
-        parts += _evaluation(read_evaluation(evaluation))
+        found = read_evaluation(evaluation)
+        refuse_another(found, folder)
+        parts += _evaluation(found)
     if sweep is not None:
         parts += _sweep(_read_sweep(sweep))
     text = page.page(f"Safety of {folder.resolve().name}", *parts)
@@ -156,6 +158,7 @@ def _evaluation(evaluation: Evaluation) -> list[str]:
 def _sweep(found: Sweep) -> list[str]:
     return [
         page.heading("Which strength?"),
+        page.paragraph(f"Of {found.adapter}, as it was before any correction."),
         page.picture(page.png(figure(found)), "attack against task"),
         page.table(HEADINGS, rows(found)),
     ]

@@ -41,7 +41,7 @@ class Point(BaseModel):
     """One adapter that was scored.
 
     Attributes:
-        method: the method, "uncorrected", or "shrunk": the control, all of whose layers are scaled by one factor to the norm of the
+        method: the method, "uncorrected", or "scaled": the control, all of whose layers are scaled by one factor to the norm of the
             point before it.
         options: the method's options at this point.
         update_norm: ‖ΔW‖_F over all layers.
@@ -192,7 +192,7 @@ def sweep(
             norm = add(method, options).update_norm
             if controls and whole:
                 _put(modules, {name: (B * (norm / whole), A) for name, (B, A) in original.items()})
-                add("shrunk", options)
+                add("scaled", options)
     finally:
         _put(modules, original)
     return found.model_copy(update={"chosen": choose(found)})
@@ -293,7 +293,7 @@ def rows(found: Sweep) -> Iterator[list[str]]:
     for i, point in enumerate(found.points):
         cells = ["–" if rate is None else str(rate) for rate in (point.scores.attack, point.scores.over_refusal, point.scores.task)]
         tests = ["–" if p is None or i == 0 else f"{p:.2g}" for p in (point.p_attack, point.p_task)]
-        name = f"control: {point.method}" if point.method == "shrunk" else point.method
+        name = f"control: {point.method}" if point.method == "scaled" else point.method
         yield [name + (" ← chosen" if i == found.chosen else ""), _label(point), *cells, f"{point.update_norm:.3g}", *tests]
 
 
@@ -306,7 +306,7 @@ def figure(found: Sweep) -> Any:
 
     chart = Figure(figsize=(7, 5), layout="constrained")
     axis = chart.subplots()
-    styles = {found.method: ("#2a7f62", "o"), "shrunk": ("#999999", "s"), "uncorrected": ("#b5483a", "X")}
+    styles = {found.method: ("#2a7f62", "o"), "scaled": ("#999999", "s"), "uncorrected": ("#b5483a", "X")}
     has_task = found.points[0].scores.task is not None
 
     def across(point: Point) -> float:
@@ -314,7 +314,7 @@ def figure(found: Sweep) -> Any:
 
     for method, (colour, marker) in styles.items():
         shown = [point for point in found.points if point.method == method and point.scores.attack]
-        label = "control: the update shrunk to the same norm" if method == "shrunk" else method
+        label = "control: the update scaled to the same norm" if method == "scaled" else method
         axis.plot(
             [across(p) for p in shown],
             [p.scores.attack.share for p in shown if p.scores.attack],

@@ -96,6 +96,8 @@ class AlignmentBuffer:
 
     def take_out(self) -> None:
         """At the start of training, and after an evaluation: W_aligned − γ·V into the frozen weights."""
+        if self.config.gamma == 0:
+            logger.warning("alignment_buffer.gamma = 0: this is plain fine-tuning, and the report will say so")
         if self.exchange is None or self.config.gamma == 0:
             return
         self._taken = True

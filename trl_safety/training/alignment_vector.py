@@ -61,9 +61,9 @@ class AlignmentVectorCorrection(Correction):
             )
 
     def report(self, results: Mapping[str, LayerResult], summary: str | None = None) -> MethodReport:
-        """As of every correction; but taking alignment out, or DARE alone, protects nothing."""
+        """As of every correction; but taking alignment out, shrinking or DARE alone is no protection by V."""
         report = super().report(results, summary)
-        if self.config.gamma > 0 or (self.config.gamma == 0 and self.config.kappa < 1):
+        if self.config.gamma > 0:
             return report
         return report.model_copy(
             update={"acted": False, "summary": f"{report.summary}; NOT a protection, with gamma = {self.config.gamma:g}"}
@@ -272,7 +272,7 @@ def add_vector(
         raise ConfigurationError("gamma = 0 and kappa = 1: the model would stay as it is; set one of them")
     source, pair = Checkpoint(model), (Checkpoint(base), Checkpoint(aligned))
     stored = [{strip_wrappers(name): name for name in checkpoint.names} for checkpoint in pair]
-    missing = []
+    missing, differs = [], False
     files: dict[str, list[str]] = {}
     for name in source.names:
         files.setdefault(source.file_of(name), []).append(name)
@@ -287,12 +287,15 @@ def add_vector(
                     tensors[name] = weight
                     continue
                 unaligned, before = (checkpoint.tensor(place) for checkpoint, place in zip(pair, places, strict=True) if place)
+                differs |= unaligned.shape != before.shape or not torch.equal(unaligned, before)
                 tensors[name] = _added(name, weight, unaligned, before, gamma, kappa)
             save_file(tensors, str(folder / file), metadata={"format": "pt"})
         if len(missing) == len(source.names):
             raise CheckpointError(
                 f"none of {str(model)!r}'s tensors is in both {str(base)!r} and {str(aligned)!r}: name the pair of this model"
             )
+        if not differs:
+            raise CheckpointError(f"base = {str(base)!r} and aligned = {str(aligned)!r} do not differ: V would be nothing")
         local = Path(model)
         for path in local.iterdir() if local.is_dir() else ():
             if path.is_file() and path.suffix in COPIED_SUFFIXES:

@@ -242,7 +242,13 @@ class SafetyMixin:
             trainer.add_callback(self._safety.merge)
         if config.eval:
             around = self._safety.alignment_buffer.aligned if self._safety.alignment_buffer else nullcontext
-            trainer.add_callback(SafetyEvalCallback.of(config.eval, trainer.processing_class, around))
+            if config.eval.stop_above is not None and (config.correction or self._safety.merge):
+                raise ConfigurationError(
+                    f"eval.stop_above = {config.eval.stop_above:g}: measures the adapter as it trains, which the methods after training have not corrected yet; "
+                    "remove it, or the correction"
+                )
+            # First, so that every other callback's log has the rates.
+            trainer.callback_handler.callbacks.insert(0, SafetyEvalCallback.of(config.eval, trainer.processing_class, around))
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The parent's loss, plus the loss terms of the methods while training."""
@@ -407,7 +413,11 @@ def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
     callback.prepare(trainer.model)
     trainer.add_callback(callback)
     if safety.eval:
-        trainer.add_callback(SafetyEvalCallback.of(safety.eval, trainer.processing_class))
+        if safety.eval.stop_above is not None:
+            raise ConfigurationError(
+                f"eval.stop_above = {safety.eval.stop_above:g}: measures the adapter as it trains, before {callback.correction.name} acts; remove one of them"
+            )
+        trainer.callback_handler.callbacks.insert(0, SafetyEvalCallback.of(safety.eval, trainer.processing_class))
     return callback
 
 

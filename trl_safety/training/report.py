@@ -223,6 +223,6 @@ def verify(folder: str | Path) -> SafetyReport:
         raise ReportError(f"{str(weights)!r} or {CONFIG} has changed since {REPORT} was written; correct or train the adapter again")
     if not report.protected:
         why = "; ".join(f"{method.name}: {method.summary}" for method in report.methods)
-        stage = " It is a checkpoint on the way: corrections act when training ends." if report.stage == "training" else ""
+        stage = " It was saved on the way: corrections and merges act when training ends." if report.stage == "training" else ""
         raise ReportError(f"adapter = {str(folder)!r}: is NOT protected ({why}).{stage}")
     return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl_safety.adapters.lora import unwrap
 from trl_safety.config import SafetyEvalConfig
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.scoring import Judge, KeywordJudge, Kind, Prompt, Scores, read_sets, score
+from trl_safety.training.scoring import Judge, KeywordJudge, Kind, Prompt, Scores, read_prompts, read_sets, score
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class SafetyEvalCallback(TrainerCallback):
     asks all prompts, so that all decide alike whether to stop.
 
     Args:
-        sets: prompts by kind; harmful ones at least.
+        sets: "harmful" (needed) and "benign" → a JSON-lines file with `prompt`, or `Prompt`s.
         tokenizer: the model's, with its chat template.
         steps: N; also when training ends.
         judge: of the completions; phrases of refusal by default, the weakest judge there is.
@@ -42,7 +42,7 @@ class SafetyEvalCallback(TrainerCallback):
 
     def __init__(
         self,
-        sets: dict[Kind, Sequence[Prompt]],
+        sets: Mapping[Kind, Sequence[Prompt] | str | Path],
         tokenizer: Any,
         *,
         steps: int = 100,
@@ -59,7 +59,12 @@ class SafetyEvalCallback(TrainerCallback):
             raise ConfigurationError(
                 "eval: the trainer has no tokenizer (processing_class), without which no prompt can be asked; give one"
             )
-        self._sets = {kind: list(prompts)[:most_prompts] for kind, prompts in sets.items()}
+        read = {kind: read_prompts(Path(given), kind) if isinstance(given, str | Path) else list(given) for kind, given in sets.items()}
+        if wrong := [given for prompts in read.values() for given in prompts if not isinstance(given, Prompt)]:
+            raise ConfigurationError(
+                f"eval: {wrong[0]!r} is no Prompt; give the path of a .jsonl file, or trl_safety.training.scoring.Prompt objects"
+            )
+        self._sets = {kind: prompts[:most_prompts] for kind, prompts in read.items()}
         self._tokenizer = tokenizer
         self._steps = steps
         self._judge = judge or KeywordJudge()

@@ -91,7 +91,12 @@ def safety_gradient(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options.get("dtype", torch.float32)
         )
         options |= {"quantization_config": config, "device_map": {"": str(where)}}
-    net = AutoModelForCausalLM.from_pretrained(str(model), **options)
+    try:
+        net = AutoModelForCausalLM.from_pretrained(str(model), **options)
+    except OSError as error:
+        raise ConfigurationError(
+            f"model = {str(model)!r}: cannot be loaded ({str(error).splitlines()[0]}); give a folder or a Hub id"
+        ) from error
     net = net if load_in_4bit else net.to(where)
     net.eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(str(model))
@@ -129,6 +134,8 @@ def safety_gradient(
 def _direction(source: str | Path) -> Mapping[str, Factors]:
     if (Path(source) / CONFIG).is_file():
         return AdapterFolder.open(source).factors
+    if not Path(source).exists() and (len(Path(source).parts) != 2 or Path(source).suffix):
+        raise ConfigurationError(f"direction = {str(source)!r}: is no adapter's folder, no subspace file and no Hub id")
     subspace = AlignmentSubspace.from_pretrained(source)
     triples = {name: layer.factors() for name, layer in subspace.layers.items()}
     return {name: Factors(left * values, right.mT, 1.0) for name, (left, values, right) in triples.items()}
