@@ -1,6 +1,7 @@
 PYTHON ?= python3.11
 NEWEST := .venv-newest
 AXOLOTL := .venv-axolotl
+EVAL := .venv-eval
 SEEDS ?= 3
 WORKERS ?= 2
 OUTPUT ?= lab_results
@@ -8,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab test lint types test-newest test-axolotl clean
+.PHONY: lab test lint types test-newest test-axolotl test-eval clean
 
 ## The main job on the embedded world: a table on the screen, results.json and results.png in $(OUTPUT).
 lab: $(NEWEST)/.installed
@@ -32,6 +33,12 @@ test-newest: $(NEWEST)/.installed
 test-axolotl: $(AXOLOTL)/.installed
 	$(AXOLOTL)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab"
 
+# inspect_ai cannot be installed beside Axolotl; not part of `test` for now, a third environment takes minutes to install.
+test-eval: $(EVAL)/.installed
+	$(EVAL)/bin/python -m pytest tests/evaluation
+
+$(EVAL)/.installed: EXTRAS := qlora,test,eval
+$(EVAL)/.installed: constraints/eval.txt
 $(NEWEST)/.installed: EXTRAS := qlora,test
 $(NEWEST)/.installed: constraints/newest.txt
 $(AXOLOTL)/.installed: EXTRAS := qlora,test,axolotl
@@ -43,4 +50,4 @@ $(AXOLOTL)/.installed: constraints/axolotl.txt
 	touch $@
 
 clean:
-	rm -rf $(NEWEST) $(AXOLOTL) lab_results
+	rm -rf $(NEWEST) $(AXOLOTL) $(EVAL) lab_results

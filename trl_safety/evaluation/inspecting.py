@@ -65,8 +65,9 @@ def run_inspect(
 
 def _wrapped(model: Any, tokenizer: Any, new_tokens: int) -> Any:
     """A loaded model as inspect_ai's `Model`: greedy, one request at a time, the chat template the tokenizer's own."""
-    from inspect_ai.model import GenerateConfig, Model, ModelAPI, ModelOutput
+    from inspect_ai.model import GenerateConfig, Model, ModelAPI, ModelOutput, modelapi
 
+    @modelapi(name="trl_safety")
     class Loaded(ModelAPI):  # type: ignore[misc]  # inspect_ai is no dependency of the type check
         """Asks the model that is in memory."""
 
