@@ -43,6 +43,7 @@ class FrozenAdapter:
         self._modules: dict[str, nn.Module] = {}
         self.layers: dict[str, Any] = {}
         self._fired: set[str] = set()
+        self._checked = False
         available = linear_layers(model)
         for name, found in match(saved, available).items():
             if found is None:
@@ -72,6 +73,19 @@ class FrozenAdapter:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Attached for one training step; after the first, a check that every layer went through the adapter.
+
+        Raises:
+            AdapterError: see `check_fired`.
+        """
+        with self.attached():
+            yield
+        if not self._checked:
+            self.check_fired()
+            self._checked = True
 
     def check_fired(self) -> None:
         """Raise where a forward pass went by a layer without the adapter having acted there.

@@ -24,7 +24,7 @@ from trl_safety.errors import ConfigurationError, SafetyError
 from trl_safety.evaluation import page
 from trl_safety.linalg.low_rank import product_norm_squared
 from trl_safety.training.buffer_reinforce import merge_layers, merge_reinforce
-from trl_safety.training.correction import correct_folder
+from trl_safety.training.correction import LayerInput, correct_folder, working_factors
 from trl_safety.training.mixin import correction_for
 from trl_safety.training.scoring import Judge, Kind, Prompt, Scores, paired_p_value, score
 
@@ -235,8 +235,6 @@ def _corrector(
     folder: AdapterFolder, method: str, subspace: AlignmentSubspace | None, reinforce: str | Path | None
 ) -> Callable[[dict[str, Any]], dict[str, tuple[Tensor, Tensor]]]:
     """Options → the corrected factors of the layers that change, for the layers' own scalings."""
-    from trl_safety.training.correction import LayerInput, working_factors
-
     if method == "buffer_reinforce":
         if reinforce is None:
             raise ConfigurationError("reinforce is missing: a sweep of buffer_reinforce merges with a ReinforceLoRA; name it")

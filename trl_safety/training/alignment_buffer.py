@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from transformers import TrainerCallback
@@ -45,7 +45,6 @@ class AlignmentBuffer:
         self.first_step = 0
         self._prepared = prepared
         self._taken = False
-        self._checked = False
         self._layers = 0
         self.exchange: WeightExchange | None = None
         self.frozen: FrozenAdapter | None = None
@@ -120,17 +119,9 @@ class AlignmentBuffer:
             if taken:
                 self.take_out()
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Around one training step: where the buffer is a low-rank adapter it acts within it alone."""
-        if self.frozen is None or self.config.gamma == 0:
-            yield
-            return
-        with self.frozen.attached():
-            yield
-        if not self._checked:
-            self.frozen.check_fired()
-            self._checked = True
+        return nullcontext() if self.frozen is None or self.config.gamma == 0 else self.frozen.in_step()
 
     def report(self, steps: int) -> MethodReport:
         """What was trained on, until optimizer step `steps`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -304,7 +304,6 @@ class BufferReinforce:
         self.config = config
         self.first_step = 0
         self._prepared = prepared
-        self._checked = False
         if getattr(trainer.args, "torch_compile", False):
             raise ConfigurationError("torch_compile = True: a compiled model goes by the buffer; turn it off")
         setting = f"{NAME}.buffer = {config.buffer!r}"
@@ -340,14 +339,9 @@ class BufferReinforce:
             )
         return folder
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """The buffer acts within one training step: forward, backward and what gradient checkpointing computes again."""
-        with self.frozen.attached():
-            yield
-        if not self._checked:
-            self.frozen.check_fired()
-            self._checked = True
+        return self.frozen.in_step()
 
     def report(self, steps: int) -> MethodReport:
         """Of the training alone, until optimizer step `steps`."""

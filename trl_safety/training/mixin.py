@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,14 +241,13 @@ class SafetyMixin:
         if self._safety.merge:
             trainer.add_callback(self._safety.merge)
         if config.eval:
-            around = self._safety.alignment_buffer.aligned if self._safety.alignment_buffer else nullcontext
             if config.eval.stop_above is not None and (config.correction or self._safety.merge):
                 raise ConfigurationError(
                     f"eval.stop_above = {config.eval.stop_above:g}: measures the adapter as it trains, which the methods after training have not corrected yet; "
                     "remove it, or the correction"
                 )
             # First, so that every other callback's log has the rates.
-            trainer.callback_handler.callbacks.insert(0, SafetyEvalCallback.of(config.eval, trainer.processing_class, around))
+            trainer.callback_handler.callbacks.insert(0, SafetyEvalCallback.of(config.eval, trainer.processing_class, self._aligned))
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The parent's loss, plus the loss terms of the methods while training."""
@@ -337,16 +336,19 @@ class SafetyMixin:
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's evaluation, on the aligned model also while an alignment buffer is in its weights."""
         parent: Any = super()
-        buffer = self._safety.alignment_buffer if self._safety is not None else None
-        with buffer.aligned() if buffer else nullcontext():
+        with self._aligned():
             return parent.evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's; see `evaluate`."""
         parent: Any = super()
-        buffer = self._safety.alignment_buffer if self._safety is not None else None
-        with buffer.aligned() if buffer else nullcontext():
+        with self._aligned():
             return parent.predict(*args, **kwargs)
+
+    def _aligned(self) -> AbstractContextManager[None]:
+        """The model as it will be used, without an alignment buffer in its weights."""
+        buffer = self._safety.alignment_buffer if self._safety is not None else None
+        return buffer.aligned() if buffer else nullcontext()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's log with the `safety/…` metrics added."""

@@ -47,7 +47,6 @@ class ProviderMixin:
 
     kind: str
     _frozen: FrozenAdapter | None = None
-    _checked = False
 
     def start_provider(self, buffer: str | Path | None) -> None:
         """Check and mark the adapter that will be trained, and open the buffer that it is trained beside.
@@ -93,12 +92,8 @@ class ProviderMixin:
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's step, beside the frozen buffer where there is one."""
         parent: Any = super()
-        with self._frozen.attached() if self._frozen else nullcontext():
-            result = parent.training_step(*args, **kwargs)
-        if self._frozen and not self._checked:
-            self._frozen.check_fired()
-            self._checked = True
-        return result
+        with self._frozen.in_step() if self._frozen else nullcontext():
+            return parent.training_step(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, but for a buffer.
