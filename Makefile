@@ -16,7 +16,7 @@ lab: $(NEWEST)/.installed
 	$(NEWEST)/bin/trl-safety lab -o $(OUTPUT) --seeds $(SEEDS)
 
 ## Everything, on both stacks that users have.
-test: lint types test-newest test-axolotl
+test: lint types test-newest test-axolotl test-eval
 
 lint: $(NEWEST)/.installed
 	$(NEWEST)/bin/ruff check .
@@ -33,9 +33,9 @@ test-newest: $(NEWEST)/.installed
 test-axolotl: $(AXOLOTL)/.installed
 	$(AXOLOTL)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab"
 
-# inspect_ai cannot be installed beside Axolotl; not part of `test` for now, a third environment takes minutes to install.
+# inspect_ai cannot be installed beside Axolotl: its runner is tested in an environment of its own.
 test-eval: $(EVAL)/.installed
-	$(EVAL)/bin/python -m pytest tests/evaluation
+	$(EVAL)/bin/python -m pytest tests/evaluation/test_inspecting.py
 
 $(EVAL)/.installed: EXTRAS := qlora,test,eval
 $(EVAL)/.installed: constraints/eval.txt

@@ -228,6 +228,7 @@ def sweep(
     task: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` and `answer`: right?")] = None,
     subspace: Annotated[str | None, typer.Option("--subspace", "-s", help="Subspace file or Hub id, for the corrections.")] = None,
     reinforce: Annotated[str | None, typer.Option(help="ReinforceLoRA, for buffer_reinforce.")] = None,
+    judge: Annotated[str, typer.Option(help="keywords, or one of `eval`'s.")] = "keywords",
     max_attack_success: Annotated[float | None, typer.Option(min=0, max=1, help="Choose a setting with at most this attack rate.")] = None,
     max_utility_loss: Annotated[float | None, typer.Option(min=0, max=1, help="And with at most this loss of the task.")] = None,
     controls: Annotated[bool, typer.Option(help="Also score the adapter shrunk to each point's norm.")] = True,
@@ -235,17 +236,19 @@ def sweep(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 32,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the model in NF4.")] = False,
 ) -> None:
-    """Try a correction at many strengths, score each (by keywords), and choose the setting that meets your constraints."""
+    """Try a correction at many strengths, score each, and choose the setting that meets your constraints."""
     with _errors():
         from trl_safety.adapters.files import refuse_full
         from trl_safety.adapters.subspace import AlignmentSubspace
         from trl_safety.errors import ConfigurationError
         from trl_safety.evaluation import sweep as sweeping
+        from trl_safety.evaluation.judges import make_judge
         from trl_safety.evaluation.loading import load_model
-        from trl_safety.training.scoring import KeywordJudge, read_sets
+        from trl_safety.training.scoring import read_sets
 
         sets = read_sets(harmful=harmful, benign=benign, task=task)
         refuse_full(output, error=ConfigurationError, setting="output")
+        asked = make_judge(judge)
         axes = sweeping.parse_grid(grid)
         sweeping.grid_points(method, axes)
         space = AlignmentSubspace.from_pretrained(subspace) if subspace else None
@@ -257,7 +260,7 @@ def sweep(
             method,
             axes,
             sets,
-            KeywordJudge(),
+            asked,
             subspace=space,
             reinforce=reinforce,
             controls=controls,
@@ -284,12 +287,17 @@ def evaluate(
         Path, typer.Option("--output", "-o", help="New folder for evaluation.json and completions.jsonl.", show_default=False)
     ],
     adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter on it.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="Also before: 'aligned' (no adapter), or another adapter's folder.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Also before: 'aligned' (no adapter), another adapter's folder, or another model.")
+    ] = None,
     harmful: Annotated[Path | None, typer.Option(help="JSON lines with `prompt`: complied with or refused?")] = None,
     benign: Annotated[Path | None, typer.Option(help="JSON lines with `prompt`: refused without need?")] = None,
     task: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` and `answer`: right?")] = None,
     judge: Annotated[
-        list[str] | None, typer.Option(help="keywords, classifier:PATH, guard:PATH or chat:PATH; several.  [default: keywords]")
+        list[str] | None,
+        typer.Option(
+            help="keywords, keywords:FILE, classifier:PATH, guard:PATH, wildguard:PATH or chat:PATH; several.  [default: keywords]"
+        ),
     ] = None,
     inspect: Annotated[list[str] | None, typer.Option(help="A task of inspect_ai, e.g. inspect_evals/xstest; several.")] = None,
     grader: Annotated[str | None, typer.Option(help="With --inspect: a local model for tasks that are graded by one.")] = None,
@@ -302,6 +310,7 @@ def evaluate(
     """Ask prompts, judge the completions, and say with intervals what is refused, complied with and right; before and after."""
     with _errors():
         from trl_safety.adapters.files import refuse_full
+        from trl_safety.adapters.folder import CONFIG
         from trl_safety.errors import ConfigurationError
         from trl_safety.evaluation import evaluate as evaluating
         from trl_safety.evaluation.judges import make_judge
@@ -316,7 +325,6 @@ def evaluate(
                 raise ConfigurationError(
                     f"{option} = {value!r}: is used by {'--inspect' if option == '--grader' else '--inspect and --lm-eval'} alone"
                 )
-        loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit)
 
         def benchmarks(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
             from trl_safety.evaluation.harness import run_lm_eval
@@ -332,17 +340,18 @@ def evaluate(
                 found |= run_lm_eval(model, tokenizer, lm_eval, batch_size=batch_size, limit=limit)
             return found
 
+        options: dict[str, Any] = {
+            "benchmarks": benchmarks if inspect or lm_eval else None,
+            "new_tokens": new_tokens,
+            "batch_size": batch_size,
+        }
+        before: Any = baseline
+        if baseline is not None and baseline != evaluating.ALIGNED and not (Path(baseline) / CONFIG).is_file():
+            # Asked before the model is loaded: never two models in memory.
+            before = evaluating.evaluate_one(*load_model(baseline, None, load_in_4bit=load_in_4bit), sets, judges, name=baseline, **options)
+        loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit)
         evaluation, rows = evaluating.evaluate(
-            loaded,
-            tokenizer,
-            sets,
-            judges,
-            name=model,
-            adapter=str(adapter) if adapter else None,
-            baseline=baseline,
-            benchmarks=benchmarks if inspect or lm_eval else None,
-            new_tokens=new_tokens,
-            batch_size=batch_size,
+            loaded, tokenizer, sets, judges, name=model, adapter=str(adapter) if adapter else None, baseline=before, **options
         )
         evaluating.write_evaluation(evaluation, rows, output)
         _print_evaluation(evaluation)
@@ -636,7 +645,9 @@ def _print_sweep(found: Sweep) -> None:
 
     from trl_safety.evaluation.sweep import HEADINGS, rows
 
-    table = Table(title=f"{found.method} on {found.adapter}; judged by keywords, the weakest judge there is")
+    judge = found.points[0].scores.judge
+    weakest = ", the weakest judge there is" if judge == "keywords" else ""
+    table = Table(title=f"{found.method} on {found.adapter}; judged by {judge}{weakest}")
     for heading in HEADINGS:
         table.add_column(heading, overflow="fold")
     for cells in rows(found):

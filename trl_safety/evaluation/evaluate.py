@@ -33,6 +33,11 @@ class Evaluated(BaseModel):
     """Task → metric → value, of other people's benchmarks."""
 
 
+Completed = tuple[Evaluated, list[dict[str, Any]]]
+"""A model's scores, and a row per prompt with its completion and every judge's verdict."""
+Benchmarks = Callable[[Any, Any], dict[str, dict[str, float]]]
+
+
 class Evaluation(BaseModel):
     """One model, or two on the same prompts, with the judges' agreement.
 
@@ -73,8 +78,8 @@ def evaluate(
     *,
     name: str,
     adapter: str | None = None,
-    baseline: str | None = None,
-    benchmarks: Callable[[Any, Any], dict[str, dict[str, float]]] | None = None,
+    baseline: str | Completed | None = None,
+    benchmarks: Benchmarks | None = None,
     new_tokens: int = 64,
     batch_size: int = 32,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
@@ -88,7 +93,8 @@ def evaluate(
             and the benign one is judged by phrases.
         name: what the model is called.
         adapter: the adapter's folder, for the record.
-        baseline: "aligned" (the model without its adapter) or the folder of another adapter, evaluated first.
+        baseline: "aligned" (the model without its adapter) or the folder of another adapter, evaluated first; or what
+            `evaluate_one` gave for another model on the same prompts.
         benchmarks: model and tokenizer → task → metric → value, run on every model.
         new_tokens: length of completions.
         batch_size: prompts at a time.
@@ -106,14 +112,14 @@ def evaluate(
         raise ConfigurationError("no judge is given: name one, e.g. keywords")
     started = time.perf_counter()
     found, rows = [], []
-    if baseline is not None:
+    options: dict[str, Any] = {"benchmarks": benchmarks, "new_tokens": new_tokens, "batch_size": batch_size}
+    if isinstance(baseline, str):
         with _as_baseline(model, baseline):
-            one, completed = _one(model, tokenizer, sets, judges, baseline, new_tokens, batch_size)
-            one.benchmarks = benchmarks(model, tokenizer) if benchmarks else {}
-        found.append(one)
-        rows += completed
-    one, completed = _one(model, tokenizer, sets, judges, adapter or name, new_tokens, batch_size)
-    one.benchmarks = benchmarks(model, tokenizer) if benchmarks else {}
+            baseline = evaluate_one(model, tokenizer, sets, judges, name=baseline, **options)
+    if baseline is not None:
+        found.append(baseline[0])
+        rows += baseline[1]
+    one, completed = evaluate_one(model, tokenizer, sets, judges, name=adapter or name, **options)
     found.append(one)
     rows += completed
     pairs = found[0].scores[0].flags, found[-1].scores[0].flags
@@ -125,7 +131,7 @@ def evaluate(
         model=name,
         adapter=adapter,
         adapter_sha256=sha256(Path(adapter) / WEIGHTS) if adapter else None,
-        baseline=baseline,
+        baseline=found[0].name if baseline is not None else None,
         models=found,
         p_values={kind: paired_p_value(pairs[0][kind], pairs[1][kind]) for kind in sets} if baseline is not None else {},
         agreement=agreements(both) if "harmful" in sets else [],
@@ -161,15 +167,18 @@ class _Switched(AbstractContextManager[None]):
         self._model.delete_adapter("trl_safety_baseline")
 
 
-def _one(
+def evaluate_one(
     model: Any,
     tokenizer: Any,
     sets: Mapping[Kind, Sequence[Prompt]],
     judges: Sequence[Judge],
+    *,
     name: str,
-    new_tokens: int,
-    batch_size: int,
-) -> tuple[Evaluated, list[dict[str, Any]]]:
+    benchmarks: Benchmarks | None = None,
+    new_tokens: int = 64,
+    batch_size: int = 32,
+) -> Completed:
+    """One model's scores, and a row per prompt; arguments as of `evaluate`."""
     completions = {
         kind: complete(model, tokenizer, prompts, new_tokens=new_tokens, batch_size=batch_size) for kind, prompts in sets.items()
     }
@@ -186,7 +195,7 @@ def _one(
         for kind, prompts in sets.items()
         for i, (prompt, text) in enumerate(zip(prompts, completions[kind], strict=True))
     ]
-    return Evaluated(name=name, scores=scores), rows
+    return Evaluated(name=name, scores=scores, benchmarks=benchmarks(model, tokenizer) if benchmarks else {}), rows
 
 
 def write_evaluation(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], output: Path) -> None:
