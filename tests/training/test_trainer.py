@@ -299,13 +299,6 @@ def test_frozen_adapter_and_replaced_adapter_are_errors(tmp_path: Path, gqa_subs
         trainer.train()
 
 
-def test_sharding_engines_are_refused(tmp_path: Path, gqa_subspace: AlignmentSubspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = tiny.trainer(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(AdapterError, match=r"fsdp: .* use DDP"):
-        trainer.start_safety(ASFT, gqa_subspace)
-
-
 def test_config_survives_its_own_serialisation(tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path, safety={"subspace": "S.safetensors", "safe_lora": {"layers": 3}})
     again = SafeSFTConfig(**{key: value for key, value in args.to_dict().items() if not key.endswith("_token")})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.lora import full_precision, unwrap
 from trl_safety.adapters.names import match, strip_wrappers
+from trl_safety.adapters.shards import is_sharded, put, settle, whole
 from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, sample
 from trl_safety.errors import AdapterError, CheckpointError
 
@@ -56,6 +57,7 @@ class WeightExchange:
     """
 
     def __init__(self, model: nn.Module, base: Checkpoint, aligned: Checkpoint, *, embeddings: bool, setting: str) -> None:
+        self._model = model
         self._base, self._aligned = base, aligned
         self._setting = setting
         self._verified = False
@@ -119,7 +121,7 @@ class WeightExchange:
         """Sampled entries of the model's parameter are those of the aligned checkpoint, up to a cast or to quantisation."""
         weight = full_precision(place.module) if place.attribute == "weight" else place.parameter
         assert weight is not None  # noqa: S101  # refused when it was found
-        ours, theirs = (sample(tensor[: place.rows]).float() for tensor in (weight, aligned.to(weight.dtype)))
+        ours, theirs = (sample(tensor[: place.rows]).float() for tensor in (whole(weight), aligned.to(weight.dtype)))
         limit = QUANTISED_DIFFERENCE if weight is not place.parameter else FULL_PRECISION_DIFFERENCE
         if not float(torch.linalg.vector_norm(ours - theirs)) <= limit * float(torch.linalg.vector_norm(theirs)):
             raise AdapterError(
@@ -134,6 +136,7 @@ class WeightExchange:
             AdapterError: a place holds other weights than the aligned checkpoint's, which nothing could put back. It and those after
                 it stay as they are.
         """
+        settle(self._model)
         for place in self.places:
             aligned = self._aligned.tensor(place.aligned)
             if not self._verified:
@@ -145,6 +148,7 @@ class WeightExchange:
     @torch.no_grad()
     def put_back(self) -> None:
         """Write W_aligned into every place that was written to."""
+        settle(self._model)
         while self._written:
             place = self._written[-1]
             _write(place, self._aligned.tensor(place.aligned)[: place.rows])
@@ -154,7 +158,12 @@ class WeightExchange:
 def _write(place: Place, value: Tensor) -> None:
     parameter = place.parameter
     if type(parameter).__name__ != "Params4bit":
-        parameter.data[: place.rows].copy_(value.to(parameter.dtype))
+        if is_sharded(parameter):
+            everything = whole(parameter).clone()
+            everything[: place.rows] = value.to(everything)
+            put(parameter, everything)
+        else:
+            parameter.data[: place.rows].copy_(value.to(parameter.dtype))
         return
     from bitsandbytes.nn import Params4bit
 

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from trl_safety.adapters.names import strip_wrappers
+from trl_safety.adapters.shards import is_sharded
 from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, LayerSubspace
 from trl_safety.errors import AdapterError
 
@@ -377,7 +378,7 @@ def _check_layer(path: str, layer: Any, adapter: str) -> None:
 
 
 def full_precision(layer: Any) -> Tensor | None:
-    """A layer's weight, dequantised where it is stored quantised; None where PEFT knows no way."""
+    """A layer's weight, dequantised where it is stored quantised; None where PEFT knows no way, or the codes are sharded."""
     from peft.utils.integrations import dequantize_module_weight
 
     weight = getattr(layer, "weight", None)
@@ -385,6 +386,8 @@ def full_precision(layer: Any) -> Tensor | None:
         return None
     if weight.is_floating_point() and type(weight).__name__ not in ("Params4bit", "Int8Params"):
         return weight if not type(weight).__module__.startswith("torchao") else None
+    if is_sharded(weight):
+        return None
     with torch.no_grad():
         result: Tensor = dequantize_module_weight(layer)
     return result if result.is_floating_point() else None

@@ -19,6 +19,7 @@ from trl_safety import __version__
 from trl_safety.adapters.checkpoint import Checkpoint, digest
 from trl_safety.adapters.files import replacing
 from trl_safety.adapters.names import is_named, match
+from trl_safety.adapters.shards import whole
 from trl_safety.adapters.targets import resolve_targets
 from trl_safety.errors import SubspaceError
 from trl_safety.linalg.operators import LowRankOperator, Operator, WholeOperator
@@ -447,7 +448,8 @@ def _describe_cut(rank: int | None, tolerance: float | None, whole: bool) -> str
 
 
 def sample(weight: Tensor) -> Tensor:
-    """256 entries of a weight at positions that depend on its size alone, on the CPU."""
+    """256 entries of a weight at positions that depend on its size alone, on the CPU; of a sharded one, on every process."""
+    weight = whole(weight.detach())
     generator = torch.Generator().manual_seed(weight.numel())
     positions = torch.randint(weight.numel(), (FINGERPRINT_ENTRIES,), generator=generator)
-    return weight.detach().flatten()[positions.to(weight.device)].cpu()
+    return weight.flatten()[positions.to(weight.device)].cpu()

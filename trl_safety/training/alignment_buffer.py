@@ -18,6 +18,7 @@ from trl_safety.config import AlignmentBufferConfig, SafetyConfig, SubspaceConfi
 from trl_safety.errors import ConfigurationError, SubspaceError
 from trl_safety.methods import alignment_buffer
 from trl_safety.training.correction import Prepared
+from trl_safety.training.engines import refuse_on_fsdp
 from trl_safety.training.report import SOURCES, LayerReport, MethodReport
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ class AlignmentBuffer:
             setting = f"{NAME}: {base.source!r} → {aligned.source!r}"
             self.exchange = WeightExchange(trainer.model, base, aligned, embeddings=self.config.embeddings, setting=setting)
             self.base_check = self.exchange.check
+            if any(type(place.parameter).__name__ == "Params4bit" for place in self.exchange.places):
+                refuse_on_fsdp(
+                    f"{NAME}.how = 'weights'", "quantises 4-bit weights again", "use how: low_rank, or load the model in 16 bits"
+                )
 
     def _low_rank(self, model: Any, subspace: AlignmentSubspace | None) -> FrozenAdapter:
         assert subspace is not None  # noqa: S101  # required by the block

@@ -60,6 +60,10 @@ class AlignmentVectorCorrection(Correction):
                 f"alignment_vector.cut_to = {self.config.cut_to}: the corrected adapter has rank {largest}, so that nothing would be cut; use less, or leave it out"
             )
 
+    def keeps_ranks(self, ranks: Mapping[str, int]) -> bool:
+        """Only where it is cut back to what the adapter had, everywhere."""
+        return not self.all_layers and all(rank == self.config.cut_to for rank in ranks.values())
+
     def report(self, results: Mapping[str, LayerResult], summary: str | None = None) -> MethodReport:
         """As of every correction; but taking alignment out, shrinking or DARE alone is no protection by V."""
         report = super().report(results, summary)

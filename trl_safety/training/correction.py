@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,9 +37,11 @@ from trl_safety.adapters.lora import (
     verify_base,
 )
 from trl_safety.adapters.names import is_named, match
+from trl_safety.adapters.shards import put, settle, sharded, whole
 from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, AlignmentSubspace, LayerSubspace
 from trl_safety.config import CorrectionConfig
 from trl_safety.errors import AdapterError, ConfigurationError, SubspaceError
+from trl_safety.training.engines import check_engine
 from trl_safety.training.report import (
     REPORT,
     SOURCES,
@@ -99,6 +100,10 @@ class Correction(ABC):
 
     def check_ranks(self, ranks: Mapping[str, int]) -> None:  # noqa: B027  # most corrections accept any
         """Raise where the correction could not act on an adapter of these ranks, by module."""
+
+    def keeps_ranks(self, ranks: Mapping[str, int]) -> bool:
+        """Whether an adapter of these ranks has the same ones afterwards."""
+        return True
 
     @abstractmethod
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
@@ -200,6 +205,7 @@ def correct_model(
 ) -> SafetyReport:
     """Correct a model's adapter in place, mark it, and make every later save write the report, with that of other methods."""
     model = unwrap(model)
+    settle(model)
     # The user's own LoraConfig object, which may serve another run, stays as it is.
     config = copy.deepcopy(adapter_config(model, prepared.adapter))
     cast(Any, model).peft_config[prepared.adapter] = config
@@ -218,8 +224,8 @@ def correct_model(
             continue
         B, A = factors
         if A.shape == module.A.shape:
-            module.B.copy_(B)
-            module.A.copy_(A)
+            put(module.B, B)
+            put(module.A, A)
         else:
             module.replace(B, A)
             reshaped = True
@@ -232,7 +238,7 @@ def correct_model(
 
 def _trained(module: LoraModule, further: Mapping[str, object]) -> tuple[Tensor, Tensor]:
     """What training made of a layer: factors of rank 0 where it was not the adapter's."""
-    return (module.B[:, :0], module.A[:0]) if module.name in further else (module.B, module.A)
+    return (module.B[:, :0], module.A[:0]) if module.name in further else (whole(module.B), whole(module.A))
 
 
 def apply_correction(
@@ -249,7 +255,11 @@ def check_correction(
 ) -> None:
     """Raise where a correction will not be able to act on a live model; see `prepare`."""
     correction.check({**prepared.subspaces, **_further_layers(model, subspace, correction, prepared, skip_modules)})
-    correction.check_ranks({module.name: int(module.A.shape[0]) for module in prepared.covered})
+    ranks = {module.name: int(module.A.shape[0]) for module in prepared.covered}
+    correction.check_ranks(ranks)
+    if sharded(model) and not correction.keeps_ranks(ranks):
+        remedy = f"cut it back to the adapter's own rank, or correct the saved adapter with `trl-safety correct --method {correction.name}`"
+        raise ConfigurationError(f"{correction.name}: changes the adapter's rank, which FSDP's shards do not allow; {remedy}")
 
 
 def _further_layers(
@@ -477,7 +487,7 @@ class CorrectionCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Check, and have checkpoints say that they are uncorrected."""
-        refuse_sharded(args)
+        check_engine()
         # The state lives as long as one run, and all of the run's callbacks see it.
         other = vars(state).setdefault("trl_safety_correction", self)
         if other is not self:
@@ -512,34 +522,3 @@ class CorrectionCallback(TrainerCallback):
 
     def _others(self) -> list[MethodReport]:
         return self.other_methods()
-
-
-def refuse_sharded(args: Any) -> None:
-    """Refuse engines that shard the LoRA factors over processes, on which nothing here has been shown to act.
-
-    Raises:
-        AdapterError: FSDP or DeepSpeed is on.
-    """
-    if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
-        raise AdapterError(
-            "deepspeed: shards optimizer or parameters, which the safety methods do not support yet; use DDP (accelerate launch --multi_gpu)"
-        )
-    plugin = getattr(args, "fsdp_plugin_args", None) or getattr(args, "fsdp", None)
-    if plugin or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise AdapterError(
-            "fsdp: shards the LoRA factors, which the safety methods do not support yet; use DDP (accelerate launch --multi_gpu)"
-        )
-
-
-def refuse_unjoined(trainer: Any) -> None:
-    """Refuse processes that a launcher started and nothing joined: each would train on its own and overwrite the others' files.
-
-    Raises:
-        ConfigurationError: there are such processes.
-    """
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
-    if launched > 1 and trainer.accelerator.num_processes == 1:
-        raise ConfigurationError(
-            f"WORLD_SIZE = {launched}: the launcher started {launched} processes, but each trains on its own, and all write into one output folder; on a "
-            "CPU set ACCELERATE_USE_CPU=true in the environment, on GPUs check the launcher"
-        )

@@ -34,6 +34,10 @@ class CsuloraCorrection(Correction):
                     "change nothing; build the subspace with a smaller rank"
                 )
 
+    def keeps_ranks(self, ranks: Mapping[str, int]) -> bool:
+        """Only where it is cut back."""
+        return self.config.output_rank == "original"
+
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
         """Correct every layer with a non-zero update; one transfer to the host."""
         off = self.config.lambda_partial == 0 and self.config.lambda_outside == 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trl_safety.adapters.lora import LoraModule
+from trl_safety.adapters.shards import whole
 from trl_safety.adapters.subspace import LayerSubspace
 from trl_safety.linalg.low_rank import product_inner, product_norm_squared, trace_product
 from trl_safety.linalg.operators import LowRankOperator, Operator
@@ -105,7 +106,7 @@ class FactorGroups:
 def update_norm(modules: Sequence[LoraModule]) -> float:
     """‖ΔW‖_F over all layers, with PEFT's scaling."""
     device = modules[0].B.device
-    squares = [product_norm_squared(m.B.double(), m.A.double()).to(device) * m.scaling**2 for m in modules]
+    squares = [product_norm_squared(whole(m.B).double(), whole(m.A).double()).to(device) * m.scaling**2 for m in modules]
     return float(torch.stack(squares).sum().clamp(min=0).sqrt())
 
 
@@ -124,8 +125,8 @@ def summarise(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _factors(modules: Sequence[LoraModule], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if len(modules) == 1:
-        return modules[0].B.to(dtype), modules[0].A.to(dtype)
-    return torch.stack([module.B for module in modules]).to(dtype), torch.stack([module.A for module in modules]).to(dtype)
+        return whole(modules[0].B).to(dtype), whole(modules[0].A).to(dtype)
+    return torch.stack([whole(module.B) for module in modules]).to(dtype), torch.stack([whole(module.A) for module in modules]).to(dtype)
 
 
 def _stack(operators: Sequence[Operator]) -> Operator:

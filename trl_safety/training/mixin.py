@@ -36,12 +36,13 @@ from trl_safety.training.alignment_vector import AlignmentVectorCorrection
 from trl_safety.training.asft import AsftTerm
 from trl_safety.training.buffer_reinforce import PENDING, BufferReinforce, ReinforceCallback
 from trl_safety.training.compat import trainer_divides_loss
-from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, prepare, refuse_sharded, refuse_unjoined
+from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, prepare
 from trl_safety.training.csulora import CsuloraCorrection
 from trl_safety.training.dual_select import ROW, DualSelect, RowCollator, with_rows
+from trl_safety.training.engines import check_engine, is_fsdp, refuse_on_fsdp, refuse_unjoined
 from trl_safety.training.factor_groups import FactorGroups, summarise, update_norm
 from trl_safety.training.report import REPORT, MethodReport, SafetyReport, add_to_card, describes, read_report
-from trl_safety.training.report_source import adapter_folder, report_source
+from trl_safety.training.report_source import ReportSource, adapter_folder, forget_report, report_source
 from trl_safety.training.safe_lora import SafeLoraCorrection
 from trl_safety.training.safety_eval import SafetyEvalCallback
 
@@ -220,7 +221,7 @@ class SafetyMixin:
                 raise ConfigurationError("subspace is given but no safety block: name the method that should use it")
             return
         config = SafetyConfig.parse(safety)
-        refuse_sharded(trainer.args)
+        check_engine()
         refuse_unjoined(trainer)
         if config.dual_select:
             if references is None:
@@ -234,6 +235,14 @@ class SafetyMixin:
                     f"references with answers, or remove {buffer}"
                 )
             _number_rows(trainer)
+        if config.dual_select:
+            refuse_on_fsdp("dual_select", "reads and adds gradients of whole LoRA factors", "use DDP")
+        if config.buffer_reinforce and config.buffer_reinforce.reinforce is not None:
+            refuse_on_fsdp(
+                f"buffer_reinforce.reinforce = {config.buffer_reinforce.reinforce!r}",
+                "the merge changes the adapter's rank",
+                "leave reinforce out, and merge the saved adapter with `trl-safety merge-reinforce`",
+            )
         self._safety = SafetyState(trainer, config, _subspace(trainer, config, subspace), references)
         trainer.add_callback(_Start(self))
         if config.correction:
@@ -329,9 +338,21 @@ class SafetyMixin:
                 safety.dual_select.finish(ended=ended)
             merged = ended and safety.merge is not None
             if safety.acts_in_training and safety.correction is None and self._began and not merged:
-                report_source(trainer.model, safety.prepared.adapter).freeze(trainer.model, safety.report(trainer, final=ended))
+                if ended or not is_fsdp():
+                    report_source(trainer.model, safety.prepared.adapter).freeze(trainer.model, safety.report(trainer, final=ended))
+                else:
+                    # Another process may be gone, and gathering would wait for it.
+                    forget_report(trainer.model, safety.prepared.adapter)
             self._began = False
         return result
+
+    def save_model(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; what the report measures is gathered first where the factors are sharded, since one process saves."""
+        parent: Any = super()
+        trainer: Any = self
+        source = _source(trainer) if is_fsdp() else None
+        with source.held() if source else nullcontext():
+            return parent.save_model(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's evaluation, on the aligned model also while an alignment buffer is in its weights."""
@@ -363,9 +384,16 @@ class SafetyMixin:
         if self._safety is None:
             return None
         trainer: Any = self
-        model = unwrap(trainer.model)
-        source = getattr(model, "_trl_safety_reports", {}).get(self._safety.prepared.adapter)
-        return source.current(model) if source else None
+        source = _source(trainer)
+        return source.current(unwrap(trainer.model)) if source else None
+
+
+def _source(trainer: Any) -> ReportSource | None:
+    """The report of the protected adapter, where there is one yet."""
+    if trainer._safety is None:
+        return None
+    found: ReportSource | None = getattr(unwrap(trainer.model), "_trl_safety_reports", {}).get(trainer._safety.prepared.adapter)
+    return found
 
 
 class _Start(TrainerCallback):
@@ -406,7 +434,7 @@ def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
         AdapterError: the model's adapter cannot be corrected.
         SubspaceError: an adapted layer is not in the subspace.
     """
-    refuse_sharded(trainer.args)
+    check_engine()
     refuse_unjoined(trainer)
     subspace = _subspace(trainer, safety, None)
     callback = _correction_callback(safety, subspace)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trl_safety.adapters.frozen import FrozenAdapter
 from trl_safety.adapters.lora import KINDS, adapter_config, adapter_name, kind_of, lora_modules, marks, not_covered, unwrap
 from trl_safety.adapters.record import AdapterRecord, mark, open_kind
 from trl_safety.errors import AdapterError, ConfigurationError
-from trl_safety.training.correction import refuse_sharded, refuse_unjoined
+from trl_safety.training.engines import check_engine, refuse_unjoined
 from trl_safety.training.report import add_section
 from trl_safety.training.report_source import keep_beside
 
@@ -28,7 +31,7 @@ class RecordSource:
 
     record: AdapterRecord
 
-    def write(self, model: Any, folder: Path) -> None:
+    def write(self, model: Any, folder: Path, state: Mapping[str, Tensor] | None) -> None:
         """See `report_source.Companion`."""
         self.record.write(folder)
         kind = self.record.kind
@@ -57,7 +60,7 @@ class ProviderMixin:
             ConfigurationError: the buffer cannot act.
         """
         trainer: Any = self
-        refuse_sharded(trainer.args)
+        check_engine()
         refuse_unjoined(trainer)
         model: Any = unwrap(trainer.model)
         adapter = adapter_name(model)

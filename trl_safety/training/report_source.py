@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from trl_safety.adapters.lora import unwrap
+from trl_safety.adapters.shards import sharded
 from trl_safety.adapters.subspace import sample
 from trl_safety.errors import ReportError
 from trl_safety.training.report import SafetyReport, changed_since, write_report
@@ -25,8 +27,8 @@ CAST_DIFFERENCE = 2**-8
 class Companion(Protocol):
     """Writes files of ours beside a live model's adapter."""
 
-    def write(self, model: Any, folder: Path) -> None:
-        """Called with the folder that an adapter was just saved to."""
+    def write(self, model: Any, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+        """Called with the folder that an adapter was just saved to, and what was saved where it was not read from the model."""
 
 
 class ReportSource:
@@ -51,40 +53,57 @@ class ReportSource:
         """Report this from now on, as long as the adapter stays as it is."""
         self._live, self._report, self._samples = None, report, self._sample(model)
 
-    def current(self, model: Any) -> SafetyReport:
-        """The report of the model's adapter as it is now."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it every save reports what is so at its start: for a save by one process, that cannot gather the others' shards."""
+        live = self._live
+        if live is not None:
+            report = live()
+            self._live = lambda: report
+        try:
+            yield
+        finally:
+            self._live = live
+
+    def current(self, model: Any, state: Mapping[str, Tensor] | None = None) -> SafetyReport:
+        """The report of the model's adapter as it is now, or of the model's `state` where that was gathered from shards."""
         if self._live is not None:
             return self._live()
         if self._report is None:
             raise ReportError("the model carries no safety report")
-        return self._report if self._unchanged(model) else changed_since(self._report)
+        return self._report if self._unchanged(model, state) else changed_since(self._report)
 
-    def write(self, model: Any, folder: Path) -> None:
+    def write(self, model: Any, folder: Path, state: Mapping[str, Tensor] | None) -> None:
         """See `Companion`."""
-        write_report(folder, self.current(model))
+        write_report(folder, self.current(model, state))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle made in the middle of a run is of no known state: it is not reported as protected."""
         report = changed_since(self._live()) if self._live is not None else self._report
         return {"adapter": self.adapter, "_live": None, "_report": report, "_samples": dict(self._samples)}
 
-    def _unchanged(self, model: Any) -> bool:
-        now = self._sample(model)
+    def _unchanged(self, model: Any, state: Mapping[str, Tensor] | None) -> bool:
+        now = self._sample(model, state)
         return now.keys() == self._samples.keys() and all(
             now[name].shape == before.shape
             and bool(torch.linalg.vector_norm(now[name] - before) <= CAST_DIFFERENCE * torch.linalg.vector_norm(before))
             for name, before in self._samples.items()
         )
 
-    def _sample(self, model: Any) -> dict[str, Tensor]:
-        state = get_peft_model_state_dict(unwrap(model), adapter_name=self.adapter, save_embedding_layers=False)
-        return {name: sample(tensor).float() for name, tensor in state.items()}
+    def _sample(self, model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        saved = get_peft_model_state_dict(unwrap(model), state_dict=state, adapter_name=self.adapter, save_embedding_layers=False)
+        return {name: sample(tensor).float() for name, tensor in saved.items()}
 
 
 def report_source(model: Any, adapter: str) -> ReportSource:
     """The adapter's report source, made at its first use."""
     source: ReportSource = _companions(model).setdefault(adapter, ReportSource(adapter))
     return source
+
+
+def forget_report(model: Any, adapter: str) -> None:
+    """Report nothing from now on: of an interrupted run whose adapter can no longer be gathered."""
+    _companions(model).pop(adapter, None)
 
 
 def keep_beside(model: Any, adapter: str, companion: Companion) -> None:
@@ -116,11 +135,14 @@ def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     asked = {**call.arguments, **call.arguments.get("kwargs", {})}
     if not asked.get("safe_serialization", True):
         raise ReportError("safe_serialization = False: would save the adapter as a pickle, which no report covers; leave it True")
+    state = asked.get("state_dict")
+    if state is None and sharded(self):
+        raise ReportError("save_pretrained: the model's parameters are sharded: save it with trainer.save_model(), which gathers them")
     result = original(self, *args, **kwargs)
     if asked.get("is_main_process", True):
         for adapter, source in self._trl_safety_reports.items():
             if adapter in self.peft_config and adapter in (asked.get("selected_adapters") or [adapter]):
-                source.write(self, adapter_folder(self, Path(asked["save_directory"]), adapter))
+                source.write(self, adapter_folder(self, Path(asked["save_directory"]), adapter), state)
     return result
 
 

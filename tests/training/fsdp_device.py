@@ -1,0 +1,24 @@
+"""Imported first in a process under `accelerate launch`: Accelerate takes FSDP for a matter of GPUs, while torch's runs on CPUs, too.
+
+Only Accelerate's choice of the device and the backend is overruled; FSDP itself is the real one.
+"""
+
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+if not torch.cuda.is_available():
+
+    def backend(self: Any, cpu: bool = False, sagemaker: bool = False, backend: str | None = None) -> tuple[str, DistributedType]:
+        """See `PartialState`."""
+        return "gloo", DistributedType.MULTI_GPU
+
+    def device(self: Any) -> None:
+        """See `PartialState`."""
+        self.device = torch.device("cpu")
+
+    PartialState._prepare_backend = backend
+    PartialState.set_device = device
+torch.set_num_threads(1)

@@ -1,0 +1,30 @@
+"""Run under `accelerate launch` with FSDP: OUTPUT, batch per process, safety block, subspace or none, model, and a checkpoint."""
+
+import json
+import sys
+from pathlib import Path
+
+import tests.training.fsdp_device  # noqa: F401
+from tests import tiny
+from trl_safety import AlignmentSubspace
+
+output, batch, block, source, model = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4], sys.argv[5]
+trainer = tiny.trainer(
+    output,
+    base=tiny.model(model),
+    safety=block,
+    subspace=None if source == "none" else AlignmentSubspace.load(source),
+    eval_dataset=tiny.rows(8),
+    per_device_train_batch_size=batch,
+    adam_epsilon=1e-3,
+    max_steps=4,
+    eval_strategy="steps",
+    eval_steps=2,
+    use_cpu=False,
+    save_strategy="steps",
+    save_steps=2,
+)
+trainer.train(resume_from_checkpoint=sys.argv[6] if len(sys.argv) > 6 else None)
+assert trainer.is_fsdp_enabled
+assert type(next(iter(trainer.model.parameters()))).__name__ == "DTensor"
+trainer.save_model()

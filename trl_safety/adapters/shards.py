@@ -1,0 +1,59 @@
+"""Parameters that an engine spreads over processes (FSDP2's `DTensor`), read and written whole, one at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process holds a part of the tensor alone."""
+    if not torch.distributed.is_available() or type(tensor) in (Tensor, nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether any parameter of a model is."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, gathered where it is sharded; every process must call this, in the same order.
+
+    Differentiable: each process is taken to use the same function of the whole tensor, and its part of the gradient is the part
+    of that function's gradient. It is not summed over processes.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def settle(model: nn.Module) -> None:
+    """Have every module hold its own part again: FSDP leaves the outermost one's parameters gathered after an evaluation, and what
+    is written into a gathered copy is lost.
+    """
+    if not sharded(model):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Write a whole value, which every process has, into a parameter in place."""
+    if not is_sharded(parameter):
+        parameter.copy_(value)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.detach().to(parameter.device, parameter.dtype)
+    # No source rank: every process cuts its part out of its own copy, and nothing is sent.
+    parts = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    parameter.to_local().copy_(parts.to_local())  # type: ignore[attr-defined]
