@@ -43,10 +43,12 @@ $(NEWEST)/.installed: EXTRAS := qlora,test
 $(NEWEST)/.installed: constraints/newest.txt
 $(AXOLOTL)/.installed: EXTRAS := qlora,test,axolotl
 $(AXOLOTL)/.installed: constraints/axolotl.txt
+$(NEWEST)/.installed: constraints/deepspeed.txt
 %/.installed: pyproject.toml
 	$(PYTHON) -m venv $*
-	$*/bin/pip install --quiet torch==2.13.0 -c $(filter constraints/%,$^)
-	$*/bin/pip install --quiet --editable ".[$(EXTRAS)]" -c $(filter constraints/%,$^)
+	$*/bin/pip install --quiet torch==2.13.0 -c $(firstword $(filter constraints/%,$^))
+	$*/bin/pip install --quiet --editable ".[$(EXTRAS)]" -c $(firstword $(filter constraints/%,$^))
+	$(if $(findstring deepspeed,$^),DS_BUILD_OPS=0 $*/bin/pip install --quiet --no-build-isolation --no-deps --target $*/deepspeed -r constraints/deepspeed.txt)
 	touch $@
 
 clean:

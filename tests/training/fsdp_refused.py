@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-import tests.training.fsdp_device  # noqa: F401
+import tests.training.engine_device  # noqa: F401
 from tests import tiny
 from trl_safety import AlignmentSubspace
 from trl_safety.errors import SafetyError
@@ -20,7 +20,7 @@ def made(**kwargs: Any) -> Any:
 
 
 pool = tiny.rows(16, seed=5)
-with pytest.raises(SafetyError, match="dual_select: reads and adds gradients of whole LoRA factors, which FSDP's shards do not allow"):
+with pytest.raises(SafetyError, match="dual_select: reads and adds gradients of whole LoRA factors, which FSDP spreads over the processes"):
     made(safety={"dual_select": {"references": 4}}, reference_dataset=pool)
 with pytest.raises(SafetyError, match=r"reinforce: the merge|the merge changes the adapter's rank.*merge-reinforce"):
     made(safety={"buffer_reinforce": {"buffer": str(world / "buffer"), "reinforce": str(world / "reinforce")}})

@@ -20,12 +20,13 @@ def check_engine() -> None:
     """Refuse engines on which nothing here has been shown to act.
 
     Raises:
-        AdapterError: DeepSpeed, FSDP's first version, or FSDP that saves no whole adapter.
+        AdapterError: DeepSpeed's third stage, FSDP's first version, or FSDP that saves no whole adapter.
     """
     state = AcceleratorState()
-    if state.distributed_type == DistributedType.DEEPSPEED:
+    if state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.hf_ds_config.is_zero3():
         raise AdapterError(
-            "deepspeed: shards optimizer or parameters, which the safety methods do not support yet; use DDP, or FSDP with fsdp_version: 2"
+            "deepspeed: ZeRO stage 3 keeps every LoRA factor in pieces that only its own hooks put together, where no method can read them; use stage 2, or "
+            "FSDP with fsdp_version: 2"
         )
     if not is_fsdp():
         return
@@ -38,6 +39,19 @@ def check_engine() -> None:
         raise AdapterError(
             f"fsdp_state_dict_type = {plugin.state_dict_type}: checkpoints would hold no adapter and no safety report; use FULL_STATE_DICT"
         )
+
+
+def refuse_per_sample_gradients() -> None:
+    """Refuse engines that take the gradients away before DualSelect could read and add to them.
+
+    Raises:
+        ConfigurationError: FSDP or DeepSpeed is on.
+    """
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if AcceleratorState().distributed_type == kind:
+            raise ConfigurationError(
+                f"dual_select: reads and adds gradients of whole LoRA factors, which {kind.value} spreads over the processes; use DDP"
+            )
 
 
 def refuse_on_fsdp(setting: str, reason: str, remedy: str) -> None:

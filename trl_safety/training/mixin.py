@@ -39,7 +39,7 @@ from trl_safety.training.compat import trainer_divides_loss
 from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, prepare
 from trl_safety.training.csulora import CsuloraCorrection
 from trl_safety.training.dual_select import ROW, DualSelect, RowCollator, with_rows
-from trl_safety.training.engines import check_engine, is_fsdp, refuse_on_fsdp, refuse_unjoined
+from trl_safety.training.engines import check_engine, is_fsdp, refuse_on_fsdp, refuse_per_sample_gradients, refuse_unjoined
 from trl_safety.training.factor_groups import FactorGroups, summarise, update_norm
 from trl_safety.training.report import REPORT, MethodReport, SafetyReport, add_to_card, describes, read_report
 from trl_safety.training.report_source import ReportSource, adapter_folder, forget_report, report_source
@@ -236,7 +236,7 @@ class SafetyMixin:
                 )
             _number_rows(trainer)
         if config.dual_select:
-            refuse_on_fsdp("dual_select", "reads and adds gradients of whole LoRA factors", "use DDP")
+            refuse_per_sample_gradients()
         if config.buffer_reinforce and config.buffer_reinforce.reinforce is not None:
             refuse_on_fsdp(
                 f"buffer_reinforce.reinforce = {config.buffer_reinforce.reinforce!r}",

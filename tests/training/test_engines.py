@@ -1,7 +1,12 @@
-"""FSDP2 on two gloo processes ends where one process with twice the batch does, and refuses what cannot act on shards."""
+"""FSDP2 and ZeRO-2 on two gloo processes end where one process with the whole batch does, and refuse what cannot act on shards.
+
+DeepSpeed compiles its communication when it starts, so that it needs a C++ compiler; `make` installs it into a folder of its own,
+since Transformers and Accelerate import whatever DeepSpeed they find, in every test.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +23,24 @@ from trl_safety.training.report import read_report, verify
 ROOT = Path(__file__).parent.parent.parent
 
 
-def launch(*arguments: object, script: str = "fsdp_run") -> None:
-    config = str(Path(__file__).parent / "fsdp2.yaml")
+DEEPSPEED = Path(sys.prefix) / "deepspeed"
+needs_deepspeed = pytest.mark.skipif(
+    not DEEPSPEED.is_dir() or shutil.which("g++") is None, reason=f"no {DEEPSPEED}, which make installs, or no C++ compiler"
+)
+
+
+def launch(engine: str, *arguments: object, script: str = "engine_run") -> str:
+    """Two processes; returns what the first said if it failed."""
+    config = str(Path(__file__).parent / f"{engine}.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0", "-m"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = f"{DEEPSPEED / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
+    if engine.startswith("zero"):
+        environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{DEEPSPEED}", "DS_ACCELERATOR": "cpu"}
     line = [*command, f"tests.training.{script}", *map(str, arguments)]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     own = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")]
-    assert done.returncode == 0, "\n".join(own[-15:]) or done.stderr[-3000:]
+    return "" if done.returncode == 0 else "\n".join(own[-15:]) or done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone(world: Path, output: Path, safety: dict[str, Any]) -> dict[str, Any]:
-    """One process, with the batch of both. SGD has no state, which torch cannot load into shards."""
+    """One process, with the batch of both."""
     subspace = AlignmentSubspace.load(world / "S.safetensors") if needs_subspace(safety) else None
     options = {"eval_dataset": tiny.rows(8), "eval_strategy": "steps", "eval_steps": 2, "adam_epsilon": 1e-3, "max_steps": 4}
     trainer = tiny.trainer(output, base=tiny.model(str(world / "aligned")), safety=safety or None, subspace=subspace, **options)
@@ -64,31 +79,56 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "alignment_buffer in the weights": {"alignment_buffer": {"base": "BASE", "how": "weights"}},
     "alignment_buffer of low rank": {"alignment_buffer": {"how": "low_rank"}},
     "buffer": {"buffer_reinforce": {"buffer": "BUFFER"}},
+    "buffer and merge": {"buffer_reinforce": {"buffer": "BUFFER", "reinforce": "REINFORCE"}},
 }
+FSDP2 = ["asft and safe_lora", "csulora, cut back", "alignment_vector, cut back", *(name for name in BLOCKS if "buffer" in name)][:-1]
+ZERO2 = ["asft and safe_lora", "alignment_buffer in the weights", "buffer and merge"]
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_shards_equal_one_process(world: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [*(("fsdp2", name) for name in FSDP2), *(pytest.param("zero2", name, marks=needs_deepspeed) for name in ZERO2)],
+)
+def test_two_processes_equal_one(world: Path, tmp_path: Path, engine: str, name: str) -> None:
     """With an evaluation in the middle, after which FSDP leaves the outermost parameters gathered."""
-    text = json.dumps(BLOCKS[name]).replace("BASE", str(world / "base")).replace("BUFFER", str(world / "buffer"))
+    text = json.dumps(BLOCKS[name])
+    for word in ("BASE", "BUFFER", "REINFORCE"):
+        text = text.replace(word, str(world / word.lower()))
     block = json.loads(text)
     one = alone(world, tmp_path / "one", block)
     source = world / "S.safetensors" if needs_subspace(block) else "none"
-    launch(tmp_path / "two", 4, text, source, world / "aligned")
+    accumulates = name == "asft and safe_lora"
+    assert not launch(engine, tmp_path / "two", 2 if accumulates else 4, text, source, world / "aligned")
     two = load_file(tmp_path / "two" / "adapter_model.safetensors")
     assert tiny.largest_difference(two, one) < 2e-5
-    assert max((one[key] - value).norm() for key, value in load_file(world / "plain" / "adapter_model.safetensors").items()) > 1e-3
+    plain = load_file(world / "plain" / "adapter_model.safetensors")
+    assert max((one[key] - value).norm() for key, value in plain.items() if key in one and one[key].shape == value.shape) > 1e-3
     report = verify(tmp_path / "two")
     assert all(method.acted for method in report.methods)
     assert [method.name for method in report.methods] == [method.name for method in read_report(tmp_path / "one").methods]
     middle = read_report(tmp_path / "two" / "checkpoint-2")
     assert middle.stage == "training"
     assert (middle.methods[0].steps or (0, 2))[1] == 2
-    if name == "asft and safe_lora":
-        launch(tmp_path / "resumed", 4, text, source, world / "aligned", tmp_path / "two" / "checkpoint-2")
+    if accumulates:
+        assert not launch(engine, tmp_path / "resumed", 2, text, source, world / "aligned", tmp_path / "two" / "checkpoint-2")
         assert tiny.largest_difference(load_file(tmp_path / "resumed" / "adapter_model.safetensors"), two) < 1e-6
         assert verify(tmp_path / "resumed").methods[0].steps == (1, 4)
 
 
-def test_refused(world: Path, tmp_path: Path) -> None:
-    launch(tmp_path, world, script="fsdp_refused")
+def test_refused_on_shards(world: Path, tmp_path: Path) -> None:
+    assert not launch("fsdp2", tmp_path, world, script="fsdp_refused")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("engine", "block", "message"),
+    [
+        ("zero3", {"safe_lora": {"threshold": 1.0}}, "ZeRO stage 3 keeps every LoRA factor in pieces"),
+        ("zero2", {"dual_select": {"references": 4, "reference_dataset": "POOL"}}, "which DEEPSPEED spreads over the processes"),
+    ],
+)
+def test_refused_on_deepspeed(world: Path, tmp_path: Path, engine: str, block: dict[str, Any], message: str) -> None:
+    tiny.rows(16, seed=5).to_json(str(tmp_path / "pool.jsonl"))
+    text = json.dumps(block).replace("POOL", str(tmp_path / "pool.jsonl"))
+    said = launch(engine, tmp_path, 4, text, world / "S.safetensors", world / "aligned")
+    assert message in said

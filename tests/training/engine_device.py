@@ -1,6 +1,6 @@
-"""Imported first in a process under `accelerate launch`: Accelerate takes FSDP for a matter of GPUs, while torch's runs on CPUs, too.
+"""Imported first in a process under `accelerate launch`: Accelerate takes FSDP and DeepSpeed for a matter of GPUs; both run on CPUs, too.
 
-Only Accelerate's choice of the device and the backend is overruled; FSDP itself is the real one.
+Only Accelerate's choice of the device and the backend is overruled; the engines are the real ones.
 """
 
 from typing import Any

@@ -1,10 +1,10 @@
-"""Run under `accelerate launch` with FSDP: OUTPUT, batch per process, safety block, subspace or none, model, and a checkpoint."""
+"""Run under `accelerate launch` with FSDP or DeepSpeed: OUTPUT, batch per process, safety block, subspace or none, model, and a checkpoint."""
 
 import json
 import sys
 from pathlib import Path
 
-import tests.training.fsdp_device  # noqa: F401
+import tests.training.engine_device  # noqa: F401
 from tests import tiny
 from trl_safety import AlignmentSubspace
 
@@ -16,6 +16,7 @@ trainer = tiny.trainer(
     subspace=None if source == "none" else AlignmentSubspace.load(source),
     eval_dataset=tiny.rows(8),
     per_device_train_batch_size=batch,
+    gradient_accumulation_steps=8 // (2 * batch),
     adam_epsilon=1e-3,
     max_steps=4,
     eval_strategy="steps",
@@ -25,6 +26,8 @@ trainer = tiny.trainer(
     save_steps=2,
 )
 trainer.train(resume_from_checkpoint=sys.argv[6] if len(sys.argv) > 6 else None)
-assert trainer.is_fsdp_enabled
-assert type(next(iter(trainer.model.parameters()))).__name__ == "DTensor"
+if trainer.is_fsdp_enabled:
+    assert type(next(iter(trainer.model.parameters()))).__name__ == "DTensor"
+else:
+    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
 trainer.save_model()
