@@ -83,12 +83,13 @@ def subspace(
 ) -> None:
     """Build the alignment subspace of a base/aligned pair, reading both tensor by tensor."""
     with _errors():
-        from trl_safety.adapters.subspace import AlignmentSubspace
+        from trl_safety.adapters.subspace_build import build_subspace
 
         targets: Any = target_modules
         if target_modules is not None and target_modules.lower() != "all-linear":
             targets = [entry.strip() for entry in target_modules.split(",") if entry.strip()]
-        built = AlignmentSubspace.from_pair(
+        built = build_subspace(
+            output,
             base,
             aligned,
             target_modules=targets,
@@ -101,7 +102,6 @@ def subspace(
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        built.save(output)
         ranks = sorted(layer.rank for layer in built.layers.values())
         relative = max(_relative_error(layer) for layer in built.layers.values())
         typer.echo(

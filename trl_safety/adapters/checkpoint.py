@@ -44,6 +44,7 @@ class Checkpoint:
         self._asked_revision = revision
         self.revision: str | None = None
         self._handles: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
         config = self._find("config.json")
         self.config: dict[str, Any] = _json(config) if config else {}
         if method := self.config.get("quantization_config"):
@@ -84,7 +85,9 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Any tensor by its stored name; see `read`."""
-        handle = self._open(self._files[name])
+        file = self._files[name]
+        # Opened anew for each tensor: what was read through one mapping counts as this process's memory until the mapping is gone.
+        handle = self._map(file)
         try:
             dtype = handle.get_slice(name).get_dtype()
             if dtype not in FULL_PRECISION:
@@ -118,14 +121,28 @@ class Checkpoint:
 
     def _open(self, file: str) -> Any:
         if file not in self._handles:
+            self._handles[file] = self._map(file)
+        return self._handles[file]
+
+    def _map(self, file: str) -> Any:
+        path = self.path_of(file)
+        try:
+            return safe_open(str(path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(file, error) from error
+
+    def path_of(self, file: str) -> Path:
+        """Where one of the checkpoint's files lies; fetched from the Hub at its first use.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        if file not in self._paths:
             path = self._find(file)
             if path is None:
                 raise CheckpointError(f"{self.source!r} lacks the file {file!r} that its index names: fetch the checkpoint again")
-            try:
-                self._handles[file] = safe_open(str(path), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise self._damaged(file, error) from error
-        return self._handles[file]
+            self._paths[file] = path
+        return self._paths[file]
 
     def _find(self, file: str) -> Path | None:
         if self._folder is not None:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, error: type[Exception], setting: str) -> Iterator[Path]:
+def replacing(path: Path, *, error: type[Exception], setting: str, left: str = "nothing was left behind") -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; rename it to `path` when the block ends well, else remove it.
 
     Args:
         path: the file to create or replace. Its folder is created.
         error: what to raise when the file system refuses.
         setting: how the user named the path, for the message.
+        left: what is there after a failure, for the message.
     """
     temporary: Path | None = None
     try:
@@ -33,7 +34,7 @@ def replacing(path: Path, *, error: type[Exception], setting: str) -> Iterator[P
         temporary.replace(path)
         temporary = None
     except OSError as failure:
-        raise error(_refused(path, setting, failure)) from failure
+        raise error(_refused(path, setting, failure, left)) from failure
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -98,8 +99,8 @@ def _umask() -> int:
     return mask
 
 
-def _refused(path: Path, setting: str, failure: OSError) -> str:
+def _refused(path: Path, setting: str, failure: OSError, left: str = "nothing was left behind") -> str:
     return (
-        f"{setting} = {str(path)!r}: cannot be written ({failure.strerror or failure}); nothing was left behind. "
+        f"{setting} = {str(path)!r}: cannot be written ({failure.strerror or failure}); {left}. "
         "Free space or name a folder that you may write to"
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +35,7 @@ FINGERPRINT_ENTRIES = 256
 FULL_PRECISION_DIFFERENCE = 1e-6
 """Weights of the same model are equal once both are in the narrower of their dtypes."""
 CASTS = (torch.float32, torch.bfloat16, torch.float16)
+ROWS_AT_A_TIME = 1024
 QUANTISED_DIFFERENCE = 0.5
 """NF4 moves a layer by about a tenth of its norm, 2-bit formats by a third; another model's weights by more than their norm."""
 
@@ -169,7 +172,8 @@ class AlignmentSubspace:
     ) -> AlignmentSubspace:
         """Fit the subspace of a pair, reading both checkpoints tensor by tensor.
 
-        Weights are paired by NAME; the authors' code pairs by position, which breaks on biases. Memory: one pair of tensors.
+        Weights are paired by NAME; the authors' code pairs by position, which breaks on biases. Memory: what is kept, and two pairs
+        of tensors. For a large model see `build_subspace`, which keeps what is done on the disk.
 
         Args:
             base: the unaligned model: a local folder or a Hub id. One safetensors file or shards, any float dtype.
@@ -192,37 +196,29 @@ class AlignmentSubspace:
             SubspaceError: the pair is identical, differs in shape or lacks a layer, a rank is above a layer's, or no layer is
                 named. The message names the layer and the remedy.
         """
-        cut = _describe_cut(rank, tolerance, whole)
-        base_checkpoint, aligned_checkpoint = Checkpoint(base, base_revision), Checkpoint(aligned, aligned_revision)
-        targets = resolve_targets(aligned_checkpoint, target_modules, adapter, trust_remote_code=trust_remote_code)
-        paired = match([target.tensor_module for target in targets.values()], base_checkpoint.modules)
-        if missing := [name for name, found in paired.items() if found is None]:
-            raise SubspaceError(
-                f"layer {missing[0]!r} is in the aligned checkpoint {str(aligned)!r} but not in the base {str(base)!r}: the two are no "
-                "pair of one architecture"
-            )
-        from tqdm.auto import tqdm
+        fit = PairFit(
+            base,
+            aligned,
+            target_modules=target_modules,
+            adapter=adapter,
+            rank=rank,
+            tolerance=tolerance,
+            whole=whole,
+            base_revision=base_revision,
+            aligned_revision=aligned_revision,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls({layer.name: layer for layer in fit.layers(progress=progress)}, fit.provenance)
 
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        layers = {}
-        for name, target in tqdm(targets.items(), desc="Alignment subspace", unit="layer", disable=None if progress else True):
-            partner = paired[target.tensor_module]
-            assert partner is not None  # noqa: S101  # checked above
-            layers[name] = _fit(
-                name,
-                base_checkpoint.read(partner),
-                aligned_checkpoint.read(target.tensor_module),
-                transposed=target.transposed,
-                rank=rank,
-                tolerance=tolerance,
-                whole=whole,
-                device=where,
-                dtype=dtype,
-            )
-        return cls(layers, Provenance(str(base), str(aligned), base_checkpoint.revision, aligned_checkpoint.revision, cut))
-
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, plan: str | None = None, left: str | None = None) -> Path:
         """Write one safetensors file with the provenance in its header; the file is whole or absent.
+
+        Args:
+            path: the file.
+            plan: what the build that it is of was asked for; see `build_subspace`.
+            left: what is there after a failure, for the message.
 
         Raises:
             SubspaceError: the folder cannot be written to or the disk is full.
@@ -242,9 +238,10 @@ class AlignmentSubspace:
                 "base_digest": layer.base_digest,
                 "aligned_digest": layer.aligned_digest,
             }
-        header = json.dumps({"provenance": asdict(self.provenance), "identity": self.identity, "layers": described})
+        content = {"provenance": asdict(self.provenance), "identity": self.identity, "layers": described}
+        header = json.dumps({**content, "plan": plan} if plan else content)
         target = Path(path)
-        with replacing(target, error=SubspaceError, setting="output") as temporary:
+        with replacing(target, error=SubspaceError, setting="output", **({"left": left} if left else {})) as temporary:
             try:
                 save_file(tensors, str(temporary), metadata={METADATA_KEY: header, "format": "pt"})
             except SafetensorError as error:
@@ -375,26 +372,125 @@ class AlignmentSubspace:
         )
 
 
+class PairFit:
+    """A fit of a pair, layer by layer; arguments and errors as of `AlignmentSubspace.from_pair`.
+
+    Attributes:
+        targets: module name → where its weight lies in the aligned checkpoint.
+        provenance: of the subspace.
+    """
+
+    def __init__(
+        self,
+        base: str | Path,
+        aligned: str | Path,
+        *,
+        target_modules: str | Iterable[str] | None = None,
+        adapter: str | Path | None = None,
+        rank: int | None = None,
+        tolerance: float | None = None,
+        whole: bool = False,
+        base_revision: str | None = None,
+        aligned_revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        cut = _describe_cut(rank, tolerance, whole)
+        self._base, self._aligned = Checkpoint(base, base_revision), Checkpoint(aligned, aligned_revision)
+        self.targets = resolve_targets(self._aligned, target_modules, adapter, trust_remote_code=trust_remote_code)
+        paired = match([target.tensor_module for target in self.targets.values()], self._base.modules)
+        if missing := [name for name, found in paired.items() if found is None]:
+            raise SubspaceError(
+                f"layer {missing[0]!r} is in the aligned checkpoint {str(aligned)!r} but not in the base {str(base)!r}: the two are no "
+                "pair of one architecture"
+            )
+        self._partners = {name: str(found) for name, found in paired.items()}
+        self._cut: dict[str, Any] = {"rank": rank, "tolerance": tolerance, "whole": whole}
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._dtype = dtype
+        self.provenance = Provenance(str(base), str(aligned), self._base.revision, self._aligned.revision, cut)
+
+    @property
+    def plan(self) -> str:
+        """A fingerprint of what is asked for, and of the files that it is asked of: their names, sizes and times."""
+        files = []
+        for checkpoint in (self._base, self._aligned):
+            for file in sorted({checkpoint.file_of(name) for name in checkpoint.names}):
+                found = checkpoint.path_of(file).stat()
+                files.append([file, found.st_size, found.st_mtime_ns])
+        source = self.provenance
+        revisions = [source.base, source.aligned, source.base_revision, source.aligned_revision]
+        asked = [revisions, source.cut, str(self._dtype), [[name, *asdict(target).values()] for name, target in self.targets.items()]]
+        return hashlib.sha256(json.dumps([asked, files, SCHEMA_VERSION, __version__]).encode()).hexdigest()[:32]
+
+    def layers(self, *, skip: Collection[str] = (), progress: bool = True) -> Iterator[LayerSubspace]:
+        """Fit every layer but those of `skip`, in the checkpoint's order. The next pair is read while one is decomposed."""
+        from tqdm.auto import tqdm
+
+        names = [name for name in self.targets if name not in skip]
+        bar = tqdm(
+            total=len(self.targets),
+            initial=len(self.targets) - len(names),
+            desc="Alignment subspace",
+            unit="layer",
+            disable=None if progress else True,
+        )
+        with bar, ThreadPoolExecutor(1) as reader:
+            ahead = deque(reader.submit(self._read, name) for name in names[:1])
+            for position in range(len(names)):
+                pair = ahead.popleft().result()
+                ahead.extend(reader.submit(self._read, name) for name in names[position + 1 : position + 2])
+                layer = _fit(pair, **self._cut, device=self._device, dtype=self._dtype)
+                del pair
+                yield layer
+                bar.update()
+
+    def _read(self, name: str) -> _Pair:
+        target = self.targets[name]
+        base, aligned = self._base.read(self._partners[target.tensor_module]), self._aligned.read(target.tensor_module)
+        if base.shape != aligned.shape:
+            raise SubspaceError(
+                f"layer {name!r} has shape {tuple(base.shape)} in the base and {tuple(aligned.shape)} in the aligned model: the two are no "
+                "pair; where only the vocabulary differs, leave the layer out of target_modules"
+            )
+        samples = torch.stack([sample(base), sample(aligned)]).float()
+        return _Pair(name, base, aligned, target.transposed, samples, digest(base), digest(aligned))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One layer of both checkpoints, read and fingerprinted."""
+
+    name: str
+    base: Tensor
+    aligned: Tensor
+    transposed: bool
+    samples: Tensor
+    base_digest: str
+    aligned_digest: str
+
+
+def _difference(pair: _Pair, device: torch.device) -> Tensor:
+    """V, (out, in), without a second matrix of its size and precision."""
+    compute = torch.float64 if torch.float64 in (pair.base.dtype, pair.aligned.dtype) else torch.float32
+    V = pair.aligned.to(device, compute, copy=True)
+    for rows, base in zip(torch.split(V, ROWS_AT_A_TIME), torch.split(pair.base, ROWS_AT_A_TIME), strict=True):
+        rows -= base.to(device, compute)
+    return V.mT.contiguous() if pair.transposed else V
+
+
 def _fit(
-    name: str,
-    base: Tensor,
-    aligned: Tensor,
+    pair: _Pair,
     *,
-    transposed: bool,
     rank: int | None,
     tolerance: float | None,
     whole: bool,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> LayerSubspace:
-    if base.shape != aligned.shape:
-        raise SubspaceError(
-            f"layer {name!r} has shape {tuple(base.shape)} in the base and {tuple(aligned.shape)} in the aligned model: the two are no "
-            "pair; where only the vocabulary differs, leave the layer out of target_modules"
-        )
-    compute = torch.float64 if torch.float64 in (base.dtype, aligned.dtype) else torch.float32
-    V = aligned.to(device, compute) - base.to(device, compute)
-    V = V.mT.contiguous() if transposed else V
+    name = pair.name
+    V = _difference(pair, device)
     norm = torch.linalg.vector_norm(V, dtype=torch.float64).item()
     if norm == 0:
         raise SubspaceError(
@@ -409,14 +505,14 @@ def _fit(
     common: dict[str, Any] = {
         "name": name,
         "shape": (out_features, in_features),
-        "transposed": transposed,
+        "transposed": pair.transposed,
         "frobenius_norm": norm,
-        "base_digest": digest(base),
-        "aligned_digest": digest(aligned),
-        "samples": torch.stack([sample(base), sample(aligned)]).float(),
+        "base_digest": pair.base_digest,
+        "aligned_digest": pair.aligned_digest,
+        "samples": pair.samples,
     }
     if whole:
-        kept = V.to(dtype or torch.promote_types(base.dtype, aligned.dtype))
+        kept = V.to(dtype or torch.promote_types(pair.base.dtype, pair.aligned.dtype))
         rounding = torch.linalg.vector_norm(V - kept.to(V.dtype), dtype=torch.float64).item()
         return LayerSubspace(**common, whole=kept.cpu(), error_bound=2 * rounding + rounding**2 / norm)
     svd = thin_svd(V, rank=rank, tolerance=tolerance)

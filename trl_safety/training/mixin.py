@@ -29,6 +29,7 @@ from trl_safety.adapters.lora import (
     unwrap,
 )
 from trl_safety.adapters.subspace import AlignmentSubspace
+from trl_safety.adapters.subspace_build import build_subspace
 from trl_safety.config import AlignmentVectorConfig, CorrectionConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.training.alignment_buffer import AlignmentBuffer
@@ -538,7 +539,8 @@ def _built(trainer: Any, config: SafetyConfig, pair: SubspaceConfig) -> Alignmen
     path = Path(trainer.args.output_dir) / BUILT_SUBSPACE
     with trainer.accelerator.local_main_process_first():
         if trainer.accelerator.is_local_main_process:
-            AlignmentSubspace.from_pair(
+            build_subspace(
+                path,
                 pair.base,
                 pair.aligned,
                 target_modules=names,
@@ -549,5 +551,5 @@ def _built(trainer: Any, config: SafetyConfig, pair: SubspaceConfig) -> Alignmen
                 aligned_revision=pair.aligned_revision,
                 trust_remote_code=pair.trust_remote_code,
                 device=trainer.args.device,
-            ).save(path)
+            )
         return AlignmentSubspace.load(path)
