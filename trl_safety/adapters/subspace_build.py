@@ -59,17 +59,18 @@ class _Parts:
         self._path, self._plan, self._names = path, plan, names
         self._folder = path.with_name(path.name + PARTIAL)
         self._left = f"the layers that are done stay in {str(self._folder)!r}, and the same call goes on from there"
-        asked = self._folder / "plan.json"
-        if self._folder.is_dir() and _text(asked) != plan:
+        self._asked = self._folder / "plan.json"
+        if self._folder.is_dir() and _text(self._asked) != plan:
             shutil.rmtree(self._folder)
-        with replacing(asked, error=SubspaceError, setting="output") as temporary:
-            temporary.write_text(plan, encoding="utf-8")
         self.done = [name for name in names if self._file(name).is_file()]
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{self._names.index(name):05}.safetensors"
 
     def add(self, layer: AlignmentSubspace) -> None:
+        if not self._asked.is_file():
+            with replacing(self._asked, error=SubspaceError, setting="output") as temporary:
+                temporary.write_text(self._plan, encoding="utf-8")
         (name,) = layer.layers
         layer.save(self._file(name), left=self._left)
 
