@@ -41,6 +41,31 @@ QUANTISED_DIFFERENCE = 0.5
 
 
 @dataclass(frozen=True)
+class _Origin:
+    """A subspace file as it was when it was loaded."""
+
+    path: Path
+    inode: int
+    modified: int
+
+    @classmethod
+    def of(cls, path: Path) -> _Origin:
+        found = path.stat()
+        return cls(path, found.st_ino, found.st_mtime_ns)
+
+    def read(self, key: str, held: Tensor) -> Tensor:
+        """A tensor through a new mapping; the held one where the file was removed or replaced since."""
+        try:
+            if _Origin.of(self.path) != self:
+                return held
+            with safe_open(str(self.path), framework="pt") as handle:
+                tensor: Tensor = handle.get_tensor(key)
+                return tensor
+        except (OSError, SafetensorError):
+            return held
+
+
+@dataclass(frozen=True)
 class LayerSubspace:
     """What alignment changed in one layer: V = W_aligned − W_base, cut at a rank or whole.
 
@@ -54,6 +79,7 @@ class LayerSubspace:
         whole: V, (out, in); None where it is cut.
         base_digest, aligned_digest: fingerprints of the two tensors that were read.
         samples: 256 entries of the base and of the aligned weight, (2, 256), by which a loaded model is recognised.
+        origin: the file that the tensors are mapped from, if any.
     """
 
     name: str
@@ -68,6 +94,7 @@ class LayerSubspace:
     singular_values: Tensor | None = None
     right: Tensor | None = None
     whole: Tensor | None = None
+    origin: _Origin | None = field(default=None, compare=False, repr=False)
 
     @property
     def rank(self) -> int:
@@ -80,12 +107,22 @@ class LayerSubspace:
         Raises:
             SubspaceError: V is kept whole, so that no rank was chosen.
         """
-        if self.left is None or self.singular_values is None or self.right is None:
+        left, singular_values, right = self._part("left"), self._part("singular_values"), self._part("right")
+        if left is None or singular_values is None or right is None:
             raise SubspaceError(
                 f"layer {self.name!r}: the subspace keeps V whole, and a projector onto all of V would be the identity on a "
                 "full-rank layer; build the subspace with a rank or a tolerance"
             )
-        return self.left, self.singular_values, self.right
+        return left, singular_values, right
+
+    def _part(self, name: str) -> Tensor | None:
+        """One of the tensors, through a mapping of its own where it is in a file.
+
+        What is read through a mapping counts as the process's memory until the mapping is gone: that of the whole file stays, a
+        caller's ends with its use.
+        """
+        held: Tensor | None = getattr(self, name)
+        return held if held is None or self.origin is None else self.origin.read(f"{self.name}:{name}", held)
 
     def operator(self, kind: Literal["scaled", "orthogonal"]) -> Operator:
         """C = VVᵀ/‖V‖_F ("scaled") or P = UₖUₖᵀ ("orthogonal").
@@ -94,7 +131,9 @@ class LayerSubspace:
             SubspaceError: "orthogonal" on a V kept whole or of full rank, where P is the identity and nothing would happen.
         """
         if kind == "scaled" and self.whole is not None:
-            return WholeOperator(self.whole, self.frobenius_norm)
+            whole = self._part("whole")
+            assert whole is not None  # noqa: S101  # checked above
+            return WholeOperator(whole, self.frobenius_norm)
         left, singular_values, _ = self.factors()
         if kind == "scaled":
             return LowRankOperator(left, singular_values.square() / self.frobenius_norm)
@@ -273,6 +312,7 @@ class AlignmentSubspace:
                         "install the version that wrote it"
                     )
                 keys = set(handle.keys())
+                origin = _Origin.of(Path(path))
                 layers = {
                     layer: LayerSubspace(
                         name=layer,
@@ -283,6 +323,7 @@ class AlignmentSubspace:
                         base_digest=row["base_digest"],
                         aligned_digest=row["aligned_digest"],
                         samples=handle.get_tensor(f"{layer}:samples"),
+                        origin=origin,
                         **{
                             part: handle.get_tensor(f"{layer}:{part}")
                             for part in ("left", "singular_values", "right", "whole")

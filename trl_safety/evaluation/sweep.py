@@ -24,7 +24,7 @@ from trl_safety.errors import ConfigurationError, SafetyError
 from trl_safety.evaluation import page
 from trl_safety.linalg.low_rank import product_norm_squared
 from trl_safety.training.buffer_reinforce import merge_layers, merge_reinforce
-from trl_safety.training.correction import LayerInput, correct_folder, working_factors
+from trl_safety.training.correction import LayerInput, correct_folder
 from trl_safety.training.mixin import correction_for
 from trl_safety.training.scoring import Judge, Kind, Prompt, Scores, paired_p_value, score
 
@@ -257,7 +257,7 @@ def _corrector(
     if subspace is None:
         raise ConfigurationError(f"subspace is missing: {method} needs an alignment subspace; give the file made by `trl-safety subspace`")
     layers = subspace.for_modules(folder.factors)
-    inputs = [LayerInput(name, *working_factors(f.B, f.A), f.scaling, layers[name]) for name, f in folder.factors.items()]
+    inputs = [LayerInput(name, (f.B, f.A), f.scaling, layers[name], f.B.device) for name, f in folder.factors.items()]
 
     def corrected(options: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
         config: CorrectionConfig = validate(METHODS[method], options, method)

@@ -21,7 +21,7 @@ from trl_safety.config import AlignmentVectorConfig, validate
 from trl_safety.errors import CheckpointError, ConfigurationError, SubspaceError
 from trl_safety.linalg.low_rank import product_norm_squared, truncate_product
 from trl_safety.methods import alignment_vector
-from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction, update_config
+from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction, on_host, update_config
 from trl_safety.training.report import LayerReport, MethodReport, SafetyReport
 
 VOCABULARY = ("embed", "lm_head", "wte")
@@ -76,32 +76,32 @@ class AlignmentVectorCorrection(Correction):
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
         """Add V to every layer; one transfer to the host."""
         config = self.config
-        computed: list[tuple[Tensor, Tensor]] = []
-        rows = []
+        computed, rows = [], []
         for layer in layers:
+            trained_B, trained_A = layer.factors()
             left, sigma, right = layer.subspace.factors()
-            U, values, Z = (t.to(layer.B) for t in (left[:, : config.rank], sigma[: config.rank], right[:, : config.rank]))
-            source = layer.B
+            U, values, Z = (t.to(trained_B) for t in (left[:, : config.rank], sigma[: config.rank], right[:, : config.rank]))
+            source = trained_B
             if config.dare:
                 generator = torch.Generator().manual_seed(config.seed + zlib.crc32(layer.name.encode()))
                 source = alignment_vector.drop_and_rescale(source, config.dare, generator)
-            B, A = alignment_vector.add(source, layer.A, U, values, Z, gamma=config.gamma, kappa=config.kappa, scaling=layer.scaling)
+            B, A = alignment_vector.add(source, trained_A, U, values, Z, gamma=config.gamma, kappa=config.kappa, scaling=layer.scaling)
             lost = B.new_zeros(())
             if config.cut_to is not None and config.cut_to < A.shape[0]:
                 B, A, lost = truncate_product(B, A, config.cut_to)
-            computed.append((B, A))
+            computed.append(layer.cast(B, A))
             squares = torch.stack(
                 [
-                    product_norm_squared(layer.B, layer.A),
+                    product_norm_squared(trained_B, trained_A),
                     values.square().sum() / layer.scaling**2,
-                    alignment_vector.inner(layer.B, layer.A, U, values, Z) / layer.scaling,
+                    alignment_vector.inner(trained_B, trained_A, U, values, Z) / layer.scaling,
                     product_norm_squared(B, A),
                     lost,
                 ]
             )
-            rows.append((squares * layer.scaling**2).cpu())
+            rows.append(squares * layer.scaling**2)
         results = {}
-        for layer, factors, (update, vector, inner, corrected, lost) in zip(layers, computed, torch.stack(rows).tolist(), strict=True):
+        for layer, factors, (update, vector, inner, corrected, lost) in zip(layers, computed, on_host(rows).tolist(), strict=True):
             measured = {
                 "update_norm": max(update, 0.0) ** 0.5,
                 "vector_norm": abs(config.gamma) * vector**0.5,

@@ -25,7 +25,7 @@ from trl_safety.config import BufferReinforceConfig, ReinforceMergeConfig, valid
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.linalg.low_rank import product_norm_squared, truncate_product
 from trl_safety.methods import buffer_reinforce
-from trl_safety.training.correction import NOT_VERIFIED, Prepared, carried_methods, update_config, working_factors
+from trl_safety.training.correction import NOT_VERIFIED, Prepared, carried_methods, on_host, update_config, working_factors
 from trl_safety.training.report import REPORT, SOURCES, LayerReport, MethodReport, SafetyReport, fingerprints, with_section
 from trl_safety.training.report_source import adapter_folder, report_source
 
@@ -80,9 +80,9 @@ def merge_layers(
         squares = [product_norm_squared(*pair) for pair in (one[:2], other[:2], (projected, other[1]), (B, A))]
         norms = [(value.clamp(min=0).sqrt() * factor) for value, factor in zip(squares, (one[2], other[2], other[2], scaling), strict=True)]
         left = torch.where(squares[1] > 0, squares[2] / squares[1].clamp(min=1e-300), 1)
-        rows.append(torch.stack([norms[0], norms[1], 1 - left, kept.to(B), norms[3], lost.clamp(min=0).sqrt() * scaling]).cpu())
+        rows.append(torch.stack([norms[0], norms[1], 1 - left, kept.to(B), norms[3], lost.clamp(min=0).sqrt() * scaling]))
     result = {}
-    for (name, (B, A)), row in zip(merged.items(), torch.stack(rows).tolist(), strict=True):
+    for (name, (B, A)), row in zip(merged.items(), on_host(rows).tolist(), strict=True):
         measured = dict(zip(MEASURES, row, strict=True))
         missing = "the user's adapter" if name not in user else "the ReinforceLoRA" if name not in reinforce else None
         report = LayerReport(action="merged", reason=f"not in {missing}" if missing else None, measured=measured)

@@ -66,13 +66,22 @@ NOT_VERIFIED = "not verified"
 
 @dataclass(frozen=True)
 class LayerInput:
-    """One trained layer: ΔW = scaling · B · A with B (out, r) and A (r, in), and its alignment subspace."""
+    """One trained layer: ΔW = scaling · B · A with B (out, r) and A (r, in), as they are stored, and its alignment subspace."""
 
     name: str
-    B: Tensor
-    A: Tensor
+    stored: tuple[Tensor, Tensor]
     scaling: float
     subspace: LayerSubspace
+    device: torch.device
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B and A to compute with; made anew at every call, so that no two layers' are held."""
+        B, A = self.stored
+        return working_factors(B.to(self.device), A.to(self.device))
+
+    def cast(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """New factors in the dtype and on the device of those that they replace."""
+        return B.to(self.stored[0]), A.to(self.stored[1])
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,11 @@ class Correction(ABC):
 def working_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Factors in float64, on their device: a trained adapter is small, and the Grams square the condition number."""
     return B.detach().double(), A.detach().double()
+
+
+def on_host(rows: Sequence[Tensor]) -> Tensor:
+    """Every layer's measurements as one table, in one transfer."""
+    return torch.stack([row.to(rows[0].device) for row in rows]).cpu()
 
 
 @dataclass
@@ -215,7 +229,7 @@ def correct_model(
         prepared.modules = lora_modules(model, prepared.adapter)
         prepared.subspaces = {**prepared.subspaces, **further}
     results = correction.run(
-        [LayerInput(m.name, *working_factors(*_trained(m, further)), m.scaling, prepared.subspaces[m.name]) for m in prepared.covered]
+        [LayerInput(m.name, _trained(m, further), m.scaling, prepared.subspaces[m.name], m.B.device) for m in prepared.covered]
     )
     reshaped = bool(further)
     for module in prepared.modules:
@@ -238,7 +252,8 @@ def correct_model(
 
 def _trained(module: LoraModule, further: Mapping[str, object]) -> tuple[Tensor, Tensor]:
     """What training made of a layer: factors of rank 0 where it was not the adapter's."""
-    return (module.B[:, :0], module.A[:0]) if module.name in further else (whole(module.B), whole(module.A))
+    B, A = whole(module.B).detach(), whole(module.A).detach()
+    return (B[:, :0], A[:0]) if module.name in further else (B, A)
 
 
 def apply_correction(
@@ -361,17 +376,13 @@ def correct_folder(
     inputs = []
     for name, layer in subspaces.items():
         factors = folder.factors[name]
-        inputs.append(LayerInput(name, *working_factors(factors.B.to(where), factors.A.to(where)), factors.scaling, layer))
-    for name, layer in further.items():
-        empty = (
-            torch.zeros(layer.shape[0], 0, dtype=torch.float64, device=where),
-            torch.zeros(0, layer.shape[1], dtype=torch.float64, device=where),
-        )
-        inputs.append(LayerInput(name, *empty, 1.0, layer))
-    results = correction.run(inputs)
+        inputs.append(LayerInput(name, (factors.B, factors.A), factors.scaling, layer, where))
     stored = next(iter(folder.factors.values())).B.dtype
-    changed = {name: (r.factors[0].cpu(), r.factors[1].cpu()) for name, r in results.items() if r.factors is not None}
-    changed |= {name: (changed[name][0].to(stored), changed[name][1].to(stored)) for name in further if name in changed}
+    for name, layer in further.items():
+        empty = (torch.zeros(layer.shape[0], 0, dtype=stored), torch.zeros(0, layer.shape[1], dtype=stored))
+        inputs.append(LayerInput(name, empty, 1.0, layer, where))
+    results = correction.run(inputs)
+    changed = {name: r.factors for name, r in results.items() if r.factors is not None}
     config = copy.deepcopy(folder.config)
     if added := [name for name in further if name in changed]:
         target(config, [*folder.factors, *added])

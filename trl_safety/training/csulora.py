@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
 from trl_safety.config import CsuloraConfig, validate
 from trl_safety.errors import SubspaceError
 from trl_safety.methods import csulora
-from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction
+from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction, on_host
 from trl_safety.training.report import LayerReport, SafetyReport
 
 
@@ -41,20 +41,21 @@ class CsuloraCorrection(Correction):
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
         """Correct every layer with a non-zero update; one transfer to the host."""
         off = self.config.lambda_partial == 0 and self.config.lambda_outside == 0
-        computed: list[tuple[tuple[Tensor, Tensor], Tensor]] = []
+        computed, rows = [], []
         for layer in layers:
+            trained_B, trained_A = layer.factors()
             left, _, right = layer.subspace.factors()
-            U, Z = left.to(layer.B), right.to(layer.A)
-            parts = csulora.energies(layer.B, layer.A, U, Z)
+            U, Z = left.to(trained_B), right.to(trained_A)
+            parts = csulora.energies(trained_B, trained_A, U, Z)
             a, b = csulora.attenuations(parts, self.config.lambda_partial, self.config.lambda_outside)
-            B, A = csulora.correct(layer.B, layer.A, U, Z, a, b)
+            B, A = csulora.correct(trained_B, trained_A, U, Z, a, b)
             lost = torch.zeros_like(a)
             if self.config.output_rank == "original":
-                B, A, lost = csulora.cut_back(B, A, layer.A.shape[0])
-            computed.append(((B, A), torch.stack([*parts, a, b, lost]).cpu()))
+                B, A, lost = csulora.cut_back(B, A, trained_A.shape[0])
+            computed.append(layer.cast(B, A))
+            rows.append(torch.stack([*parts, a, b, lost]))
         results = {}
-        rows = torch.stack([row for _, row in computed]).tolist()
-        for layer, (factors, _), (inside, partial, outside, a, b, lost) in zip(layers, computed, rows, strict=True):
+        for layer, factors, (inside, partial, outside, a, b, lost) in zip(layers, computed, on_host(rows).tolist(), strict=True):
             total = inside + partial + outside
             measured = {
                 "update_norm": total**0.5 * layer.scaling,

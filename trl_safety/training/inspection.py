@@ -16,7 +16,7 @@ from trl_safety.adapters.lora import check_shape, marks
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.errors import SafetyError
 from trl_safety.methods import csulora, safe_lora
-from trl_safety.training.correction import working_factors
+from trl_safety.training.correction import on_host, working_factors
 
 
 class LayerView(BaseModel):
@@ -62,9 +62,9 @@ def inspect_adapter(adapter: str | Path, subspace: AlignmentSubspace, *, device:
         if layer.whole is None:
             left, _, right = layer.factors()
             parts = list(csulora.energies(B, A, left.to(B), right.to(A)))
-        rows.append(torch.stack([cosine, norm * factors.scaling, *(part / norm.square().clamp(min=1e-300) for part in parts)]).cpu())
+        rows.append(torch.stack([cosine, norm * factors.scaling, *(part / norm.square().clamp(min=1e-300) for part in parts)]))
     views = []
-    for (name, layer), (cosine, norm, *shares) in zip(found.items(), torch.stack(rows).tolist(), strict=True):
+    for (name, layer), (cosine, norm, *shares) in zip(found.items(), on_host(rows).tolist(), strict=True):
         split = dict(zip(("inside", "partial", "outside"), shares, strict=True)) if layer.whole is None else {}
         views.append(LayerView(layer=name, rank=layer.rank, alignment_norm=layer.frobenius_norm, update_norm=norm, cosine=cosine, **split))
     return AdapterView(adapter=str(adapter), subspace=repr(subspace), corrected_by=marks(folder.config), layers=views)

@@ -11,7 +11,7 @@ from torch import nn
 from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
 from trl_safety.config import Operator, SafeLoraConfig, validate
 from trl_safety.methods import safe_lora
-from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction
+from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction, on_host
 from trl_safety.training.report import LayerReport, SafetyReport
 
 
@@ -28,19 +28,20 @@ class SafeLoraCorrection(Correction):
 
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
         """Measure all layers, choose, project; one transfer to the host."""
-        images = [
-            safe_lora.project(layer.B, layer.subspace.operator(self.config.operator).to(layer.B.device, layer.B.dtype)) for layer in layers
-        ]
-        measured = torch.stack(
-            [torch.stack(safe_lora.cosine(image, layer.B, layer.A)).cpu() for image, layer in zip(images, layers, strict=True)]
-        )
+        projected, rows = [], []
+        for layer in layers:
+            B, A = layer.factors()
+            image = safe_lora.project(B, layer.subspace.operator(self.config.operator).to(B.device, B.dtype))
+            rows.append(torch.stack(safe_lora.cosine(image, B, A)))
+            projected.append(layer.cast(image, A)[0])
+        measured = on_host(rows)
         chosen = safe_lora.select(measured[:, 0], threshold=self.config.threshold, layers=self.config.layers).tolist()
         results = {}
-        for layer, image, (cosine, norm, image_norm), act in zip(layers, images, measured.tolist(), chosen, strict=True):
+        for layer, image, (cosine, norm, image_norm), act in zip(layers, projected, measured.tolist(), chosen, strict=True):
             row = {"cosine": cosine, "update_norm": norm * layer.scaling}
             if act and norm > 0:
                 row["corrected_norm"] = image_norm * layer.scaling
-                results[layer.name] = LayerResult(LayerReport(action="corrected", measured=row), (image, layer.A))
+                results[layer.name] = LayerResult(LayerReport(action="corrected", measured=row), (image, layer.stored[1]))
             else:
                 reason = "the update is zero" if norm == 0 else "cosine above the threshold"
                 results[layer.name] = LayerResult(LayerReport(action="left_alone", reason=reason, measured=row), None)
