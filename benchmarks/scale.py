@@ -33,7 +33,7 @@ STEPS = ["pair", "read", "build", "correct", "inspect"]
 CORRECTIONS: dict[str, list[str]] = {
     "safe_lora": ["--layers", "10"],
     "csulora": [],
-    "alignment_vector": ["--cut-to", "16", "--rank", "16"],
+    "alignment_vector": ["--rank", "16"],
 }
 CHILD = """
 import resource, sys, time

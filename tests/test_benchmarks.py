@@ -32,8 +32,16 @@ def test_alignment_vector_says_what_it_needs() -> None:
     assert "--gammas" in run("alignment_vector.py", "--help")
 
 
-def test_dual_select() -> None:
-    out = run("dual_select.py", "--hidden", 64, "--layers", 1, "--length", 16, "--batches", 4, "--pool", 8, "--rounds", 1, "--steps", 2)
+def test_training_step() -> None:
+    out = run("training_step.py", "--hidden", 64, "--layers", 1, "--length", 16, "--batches", 4, "--pool", 8, "--rounds", 1, "--steps", 2)
     row = json.loads(out.splitlines()[-1])
     assert row["dual_select_to_plain"] > 0
-    assert set(row["peak_MB"]) == {"plain", "dual_select", "loop"}
+    assert row["buffer_to_plain"] > 0
+    assert set(row["peak_MB"]) == {"plain", "asft", "dual_select", "buffer", "loop"}
+
+
+def test_scale(tmp_path: Path) -> None:
+    out = run("scale.py", tmp_path, "--model", "tiny", "--rank", 16, "--adapter-rank", 4, "--json", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert {"read", "build", "safe_lora", "csulora", "alignment_vector", "inspect"} <= found.keys()
+    assert "× reading" in out
