@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,19 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
             )
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Axolotl calls this before and after it saves; the correction has acted by then, and the card is the last file it writes."""
+        """Axolotl calls this before and after it saves; the correction has acted by then, and the card is the last file it writes.
+
+        With FSDP it writes the adapter itself, without the model's `save_pretrained`, which would have written the report.
+        """
         from trl_safety.training.report import REPORT, add_to_card, read_report
+        from trl_safety.training.report_source import report_source
 
         folder = Path(cfg.get("output_dir"))
-        if int(cfg.get("local_rank") or 0) == 0 and (folder / REPORT).is_file() and (folder / "README.md").is_file():
+        if int(os.environ.get("RANK") or cfg.get("local_rank") or 0) != 0:
+            return
+        if (cfg.get("fsdp_config") or cfg.get("fsdp")) and (folder / "adapter_model.safetensors").is_file():
+            report_source(model, "default").write_beside(folder)
+        if (folder / REPORT).is_file() and (folder / "README.md").is_file():
             add_to_card(folder / "README.md", read_report(folder))
 
 

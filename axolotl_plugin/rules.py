@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trl_safety.config import CORRECTIONS, METHODS, SafetyConfig
@@ -40,6 +42,13 @@ def _on(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
 
 def _above_one(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda cfg: any(int(cfg.get(key) or 1) > 1 for key in keys)
+
+
+def _zero3(cfg: Mapping[str, Any]) -> bool:
+    given = cfg.get("deepspeed")
+    path = Path(str(given))
+    content = json.loads(path.read_text(encoding="utf-8")) if isinstance(given, str) and path.is_file() else given
+    return isinstance(content, Mapping) and int((content.get("zero_optimization") or {}).get("stage") or 0) == 3
 
 
 REFUSED = (
@@ -82,8 +91,36 @@ REFUSED = (
         "only supervised fine-tuning has been shown to work",
         "remove rl / reward_model",
     ),
-    Rule("fsdp, fsdp_config", "set", _on("fsdp", "fsdp_config"), "shards the LoRA factors, which has not been shown to work", "use DDP"),
-    Rule("deepspeed", "set", _on("deepspeed"), "shards optimizer or parameters, which has not been shown to work", "use DDP"),
+    Rule(
+        "fsdp, fsdp_config",
+        "set, without fsdp_version: 2",
+        lambda c: _on("fsdp", "fsdp_config")(c) and str(c.get("fsdp_version") or (c.get("fsdp_config") or {}).get("fsdp_version")) != "2",
+        "the first FSDP flattens the LoRA factors with other parameters, where no method can read them",
+        "set fsdp_version: 2",
+    ),
+    Rule(
+        "fsdp_version",
+        "2",
+        lambda c: _on("fsdp", "fsdp_config")(c),
+        "the gradients of whole LoRA factors are spread over the processes",
+        "use DDP",
+        ("dual_select",),
+    ),
+    Rule(
+        "deepspeed",
+        "a file with ZeRO stage 3",
+        _zero3,
+        "keeps every LoRA factor in pieces that only its own hooks put together",
+        "use stage 2, or FSDP with fsdp_version: 2",
+    ),
+    Rule(
+        "deepspeed",
+        "set (any stage)",
+        _on("deepspeed"),
+        "the gradients of whole LoRA factors are spread over the processes",
+        "use DDP",
+        ("dual_select",),
+    ),
     Rule(
         "context_parallel_size, tensor_parallel_size, sequence_parallel_degree, expert_parallel_size",
         "above 1",

@@ -86,6 +86,8 @@ def config(world: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+SITE = Path(__file__).parent / "site"
+"""Has FSDP run on a CPU."""
 CPU = {
     "use_cpu": True,
     "bf16": False,
@@ -119,7 +121,9 @@ def axolotl(tmp_path: Path) -> Axolotl:
             "HF_HUB_OFFLINE": "1",
             "AXOLOTL_DO_NOT_TRACK": "1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(__file__).parent.parent.parent), *([str(SITE)] if "fsdp_config" in configuration else [])]
+            ),
         }
         line = [str(binaries / "axolotl"), *command.split(), str(path), *arguments]
         done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)

@@ -126,6 +126,27 @@ def test_two_processes_equal_one_with_twice_the_batch(
     verify(tmp_path / "two")
 
 
+def test_fsdp_equals_one_process(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    """Axolotl saves the adapter of sharded factors by itself, past what writes the report elsewhere."""
+    config |= {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 0.01}
+    options = protect(config, world, asft={"weight": 0.05}, safe_lora={"threshold": 1.0})
+    options["datasets"][0]["path"] = str(world / "same.jsonl")
+    axolotl("train", {**options, "output_dir": str(tmp_path / "one")})
+    shards = {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "state_dict_type": "FULL_STATE_DICT",
+        "reshard_after_forward": True,
+        "cpu_ram_efficient_loading": False,
+        "offload_params": False,
+    }
+    two = {**options, "output_dir": str(tmp_path / "two"), "micro_batch_size": 4, "fsdp_version": 2, "fsdp_config": shards}
+    del two["use_cpu"]
+    axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node=2")
+    assert tiny.largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 2e-5
+    assert [method.acted for method in verify(tmp_path / "two").methods] == [True, True]
+
+
 def dual(config: dict[str, Any], world: Path, **options: Any) -> dict[str, Any]:
     """The configuration with DualSelect on references in the format of its data set."""
     block = {"reference_dataset": str(world / "text.jsonl"), "warmup_steps": 1, "refresh_steps": 1, "keep": 4, "references": 5, "rho": 0.5}

@@ -12,7 +12,7 @@ from tests.evaluation.test_evaluate import SETS, sets_of, world  # noqa: F401  #
 from trl_safety import AlignmentSubspace
 from trl_safety.cli import app
 from trl_safety.errors import ConfigurationError, ReportError
-from trl_safety.evaluation.run_page import write_run_page
+from trl_safety.evaluation.run_page import _layers, write_run_page
 
 
 def test_all_sections(world: Path, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:  # noqa: F811
@@ -67,6 +67,10 @@ def test_all_sections(world: Path, tmp_path: Path, gqa_subspace: AlignmentSubspa
     assert "safety/attack" in text
     assert not re.search(r"(src|href)=.?https?:", text)
     assert "A safety method acted" in text
+    assert "before: aligned" in text
+    assert "exact McNemar test of after against before" in text
+    assert "plain scaling (a control)" in text
+    assert str(tmp_path) not in text
 
 
 def test_a_changed_adapter_is_said(world: Path, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:  # noqa: F811
@@ -75,11 +79,38 @@ def test_a_changed_adapter_is_said(world: Path, tmp_path: Path, gqa_subspace: Al
     trainer.save_model()
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
+    report = json.loads((tmp_path / "safety_report.json").read_text())
+    reasons = {layer["reason"] for layer in report["methods"][0]["layers"].values()}
+    assert reasons == {None, "not among the 3 layers of smallest cosine"}
+    (tmp_path / "safety_report.json").write_text(json.dumps({**report, "not_covered": [f"norm.{i}" for i in range(8)]}))
     write_run_page(tmp_path, tmp_path / "page.html")
-    assert "has changed since" in (tmp_path / "page.html").read_text()
+    text = (tmp_path / "page.html").read_text()
+    assert "has changed since" in text
+    assert "<details><summary>8 in all</summary>norm.0, norm.1" in text
     with pytest.raises(ReportError, match="no method of trl-safety"):
         write_run_page(world / "user", tmp_path / "none.html")
     with pytest.raises(ConfigurationError, match="run `trl-safety sweep`"):
         write_run_page(tmp_path, tmp_path / "none.html", sweep=tmp_path)
     assert not (tmp_path / "none.html").exists()
     assert SETS
+
+
+def test_layers_in_their_order_and_many_as_a_map() -> None:
+    def names(blocks: int) -> dict[str, dict[str, float]]:
+        return {
+            f"model.layers.{i}.{module}": {"update_norm": 1.0, **({"corrected_norm": 0.5} if i else {})}
+            for module in ("mlp.up_proj", "mlp.down_proj")
+            for i in range(blocks)
+        }
+
+    bars = _layers(names(11), ["update_norm", "corrected_norm"])
+    labels = [label.get_text() for label in bars.axes[0].get_yticklabels()]
+    assert labels[:2] == ["0.mlp.down_proj", "0.mlp.up_proj"]
+    assert labels[-1] == "10.mlp.up_proj"
+    assert bars.axes[1].patches[0].get_width() == 1.0  # left alone: what it was shows, and no zero
+    mapped = _layers(names(40), ["update_norm", "corrected_norm"])
+    assert [label.get_text() for label in mapped.axes[0].get_yticklabels()] == ["mlp.down_proj", "mlp.up_proj"]
+    values = mapped.axes[1].images[0].get_array()
+    assert values.shape == (2, 40)
+    assert values.mask[:, 0].all()
+    assert not values.mask[:, 1:].any()

@@ -16,7 +16,7 @@ from trl_safety.cli import app
 from trl_safety.config import SafeLoraConfig
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.evaluation.loading import load_model
-from trl_safety.evaluation.sweep import Point, Sweep, choose, parse_grid, sweep, write_chosen
+from trl_safety.evaluation.sweep import Point, Sweep, choose, figure, parse_grid, rows, section, sweep, write_chosen
 from trl_safety.training.correction import correct_folder
 from trl_safety.training.report import verify
 from trl_safety.training.safe_lora import SafeLoraCorrection
@@ -118,6 +118,34 @@ def point(method: str, attack: float, task: float) -> Point:
 def test_the_choice(attack: float | None, loss: float | None, expected: int | None) -> None:
     points = [point("uncorrected", 1.0, 0.9), point("m", 0.8, 0.9), point("m", 0.4, 0.85), point("m", 0.1, 0.5), point("scaled", 0.0, 0.9)]
     assert choose(Sweep(adapter="a", method="m", max_attack_success=attack, max_utility_loss=loss, points=points)) == expected
+
+
+def test_numbers_and_what_a_control_does_as_well() -> None:
+    points = [
+        point("uncorrected", 1.0, 0.9),
+        point("m", 0.5, 0.5),
+        point("scaled", 0.7, 0.8),  # as good as setting 3 on both, and better on one
+        point("m", 0.2, 0.7),
+        point("scaled", 0.2, 0.7),  # as good as setting 2, and no better
+        point("m", 0.8, 0.8),
+    ]
+    found = Sweep(adapter="a", method="m", max_attack_success=None, max_utility_loss=None, points=points)
+    assert [cells[0] for cells in rows(found)] == ["", "1", "control 1", "2", "control 2", "3"]
+    texts = [text.get_text() for text in figure(found).axes[0].texts]
+    assert sorted(texts) == ["1", "1", "2", "2", "3"]
+    said = "".join(section(found, b""))
+    assert "No constraint was given, so none was chosen." in said
+    assert "2 of 3 settings." in said
+    assert "attack: harmful prompts complied with (n = 1)" in said
+    assert "<div class=t tabindex=0><table>" in said
+    for chosen, expected in (
+        (5, "Chosen: 3 "),
+        (5, "2 of 3 settings, the chosen one among them."),
+        (3, "2 of 3 settings, not the chosen one."),
+    ):
+        assert expected in "".join(section(found.model_copy(update={"chosen": chosen}), b""))
+    alone = found.model_copy(update={"points": [each for each in points if each.method != "scaled"]})
+    assert "No control was scored" in "".join(section(alone, b""))
 
 
 def test_the_command(world: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from trl_safety import AlignmentSubspace
 output, batch, block, source, model = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4], sys.argv[5]
 trainer = tiny.trainer(
     output,
-    base=tiny.model(model),
+    base=model,
     safety=block,
     subspace=None if source == "none" else AlignmentSubspace.load(source),
     eval_dataset=tiny.rows(8),

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from trl_safety.adapters.names import strip_wrappers
-from trl_safety.adapters.shards import is_sharded
+from trl_safety.adapters.shards import CHECKED_ELSEWHERE, is_sharded, placeholders
 from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, LayerSubspace
 from trl_safety.errors import AdapterError
 
@@ -261,6 +261,9 @@ def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubs
     Raises:
         AdapterError: a weight has another shape or is another model's, naming the layer.
     """
+    modules = list(modules)
+    if placeholders() and not any(is_sharded(module.A) for module in modules):
+        return CHECKED_ELSEWHERE
     unread, layers, closer, apart = 0, 0, 0.0, 0.0
     for module in modules:
         subspace = subspaces.get(module.name)

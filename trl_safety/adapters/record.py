@@ -23,6 +23,7 @@ from trl_safety.adapters.files import replacing
 from trl_safety.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
 from trl_safety.adapters.lora import KIND_PREFIX, full_precision, kind_of
 from trl_safety.adapters.names import match
+from trl_safety.adapters.shards import CHECKED_ELSEWHERE, placeholders
 from trl_safety.adapters.subspace import CASTS, FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, sample
 from trl_safety.errors import AdapterError
 
@@ -106,6 +107,8 @@ class AdapterRecord:
         Raises:
             AdapterError: a layer's weights are another model's.
         """
+        if placeholders():
+            return CHECKED_ELSEWHERE
         entries, quantised = _entries({name: layer for name, layer in layers.items() if name in self.samples})
         return self._check(entries, quantised, setting, "the model")
 

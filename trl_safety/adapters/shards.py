@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,17 @@ def is_sharded(tensor: Tensor) -> bool:
 def sharded(model: nn.Module) -> bool:
     """Whether any parameter of a model is."""
     return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+CHECKED_ELSEWHERE = "checked by the process that loaded the weights"
+
+
+def placeholders() -> bool:
+    """Whether this process's base weights are no weights yet: with FSDP's `cpu_ram_efficient_loading` one process loads them, and the
+    others get theirs when the model is sharded. That one checks them for all.
+    """
+    switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return all(os.environ.get(switch, "").lower() == "true" for switch in switches) and int(os.environ.get("LOCAL_RANK") or 0) != 0
 
 
 def whole(tensor: Tensor) -> Tensor:

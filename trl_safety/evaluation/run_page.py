@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,38 @@ from trl_safety.adapters.files import replacing
 from trl_safety.errors import ConfigurationError, ReportError, SafetyError
 from trl_safety.evaluation import page
 from trl_safety.evaluation.evaluate import Evaluation, read_evaluation, refuse_another
-from trl_safety.evaluation.sweep import HEADINGS, Sweep, figure, rows
+from trl_safety.evaluation.sweep import Sweep, figure, p_text, rates_explained, section
 from trl_safety.training.inspection import common_prefix
 from trl_safety.training.report import MethodReport, SafetyReport, read_report, verify
+from trl_safety.training.scoring import KINDS
 
-CURVES = (
-    "loss",
-    "eval_loss",
-    "safety/attack",
-    "safety/over_refusal",
-    "safety/update_norm",
-    "safety/asft_penalty",
-    "safety/kept_share",
-    "safety/conflict",
-)
+CURVES = {
+    "loss": "on the training data; with AsFT its penalty is part of it",
+    "eval_loss": "on the evaluation data",
+    "safety/attack": "share of harmful prompts complied with",
+    "safety/over_refusal": "share of benign prompts refused",
+    "safety/update_norm": "‖ΔW‖ over all layers",
+    "safety/asft_penalty": "the update outside the subspace, squared, before its weight",
+    "safety/kept_share": "share of samples that DualSelect kept",
+    "safety/conflict": "share of samples whose gradient is against the safety references'",
+}
+SHARES = ("attack", "over_refusal", "share", "conflict")
+"""Ends of the names of curves between 0 and 1."""
+MEASURED = {
+    "update_norm": "‖ΔW‖ of the layer before any correction",
+    "corrected_norm": "‖ΔW‖ after the correction; a layer without was left alone, and is as in update_norm (grey behind bars)",
+    "cosine": "of the update with what the subspace keeps of it; for the alignment vector, with that vector",
+    "penalty": "the update outside the subspace, squared",
+    "inside": "share of ‖ΔW‖² inside the subspace",
+    "partial": "share inside on one side, of input and output, alone",
+    "outside": "share inside on neither",
+    "vector_norm": "norm of the vector that was added, times gamma",
+    "vector_share": "share of the whole vector's square that its rank holds",
+    "reinforce_norm": "‖ΔW‖ of the ReinforceLoRA",
+    "removed_share": "share of its square that lay along the user's directions and was removed",
+    "kept_directions": "number of the user's directions",
+}
+MOST_BARS = 60
 
 
 def write_run_page(folder: Path, output: Path, *, evaluation: Path | None = None, sweep: Path | None = None) -> None:
@@ -60,47 +80,76 @@ def _summary(folder: Path, report: SafetyReport) -> list[str]:
     try:
         verify(folder)
         state = page.paragraph(
-            "A safety method acted on this adapter, and its files are as the report describes them. That is no proof of safety.", "good"
+            "A safety method acted on this adapter, and its files are as the report describes them. That is no proof of safety."
         )
     except ReportError as error:
         state = page.paragraph(str(error), "bad")
-    facts = [("base model", report.base_model or "unknown"), ("checked", report.base_check), ("stage", report.stage)]
+    facts: list[tuple[str, str | list[str]]] = [("base model", page.short(report.base_model or "unknown"))]
+    facts += [("checked", report.base_check), ("stage", report.stage)]
     facts += [("made", f"{report.created}, trl-safety {report.trl_safety}")]
     if report.subspace:
-        facts.append(("alignment subspace", f"{report.subspace['base']} → {report.subspace['aligned']}, {report.subspace['cut']}"))
+        base, aligned = page.short(report.subspace["base"]), page.short(report.subspace["aligned"])
+        facts.append(("alignment subspace", f"{base} → {aligned}, {report.subspace['cut']}"))
     if report.skipped:
-        facts.append(("left alone on request", ", ".join(report.skipped)))
+        facts.append(("left alone on request", list(report.skipped)))
     if report.not_covered:
-        facts.append(("trained, but covered by no method", ", ".join(report.not_covered)))
-    return [state, page.table(("", ""), facts)]
+        facts.append(("trained, but covered by no method", report.not_covered))
+    return [state, page.facts(facts)]
 
 
 def _method(method: MethodReport) -> list[str]:
     settings = ", ".join(f"{key} = {value}" for key, value in method.settings.items() if value is not None)
     parts = [
         page.heading(method.source),
-        page.paragraph(method.summary, "good" if method.acted else "bad"),
+        page.paragraph(method.summary),
         page.paragraph(f"Settings: {settings}"),
     ]
     measured = {name: layer.measured for name, layer in method.layers.items() if layer.measured}
     if measured:
-        parts.append(page.picture(page.png(_layers(measured)), f"what {method.name} measured in every layer"))
+        keys = list(dict.fromkeys(key for row in measured.values() for key in row))[:4]
+        parts.append(page.picture(page.png(_layers(measured, keys)), f"what {method.name} measured in every layer"))
+        parts.append(page.facts((key, MEASURED[key]) for key in keys if key in MEASURED))
     return parts
 
 
-def _layers(measured: dict[str, dict[str, float]]) -> Any:
+def _layers(measured: dict[str, dict[str, float]], keys: list[str]) -> Any:
     from matplotlib.figure import Figure
 
-    keys = list(dict.fromkeys(key for row in measured.values() for key in row))[:4]
-    names = list(measured)
+    names = sorted(measured, key=lambda name: re.sub(r"\d+", lambda digits: digits[0].zfill(9), name))
     shared = common_prefix(names)
+    places = {name: place for name in names if (place := re.search(r"(?<![^.])(\d+)\.", name))}
+    if len(names) > MOST_BARS and len(places) == len(names):
+        cells = {
+            ((name[: place.start()] + name[place.end() :]).removeprefix(shared), int(place[1])): measured[name]
+            for name, place in places.items()
+        }
+        return _heat_map(cells, keys)
     chart = Figure(figsize=(11, max(2.5, 0.16 * len(names) + 1.2)), layout="constrained")
     for axis, key in zip(chart.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
+        if key == "corrected_norm":
+            axis.barh(range(len(names)), [measured[name].get("update_norm", 0.0) for name in names], color="#d5d5d5")
         axis.barh(range(len(names)), [measured[name].get(key, 0.0) for name in names], color="#44617b")
-        axis.set(title=key, yticks=range(len(names)))
+        axis.set(title=key, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+        axis.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False)
         axis.set_yticklabels([name.removeprefix(shared) for name in names], fontsize=6)
         axis.grid(axis="x", alpha=0.3)
-    chart.axes[0].invert_yaxis()
+    return chart
+
+
+def _heat_map(cells: dict[tuple[str, int], dict[str, float]], keys: list[str]) -> Any:
+    """One map per key, of cells by module and block."""
+    from matplotlib.figure import Figure
+
+    modules = list(dict.fromkeys(module for module, _ in cells))
+    blocks = sorted({block for _, block in cells})
+    chart = Figure(figsize=(11, len(keys) * (0.2 * len(modules) + 1.1)), layout="constrained")
+    for axis, key in zip(chart.subplots(len(keys), 1, squeeze=False)[:, 0], keys, strict=True):
+        values = [[cells.get((module, block), {}).get(key, math.nan) for block in blocks] for module in modules]
+        chart.colorbar(axis.imshow(values, aspect="auto"), ax=axis, pad=0.01)
+        step = -(-len(blocks) // 40)
+        axis.set_xticks(range(0, len(blocks), step), blocks[::step], fontsize=7)
+        axis.set_yticks(range(len(modules)), modules, fontsize=7)
+        axis.set(title=key, xlabel="block")
     return chart
 
 
@@ -125,29 +174,45 @@ def _curves(folder: Path) -> list[str]:
     chart = Figure(figsize=(11, 2.6 * lines), layout="constrained")
     axes = chart.subplots(lines, columns, squeeze=False).flatten()
     for axis, (key, values) in zip(axes, series.items(), strict=False):
-        axis.plot(*zip(*values, strict=True), color="#b5483a" if key in ("safety/attack", "safety/over_refusal") else "#44617b")
+        axis.plot(*zip(*values, strict=True), marker=".", color="#b5483a" if key in ("safety/attack", "safety/over_refusal") else "#44617b")
         axis.set(title=key, xlabel="step")
+        if key.endswith(SHARES):
+            axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.3)
     for axis in axes[len(series) :]:
         axis.set_visible(False)
-    return [page.heading("While training"), page.picture(page.png(chart), f"curves of {', '.join(series)}")]
+    return [
+        page.heading("While training"),
+        page.picture(page.png(chart), f"curves of {', '.join(series)}"),
+        page.facts((key, CURVES[key]) for key in series),
+    ]
 
 
 def _evaluation(evaluation: Evaluation) -> list[str]:
+    roles = ("before: ", "after: ") if evaluation.before else ("",)
     cells = [
-        [model.name, scores.judge, *("–" if rate is None else str(rate) for rate in (scores.attack, scores.over_refusal, scores.task))]
-        for model in evaluation.models
+        [
+            role + page.short(model.name),
+            scores.judge,
+            *("–" if rate is None else str(rate) for rate in (scores.attack, scores.over_refusal, scores.task)),
+        ]
+        for role, model in zip(roles, evaluation.models, strict=True)
         for scores in model.scores
     ]
+    explained = rates_explained(evaluation.after)
+    if evaluation.p_values:
+        tests = [p_text(evaluation.p_values[kind]) if kind in evaluation.p_values else "–" for kind in KINDS]
+        cells.append(["p", evaluation.after.judge, *tests])
+        explained += f" p: exact McNemar test of after against before on the same prompts, judge {evaluation.after.judge}."
     parts = [
         page.heading("Before and after" if evaluation.before else "Evaluation"),
         page.table(("model", "judge", "attack ↓", "over-refusal ↓", "task ↑"), cells),
+        page.paragraph(explained),
     ]
     parts += [
-        page.paragraph(f"{kind}: before and after differ with p = {p:.2g} (exact McNemar test).") for kind, p in evaluation.p_values.items()
-    ]
-    parts += [
-        page.paragraph(f"{pair.first} and {pair.second} agree on {pair.equal:.1%} (kappa {pair.kappa:.2f}).")
+        page.paragraph(
+            f"{pair.first} and {pair.second} agree on {pair.equal:.1%} of the harmful prompts' completions (kappa {pair.kappa:.2f})."
+        )
         for pair in evaluation.agreement
     ]
     if evaluation.after.judge == "keywords":
@@ -158,9 +223,8 @@ def _evaluation(evaluation: Evaluation) -> list[str]:
 def _sweep(found: Sweep) -> list[str]:
     return [
         page.heading("Which strength?"),
-        page.paragraph(f"Of {found.adapter}, as it was before any correction."),
-        page.picture(page.png(figure(found)), "attack against task"),
-        page.table(HEADINGS, rows(found)),
+        page.paragraph(f"Of {page.short(found.adapter)}, as it was before any correction."),
+        *section(found, page.png(figure(found))),
     ]
 
 

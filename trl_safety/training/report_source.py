@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor
 
+from trl_safety.adapters.folder import WEIGHTS
 from trl_safety.adapters.lora import unwrap
 from trl_safety.adapters.shards import sharded
 from trl_safety.adapters.subspace import sample
@@ -77,13 +79,27 @@ class ReportSource:
         """See `Companion`."""
         write_report(folder, self.current(model, state))
 
+    def write_beside(self, folder: Path) -> None:
+        """Write the report of an adapter that was saved without the model's `save_pretrained`, if training has ended with it.
+
+        Raises:
+            ReportError: the report cannot be written.
+        """
+        if self._report is None:
+            return
+        with safe_open(str(folder / WEIGHTS), framework="pt") as handle:
+            saved = {name: sample(handle.get_tensor(name)).float() for name in handle.keys()}  # noqa: SIM118  # no mapping
+        write_report(folder, self._report if self._alike(saved) else changed_since(self._report))
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle made in the middle of a run is of no known state: it is not reported as protected."""
         report = changed_since(self._live()) if self._live is not None else self._report
         return {"adapter": self.adapter, "_live": None, "_report": report, "_samples": dict(self._samples)}
 
     def _unchanged(self, model: Any, state: Mapping[str, Tensor] | None) -> bool:
-        now = self._sample(model, state)
+        return self._alike(self._sample(model, state))
+
+    def _alike(self, now: Mapping[str, Tensor]) -> bool:
         return now.keys() == self._samples.keys() and all(
             now[name].shape == before.shape
             and bool(torch.linalg.vector_norm(now[name] - before) <= CAST_DIFFERENCE * torch.linalg.vector_norm(before))

@@ -36,6 +36,9 @@ class SafeLoraCorrection(Correction):
             projected.append(layer.cast(image, A)[0])
         measured = on_host(rows)
         chosen = safe_lora.select(measured[:, 0], threshold=self.config.threshold, layers=self.config.layers).tolist()
+        spared = "cosine above the threshold"
+        if self.config.layers is not None:
+            spared = f"not among the {self.config.layers} layers of smallest cosine"
         results = {}
         for layer, image, (cosine, norm, image_norm), act in zip(layers, projected, measured.tolist(), chosen, strict=True):
             row = {"cosine": cosine, "update_norm": norm * layer.scaling}
@@ -43,7 +46,7 @@ class SafeLoraCorrection(Correction):
                 row["corrected_norm"] = image_norm * layer.scaling
                 results[layer.name] = LayerResult(LayerReport(action="corrected", measured=row), (image, layer.stored[1]))
             else:
-                reason = "the update is zero" if norm == 0 else "cosine above the threshold"
+                reason = "the update is zero" if norm == 0 else spared
                 results[layer.name] = LayerResult(LayerReport(action="left_alone", reason=reason, measured=row), None)
         return results
 
