@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from trl_safety.adapters.lora import (
@@ -484,13 +485,23 @@ def _number_rows(trainer: Any) -> None:
 
 
 def _checkpoint(trainer: Any, resume_from_checkpoint: Any) -> Path | None:
-    """The checkpoint that `train` will resume from."""
+    """The checkpoint that `train` will resume from, which Transformers also does from half of one, in silence.
+
+    Raises:
+        ConfigurationError: it was not saved to its end.
+    """
     if not resume_from_checkpoint:
         return None
-    if isinstance(resume_from_checkpoint, bool):
-        found = get_last_checkpoint(trainer.args.output_dir)
-        return Path(found) if found else None
-    return Path(resume_from_checkpoint)
+    given = get_last_checkpoint(trainer.args.output_dir) if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
+    if given is None:
+        return None
+    found = Path(given)
+    if found.is_dir() and not (found / TRAINER_STATE_NAME).is_file():
+        raise ConfigurationError(
+            f"resume_from_checkpoint = {str(found)!r}: has no {TRAINER_STATE_NAME}, which is written last: its saving was interrupted; remove it, and go on from "
+            "an earlier checkpoint"
+        )
+    return found
 
 
 def _correction_callback(config: SafetyConfig, subspace: AlignmentSubspace | None) -> CorrectionCallback | None:
