@@ -45,3 +45,9 @@ def test_scale(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "r.json").read_text())
     assert {"read", "build", "safe_lora", "csulora", "alignment_vector", "inspect"} <= found.keys()
     assert "× reading" in out
+
+
+def test_cost_curves(tmp_path: Path) -> None:
+    sizes = ["--hidden", 32, 64, "--ranks", 2, 4, "--subspace-ranks", 4, 8, "--layers", 1, 2, "--repeats", 1]
+    out = run("cost_curves.py", *sizes, "--json", tmp_path / "r.json")
+    assert len(json.loads((tmp_path / "r.json").read_text())) == len(out.splitlines()) == 21
