@@ -632,7 +632,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         for task, metrics in model.benchmarks.items():
             typer.echo(f"{model.name}: {task}: {', '.join(f'{name} {value:.3f}' for name, value in metrics.items())}")
     for kind, p in evaluation.p_values.items():
-        typer.echo(f"{kind}: before and after differ with p = {p:.2g} (exact McNemar test)")
+        typer.echo(f"{kind}: before against after, p = {p:.2g} (exact McNemar test, judge {evaluation.after.judge})")
     for pair in evaluation.agreement:
         typer.echo(f"{pair.first} and {pair.second} agree on {pair.equal:.1%} of the harmful prompts' completions (kappa {pair.kappa:.2f})")
     if evaluation.after.judge == "keywords":
