@@ -43,7 +43,7 @@ $(NEWEST)/.installed: EXTRAS := qlora,test
 $(NEWEST)/.installed: constraints/newest.txt
 $(AXOLOTL)/.installed: EXTRAS := qlora,test,axolotl
 $(AXOLOTL)/.installed: constraints/axolotl.txt
-$(NEWEST)/.installed: constraints/deepspeed.txt
+$(NEWEST)/.installed $(AXOLOTL)/.installed: constraints/deepspeed.txt
 %/.installed: pyproject.toml
 	$(PYTHON) -m venv $*
 	$*/bin/pip install --quiet torch==2.13.0 -c $(firstword $(filter constraints/%,$^))

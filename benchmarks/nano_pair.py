@@ -316,7 +316,8 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield line
         attack, task, _ = (statistics.fmean(values) for values in cells)
         merit = (task - CHANCE) / (plain - CHANCE) - attack
-        family = method if ":" in method else method.split(",")[0]
+        name, _, control = method.partition(":")
+        family = f"{name.split(',')[0]}:{control}"
         if family not in best or merit > best[family][0]:
             best[family] = merit, line
     yield "\nbest setting of each (share of the plain task above chance, minus attack):"

@@ -87,7 +87,9 @@ def config(world: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 SITE = Path(__file__).parent / "site"
-"""Has FSDP run on a CPU."""
+"""Has FSDP and DeepSpeed run on a CPU."""
+DEEPSPEED = Path(sys.prefix) / "deepspeed"
+"""Where `make` installs it; see tests/training/test_engines.py."""
 CPU = {
     "use_cpu": True,
     "bf16": False,
@@ -121,10 +123,14 @@ def axolotl(tmp_path: Path) -> Axolotl:
             "HF_HUB_OFFLINE": "1",
             "AXOLOTL_DO_NOT_TRACK": "1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(
-                [str(Path(__file__).parent.parent.parent), *([str(SITE)] if "fsdp_config" in configuration else [])]
-            ),
+            "PYTHONPATH": str(Path(__file__).parent.parent.parent),
         }
+        if "fsdp_config" in configuration or "deepspeed" in configuration:
+            environment["PYTHONPATH"] += f"{os.pathsep}{SITE}"
+        if "deepspeed" in configuration:
+            environment["PYTHONPATH"] += f"{os.pathsep}{DEEPSPEED}"
+            environment["PATH"] = f"{DEEPSPEED / 'bin'}{os.pathsep}{environment['PATH']}"
+            environment["DS_ACCELERATOR"] = "cpu"
         line = [str(binaries / "axolotl"), *command.split(), str(path), *arguments]
         done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
         assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,6 +1,7 @@
 """`axolotl train` as a subprocess: each method's adapter against the same run through trl_safety."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
-from tests.axolotl.conftest import Axolotl, protect
+from tests.axolotl.conftest import DEEPSPEED, Axolotl, protect
 from tests.training.test_corrections import assert_close, updates
 from trl_safety import AlignmentSubspace, asft_penalty, merge_reinforce
 from trl_safety.adapters.folder import AdapterFolder
@@ -126,8 +127,15 @@ def test_two_processes_equal_one_with_twice_the_batch(
     verify(tmp_path / "two")
 
 
-def test_fsdp_equals_one_process(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
-    """Axolotl saves the adapter of sharded factors by itself, past what writes the report elsewhere."""
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "fsdp2",
+        pytest.param("zero2", marks=pytest.mark.skipif(not DEEPSPEED.is_dir() or shutil.which("g++") is None, reason=f"no {DEEPSPEED}")),
+    ],
+)
+def test_sharded_as_one_process(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path, engine: str) -> None:
+    """With FSDP Axolotl saves the adapter by itself, past what writes the report elsewhere."""
     config |= {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 0.01}
     options = protect(config, world, asft={"weight": 0.05}, safe_lora={"threshold": 1.0})
     options["datasets"][0]["path"] = str(world / "same.jsonl")
@@ -140,8 +148,15 @@ def test_fsdp_equals_one_process(world: Path, config: dict[str, Any], axolotl: A
         "cpu_ram_efficient_loading": False,
         "offload_params": False,
     }
-    two = {**options, "output_dir": str(tmp_path / "two"), "micro_batch_size": 4, "fsdp_version": 2, "fsdp_config": shards}
+    two = {**options, "output_dir": str(tmp_path / "two"), "micro_batch_size": 4}
     del two["use_cpu"]
+    if engine == "fsdp2":
+        two |= {"fsdp_version": 2, "fsdp_config": shards}
+    else:
+        stage = {"zero_optimization": {"stage": 2}}
+        counts = ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu")
+        (tmp_path / "zero2.json").write_text(json.dumps({**stage, **dict.fromkeys(counts, "auto")}))
+        two |= {"deepspeed": str(tmp_path / "zero2.json"), "max_memory": {"cpu": "8GiB"}}
     axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node=2")
     assert tiny.largest_difference(weights(tmp_path / "two"), weights(tmp_path / "one")) < 2e-5
     assert [method.acted for method in verify(tmp_path / "two").methods] == [True, True]

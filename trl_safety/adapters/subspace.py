@@ -521,6 +521,12 @@ def _difference(pair: _Pair, device: torch.device) -> Tensor:
     return V.mT.contiguous() if pair.transposed else V
 
 
+def _norm(V: Tensor) -> float:
+    """‖V‖_F in float64, of which torch would make a copy of V as a whole."""
+    parts = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in torch.split(V, ROWS_AT_A_TIME)]
+    return float(torch.linalg.vector_norm(torch.stack(parts)))
+
+
 def _fit(
     pair: _Pair,
     *,
@@ -532,7 +538,7 @@ def _fit(
 ) -> LayerSubspace:
     name = pair.name
     V = _difference(pair, device)
-    norm = torch.linalg.vector_norm(V, dtype=torch.float64).item()
+    norm = _norm(V)
     if norm == 0:
         raise SubspaceError(
             f"layer {name!r} is identical in the base and the aligned model, so that it has no alignment subspace: check that the "
