@@ -1,5 +1,6 @@
 """Validation through Axolotl's own loader, in process: what is refused, and every example."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,12 @@ WRONG = {
 
 @pytest.fixture(autouse=True)
 def _fresh_plugins() -> Any:
-    """Axolotl's plugin manager is one for the process."""
+    """Axolotl's plugin manager is one for the process, and its validation sets variables for the engine that a configuration names."""
     PluginManager.get_instance().plugins.clear()
+    environment = dict(os.environ)
     yield
+    os.environ.clear()
+    os.environ.update(environment)
     PluginManager.get_instance().plugins.clear()
 
 
