@@ -120,8 +120,8 @@ class TestValidity:
         assert gates["planted"].exit_code == 1, gates["planted"].output
 
     def test_without_forbidden_samples_it_keeps_it(self, lab: Lab) -> None:
-        # 0.00 to 0.07 were seen.
-        assert lab.score(lab.fine_tune(0, poison=0.0)[0])["attack"] <= 0.15
+        # 0.00 to 0.16 were seen over machines and seeds.
+        assert lab.score(lab.fine_tune(0, poison=0.0)[0])["attack"] <= 0.25
 
     def test_the_run_writes_every_row_with_its_control(self, lab: Lab, lab_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {
