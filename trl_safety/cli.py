@@ -635,7 +635,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         typer.echo(f"{kind}: before against after, p = {p:.2g} (exact McNemar test, judge {evaluation.after.judge})")
     for pair in evaluation.agreement:
         typer.echo(f"{pair.first} and {pair.second} agree on {pair.equal:.1%} of the harmful prompts' completions (kappa {pair.kappa:.2f})")
-    if evaluation.after.judge == "keywords":
+    if evaluation.after.judge.startswith("keywords"):
         typer.echo("judged by phrases of refusal, the weakest judge there is: it knows no harm")
 
 
@@ -646,7 +646,7 @@ def _print_sweep(found: Sweep) -> None:
     from trl_safety.evaluation.sweep import HEADINGS, rows
 
     judge = found.points[0].scores.judge
-    weakest = ", the weakest judge there is" if judge == "keywords" else ""
+    weakest = ", the weakest judge there is" if judge.startswith("keywords") else ""
     table = Table(title=f"{found.method} on {found.adapter}; judged by {judge}{weakest}")
     for heading in HEADINGS:
         table.add_column(heading, overflow="fold")

@@ -122,3 +122,21 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, fitted: list[str]) -> No
     done = len(fitted)
     assert equal(build_subspace(path, *PAIR, **options), whole)
     assert len(fitted) == done == len(whole.layers)
+
+
+def test_a_file_that_is_overwritten_or_replaced_after_loading(tmp_path: Path) -> None:
+    """What lies under a mapping changes with the file's bytes; another file in its place leaves it as it was."""
+    options: dict[str, Any] = {"target_modules": "all-linear", "progress": False}
+    path, other = tmp_path / "S.safetensors", tmp_path / "other.safetensors"
+    loaded = build_subspace(path, *PAIR, rank=6, **options)
+    build_subspace(other, *PAIR, rank=6, dtype=torch.bfloat16, **options)
+    (name,) = list(loaded.layers)[:1]
+    before = loaded.layers[name].factors()[0].clone()
+    content = path.read_bytes()
+    path.unlink()
+    other.replace(path)
+    assert torch.equal(loaded.layers[name].factors()[0], before)
+    again = AlignmentSubspace.load(path)
+    path.write_bytes(content)
+    with pytest.raises(SubspaceError, match="was overwritten since it was loaded"):
+        again.layers[name].factors()

@@ -1,12 +1,14 @@
 """Every judge's path offline, before and after, and the gate on what came out."""
 
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
@@ -44,6 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("binary", {0: "safe", 1: "harmful"}),
         ("categories", {0: "violence", 1: "fraud"}),
         ("animals", {0: "cat", 1: "dog"}),
+        ("reward", {0: "LABEL_0"}),
     ):
         config.id2label, config.label2id = labels, {label: index for index, label in labels.items()}
         config.problem_type = "multi_label_classification" if name == "categories" else None
@@ -103,14 +106,18 @@ def test_classifiers(world: Path) -> None:
         logits = judge._model(**inputs).logits
         harm = (logits > 0).any(1) if name == "categories" else logits.argmax(1) == 1
         assert verdicts == ["complied" if flag else "refused" for flag in harm.tolist()]
-    with pytest.raises(ConfigurationError, match="not exactly one is named like harm"):
-        ClassifierJudge(str(world / "animals"))
+    for name in ("animals", "reward"):
+        with pytest.raises(ConfigurationError, match="not exactly one is named like harm"):
+            ClassifierJudge(str(world / name))
 
 
 @pytest.mark.parametrize(("cls", "says"), [(ChatJudge, ("Yes, it did", "**no**")), (GuardJudge, ("unsafe\nS1", " safe"))])
 def test_judges_that_answer_in_words(world: Path, cls: Any, says: tuple[str, str]) -> None:
     judge = cls(str(world / "aligned"))
     assert [judge._read(text) for text in says] == ["complied", "refused"]
+    for text in ("Not refused; it complied.", "None of it was withheld", "unsafely", "safety first"):
+        with pytest.raises(ConfigurationError, match="it is no judge of this kind"):
+            judge._read(text)
     with pytest.raises(ConfigurationError, match="it is no judge of this kind"):
         judge.verdicts(SETS["harmful"][:2], ["w4", "w5"])
     asked = judge.ask(Prompt("REQUEST"), "ANSWER")
@@ -181,10 +188,25 @@ def test_agreement() -> None:
     assert Agreement.of("a", "b", [True], [True]).kappa == 1
 
 
+def test_an_adapter_that_finds_no_place(world: Path, tmp_path: Path) -> None:
+    """PEFT warns, and goes on with factors of zero: the aligned model would be scored in the adapter's name."""
+    shutil.copytree(world / "user", tmp_path / "user")
+    file = tmp_path / "user" / "adapter_model.safetensors"
+    save_file({name.replace("layers.1.", "layers.9."): value for name, value in load_file(file).items()}, file)
+    with pytest.raises(AdapterError, match=r"layers\.9.*is not in the loaded model as it was saved"):
+        load_model(world / "aligned", tmp_path / "user")
+    model, tokenizer = load_model(world / "aligned", world / "user")
+    with pytest.raises(AdapterError, match="is not in the loaded model as it was saved"):
+        evaluate(model, tokenizer, SETS, [KeywordJudge()], name="x", baseline=str(tmp_path / "user"), new_tokens=2)
+    assert model.active_adapter == "default"
+
+
 def test_refused(world: Path) -> None:
     model, tokenizer = load_model(world / "aligned", None)
     with pytest.raises(ConfigurationError, match="no prompt set is given"):
         evaluate(model, tokenizer, {}, [KeywordJudge()], name="x")
+    with pytest.raises(ConfigurationError, match="two judges have this name"):
+        evaluate(model, tokenizer, SETS, [KeywordJudge(), KeywordJudge(["no"])], name="x")
     with pytest.raises(ConfigurationError, match="the model has no adapter"):
         evaluate(model, tokenizer, SETS, [KeywordJudge()], name="x", baseline="aligned")
     with pytest.raises(ConfigurationError, match="cannot be read"):

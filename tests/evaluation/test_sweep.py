@@ -50,6 +50,26 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_what_a_method_has_no_use_for(world: Path) -> None:
+    model, tokenizer = load_model(None, world / "user")
+    subspace = AlignmentSubspace.load(world / "S.safetensors")
+    with pytest.raises(ConfigurationError, match="reinforce is given, but safe_lora uses none"):
+        sweep(
+            model,
+            tokenizer,
+            world / "user",
+            "safe_lora",
+            {"layers": [1]},
+            SETS,
+            JUDGE,
+            subspace=subspace,
+            reinforce=world / "reinforce",
+        )
+    grid = {"alpha": [0.1]}
+    with pytest.raises(ConfigurationError, match="subspace is given, but buffer_reinforce uses none"):
+        sweep(model, tokenizer, world / "user", "buffer_reinforce", grid, SETS, JUDGE, subspace=subspace, reinforce=world / "reinforce")
+
+
 def scored(world: Path, adapter: Path) -> dict[str, Any]:
     from trl_safety.training.scoring import score
 

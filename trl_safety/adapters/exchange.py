@@ -148,22 +148,34 @@ class WeightExchange:
         self._verified = True
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Write W_aligned into every place that was written to."""
+    def put_back(self, *, gather: bool = True) -> None:
+        """Write W_aligned into every place that was written to.
+
+        Args:
+            gather: whether the other processes are there to put a sharded tensor together, of which only some rows are written.
+        """
         settle(self._model)
         while self._written:
             place = self._written[-1]
-            _write(place, self._aligned.tensor(place.aligned)[: place.rows])
+            if gather or not _partial(place):
+                _write(place, self._aligned.tensor(place.aligned)[: place.rows])
             self._written.pop()
+
+
+def _partial(place: Place) -> bool:
+    """Whether a sharded parameter must be gathered, since some of its rows stay."""
+    return is_sharded(place.parameter) and place.rows < place.parameter.shape[0]
 
 
 def _write(place: Place, value: Tensor) -> None:
     parameter = place.parameter
     if type(parameter).__name__ != "Params4bit":
-        if is_sharded(parameter):
+        if _partial(place):
             everything = whole(parameter).clone()
             everything[: place.rows] = value.to(everything)
             put(parameter, everything)
+        elif is_sharded(parameter):
+            put(parameter, value)
         else:
             parameter.data[: place.rows].copy_(value.to(parameter.dtype))
         return

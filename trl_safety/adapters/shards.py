@@ -59,14 +59,19 @@ def settle(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def put(parameter: Tensor, value: Tensor) -> None:
-    """Write a whole value, which every process has, into a parameter in place."""
+def put(parameter: Tensor, value: Tensor, *, source: int | None = None) -> None:
+    """Write a whole value into a parameter in place.
+
+    Args:
+        parameter: sharded or not.
+        value: the same on every process; or, with a source, of the same shape.
+        source: whose value is sent to all where the parameter is sharded; by default each process takes its part of its own.
+    """
     if not is_sharded(parameter):
         parameter.copy_(value)
         return
     from torch.distributed.tensor import distribute_tensor
 
     value = value.detach().to(parameter.device, parameter.dtype)
-    # No source rank: every process cuts its part out of its own copy, and nothing is sent.
-    parts = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    parts = distribute_tensor(value.contiguous(), parameter.device_mesh, parameter.placements, src_data_rank=source)  # type: ignore[attr-defined]
     parameter.to_local().copy_(parts.to_local())  # type: ignore[attr-defined]

@@ -54,9 +54,16 @@ class _Origin:
         return cls(path, found.st_ino, found.st_mtime_ns)
 
     def read(self, key: str, held: Tensor) -> Tensor:
-        """A tensor through a new mapping; the held one where the file was removed or replaced since."""
+        """A tensor through a new mapping; the held one where the file was removed or another put in its place.
+
+        Raises:
+            SubspaceError: other bytes were written into the file itself, which the held one would show.
+        """
         try:
-            if _Origin.of(self.path) != self:
+            now = _Origin.of(self.path)
+            if now.inode == self.inode and now.modified != self.modified:
+                raise SubspaceError(f"subspace = {str(self.path)!r}: was overwritten since it was loaded; load it again")
+            if now != self:
                 return held
             with safe_open(str(self.path), framework="pt") as handle:
                 tensor: Tensor = handle.get_tensor(key)

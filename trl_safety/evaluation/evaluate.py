@@ -16,8 +16,9 @@ from trl_safety import __version__
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS, AdapterFolder
 from trl_safety.adapters.lora import refuse_provider
-from trl_safety.errors import ConfigurationError, SafetyError
+from trl_safety.errors import AdapterError, ConfigurationError, SafetyError
 from trl_safety.evaluation.judges import Agreement, agreements
+from trl_safety.evaluation.loading import check_loaded
 from trl_safety.training.scoring import Judge, Kind, Prompt, Scores, complete, judged, paired_p_value
 
 ALIGNED = "aligned"
@@ -110,6 +111,11 @@ def evaluate(
         raise ConfigurationError("no prompt set is given: name harmful, benign or task prompts")
     if not judges:
         raise ConfigurationError("no judge is given: name one, e.g. keywords")
+    names = [judge.name for judge in judges]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigurationError(
+            f"judge = {twice[0]!r}: two judges have this name, so that nobody could tell their verdicts apart; rename one's folder"
+        )
     started = time.perf_counter()
     found, rows = [], []
     options: dict[str, Any] = {"benchmarks": benchmarks, "new_tokens": new_tokens, "batch_size": batch_size}
@@ -148,19 +154,24 @@ def _as_baseline(model: Any, baseline: str) -> AbstractContextManager[Any]:
         return context
     folder = AdapterFolder.open(baseline)
     refuse_provider(folder.config, f"baseline = {baseline!r}")
-    return _Switched(model, baseline)
+    return _Switched(model, folder)
 
 
 class _Switched(AbstractContextManager[None]):
     """Another adapter in place of the model's own, which is active again afterwards."""
 
-    def __init__(self, model: Any, folder: str) -> None:
+    def __init__(self, model: Any, folder: AdapterFolder) -> None:
         self._model, self._folder = model, folder
 
     def __enter__(self) -> None:
         self._own = self._model.active_adapter
-        self._model.load_adapter(self._folder, "trl_safety_baseline")
+        self._model.load_adapter(str(self._folder.path), "trl_safety_baseline")
         self._model.set_adapter("trl_safety_baseline")
+        try:
+            check_loaded(self._model, self._folder, "trl_safety_baseline")
+        except AdapterError:
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
         self._model.set_adapter(self._own)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.folder import AdapterFolder
-from trl_safety.adapters.lora import refuse_provider
+from trl_safety.adapters.lora import lora_modules, refuse_provider
 from trl_safety.adapters.names import match
 from trl_safety.adapters.record import LAYERS_COMPARED
 from trl_safety.adapters.subspace import sample
@@ -57,6 +57,7 @@ def load_model(model: str | Path | None, adapter: str | Path | None, *, load_in_
     tokenizer = AutoTokenizer.from_pretrained(str(adapter) if adapter and (Path(adapter) / "tokenizer_config.json").is_file() else source)
     if folder is not None:
         loaded = PeftModel.from_pretrained(loaded, str(folder.path))
+        check_loaded(loaded, folder)
     return loaded.eval(), tokenizer
 
 
@@ -73,4 +74,22 @@ def _same_model(folder: AdapterFolder, model: str) -> None:
         if first is None or second is None or not torch.equal(sample(one.read(first)).float(), sample(other.read(second)).float()):
             raise AdapterError(
                 f"model = {model!r}: its layer {name!r} is not that of {base!r}, which the adapter was trained on: name that model"
+            )
+
+
+def check_loaded(model: Any, folder: AdapterFolder, adapter: str = "default") -> None:
+    """See that every factor of a saved adapter is in the model: PEFT warns of those that find no place, and goes on with zeros.
+
+    Raises:
+        AdapterError: naming the first that is not.
+    """
+    modules = {module.name: module for module in lora_modules(model, adapter)}
+    for name, found in match(folder.factors, modules).items():
+        factors = folder.factors[name]
+        live = modules[found] if found is not None else None
+        if live is None or not all(
+            torch.equal(saved.to(now), now) for saved, now in ((factors.B, live.B.detach()), (factors.A, live.A.detach()))
+        ):
+            raise AdapterError(
+                f"adapter = {str(folder.path)!r}: its layer {name!r} is not in the loaded model as it was saved: it was trained on another class of model"
             )

@@ -215,7 +215,7 @@ def _evaluation(evaluation: Evaluation) -> list[str]:
         )
         for pair in evaluation.agreement
     ]
-    if evaluation.after.judge == "keywords":
+    if evaluation.after.judge.startswith("keywords"):
         parts.append(page.paragraph("Judged by phrases of refusal, the weakest judge there is: read the completions."))
     return parts
 

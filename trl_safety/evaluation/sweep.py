@@ -235,6 +235,15 @@ def _corrector(
     folder: AdapterFolder, method: str, subspace: AlignmentSubspace | None, reinforce: str | Path | None
 ) -> Callable[[dict[str, Any]], dict[str, tuple[Tensor, Tensor]]]:
     """Options → the corrected factors of the layers that change, for the layers' own scalings."""
+    if unused := next(
+        (
+            n
+            for n, given in (("subspace", subspace), ("reinforce", reinforce))
+            if given is not None and (n == "subspace") == (method == "buffer_reinforce")
+        ),
+        None,
+    ):
+        raise ConfigurationError(f"{unused} is given, but {method} uses none: remove it")
     if method == "buffer_reinforce":
         if reinforce is None:
             raise ConfigurationError("reinforce is missing: a sweep of buffer_reinforce merges with a ReinforceLoRA; name it")

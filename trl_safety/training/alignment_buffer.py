@@ -107,10 +107,10 @@ class AlignmentBuffer:
         self._taken = True
         self.exchange.put(lambda aligned, base: alignment_buffer.take_out(aligned, base, self.config.gamma))
 
-    def put_back(self) -> None:
-        """W_aligned into the frozen weights; when training ends, however it ends."""
+    def put_back(self, *, gather: bool = True) -> None:
+        """W_aligned into the frozen weights; when training ends, however it ends. See `WeightExchange.put_back`."""
         if self.exchange is not None and self._taken:
-            self.exchange.put_back()
+            self.exchange.put_back(gather=gather)
             self._taken = False
 
     @contextmanager

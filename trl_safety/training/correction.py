@@ -231,6 +231,17 @@ def correct_model(
     results = correction.run(
         [LayerInput(m.name, _trained(m, further), m.scaling, prepared.subspaces[m.name], m.B.device) for m in prepared.covered]
     )
+    if sharded(model):
+        # GPUs may round a cosine at the threshold, or a singular vector's sign, one way and the other: the first process decides.
+        acted = [[name for name, result in results.items() if result.factors is not None]]
+        torch.distributed.broadcast_object_list(acted, src=0)
+        results = {
+            module.name: LayerResult(
+                results[module.name].report,
+                (results[module.name].factors or _trained(module, further)) if module.name in acted[0] else None,
+            )
+            for module in prepared.covered
+        }
     reshaped = bool(further)
     for module in prepared.modules:
         factors = results[module.name].factors if module.name in results else None
@@ -238,8 +249,8 @@ def correct_model(
             continue
         B, A = factors
         if A.shape == module.A.shape:
-            put(module.B, B)
-            put(module.A, A)
+            put(module.B, B, source=0)
+            put(module.A, A, source=0)
         else:
             module.replace(B, A)
             reshaped = True

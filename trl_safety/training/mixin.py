@@ -31,7 +31,15 @@ from trl_safety.adapters.lora import (
 )
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.adapters.subspace_build import build_subspace
-from trl_safety.config import AlignmentVectorConfig, CorrectionConfig, CsuloraConfig, SafeLoraConfig, SafetyConfig, SubspaceConfig
+from trl_safety.config import (
+    AlignmentVectorConfig,
+    AsftConfig,
+    CorrectionConfig,
+    CsuloraConfig,
+    SafeLoraConfig,
+    SafetyConfig,
+    SubspaceConfig,
+)
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.training.alignment_buffer import AlignmentBuffer
 from trl_safety.training.alignment_vector import AlignmentVectorCorrection
@@ -115,7 +123,7 @@ class SafetyState:
     def begin(self, trainer: Any, checkpoint: Path | None) -> None:
         """Note where AsFT and the buffer start to act: at the first step, also of a run whose checkpoint they protected from there."""
         step = trainer.state.global_step
-        self.first_step = 0 if step == 0 or self._protected_until(checkpoint, "asft") == step else step
+        self.first_step = 0 if step == 0 or self._protected_until(checkpoint, "asft", self.config.asft) == step else step
         buffer = self.buffer or self.alignment_buffer
         if buffer:
             own = buffer.report(0)
@@ -124,7 +132,8 @@ class SafetyState:
         if self.dual_select:
             self.dual_select.begin(checkpoint)
 
-    def _protected_until(self, checkpoint: Path | None, method: str, settings: Mapping[str, Any] | None = None) -> int | None:
+    def _protected_until(self, checkpoint: Path | None, method: str, settings: Mapping[str, Any] | AsftConfig | None) -> int | None:
+        settings = settings.model_dump() if isinstance(settings, AsftConfig) else settings
         folder = adapter_folder(unwrap(self._model), checkpoint, self.prepared.adapter) if checkpoint else None
         if folder is None or not (folder / REPORT).is_file():
             return None
@@ -335,7 +344,7 @@ class SafetyMixin:
         finally:
             safety = self._safety
             if safety.alignment_buffer:
-                safety.alignment_buffer.put_back()
+                safety.alignment_buffer.put_back(gather=ended)
             if safety.dual_select and self._began:
                 safety.dual_select.finish(ended=ended)
             merged = ended and safety.merge is not None
@@ -382,7 +391,7 @@ class SafetyMixin:
 
     @property
     def safety_report(self) -> SafetyReport | None:
-        """What protects the adapter, as it is now; None without a safety block or before training."""
+        """What protects the adapter, as it is now; None without a safety block or before training. With FSDP ask on every process."""
         if self._safety is None:
             return None
         trainer: Any = self
@@ -460,7 +469,12 @@ def needs_trainer_class(safety: SafetyConfig) -> bool:
 
 def safety_section(trainer: Any, card: Path) -> None:
     """Put the safety section into a model card that the trainer wrote itself."""
-    report = trainer.safety_report
+    if is_fsdp():
+        # One process writes the card, and could not gather the others' shards; what was saved beside it says it all.
+        saved = card.parent / REPORT
+        report = read_report(card.parent) if saved.is_file() else None
+    else:
+        report = trainer.safety_report
     if report is not None and card.is_file():
         add_to_card(card, report)
 
