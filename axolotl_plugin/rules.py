@@ -101,7 +101,7 @@ REFUSED = (
     Rule(
         "fsdp_version",
         "2",
-        lambda c: _on("fsdp", "fsdp_config")(c),
+        _on("fsdp", "fsdp_config"),
         "the gradients of whole LoRA factors are spread over the processes",
         "use DDP",
         ("dual_select",),

@@ -101,3 +101,13 @@ def test_a_full_disk_while_saving(tmp_path: Path, gqa_subspace: AlignmentSubspac
         verify(tmp_path)
     trainer.save_model()
     verify(tmp_path)
+
+
+def test_a_checkpoint_of_another_weight_is_not_reported_as_this_one(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    options = {"subspace": gqa_subspace, "save_strategy": "steps", "save_steps": 2}
+    tiny.trainer(tmp_path, safety={"asft": {"weight": 1e-9}}, **options).train()
+    for weight, steps in ((1e-9, (1, 4)), (2.0, (3, 4))):
+        trainer = tiny.trainer(tmp_path, safety={"asft": {"weight": weight}}, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert trainer.safety_report.methods[0].steps == steps
+        assert trainer.safety_report.methods[0].acted == (steps[0] == 1)

@@ -33,7 +33,6 @@ from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.adapters.subspace_build import build_subspace
 from trl_safety.config import (
     AlignmentVectorConfig,
-    AsftConfig,
     CorrectionConfig,
     CsuloraConfig,
     SafeLoraConfig,
@@ -123,7 +122,8 @@ class SafetyState:
     def begin(self, trainer: Any, checkpoint: Path | None) -> None:
         """Note where AsFT and the buffer start to act: at the first step, also of a run whose checkpoint they protected from there."""
         step = trainer.state.global_step
-        self.first_step = 0 if step == 0 or self._protected_until(checkpoint, "asft", self.config.asft) == step else step
+        asft = self.config.asft.model_dump() if self.config.asft else {}
+        self.first_step = 0 if step == 0 or self._protected_until(checkpoint, "asft", asft) == step else step
         buffer = self.buffer or self.alignment_buffer
         if buffer:
             own = buffer.report(0)
@@ -132,15 +132,14 @@ class SafetyState:
         if self.dual_select:
             self.dual_select.begin(checkpoint)
 
-    def _protected_until(self, checkpoint: Path | None, method: str, settings: Mapping[str, Any] | AsftConfig | None) -> int | None:
-        settings = settings.model_dump() if isinstance(settings, AsftConfig) else settings
+    def _protected_until(self, checkpoint: Path | None, method: str, settings: Mapping[str, Any]) -> int | None:
         folder = adapter_folder(unwrap(self._model), checkpoint, self.prepared.adapter) if checkpoint else None
         if folder is None or not (folder / REPORT).is_file():
             return None
         report = read_report(folder)
         acted = (found for found in report.methods if found.name == method and (found.acted or found.summary.endswith(PENDING)))
         # Settings are compared after a round through JSON, as the report's were.
-        same = (found for found in acted if settings is None or found.settings == json.loads(json.dumps(settings)))
+        same = (found for found in acted if found.settings == json.loads(json.dumps(settings)))
         steps = next((found.steps for found in same), None)
         return steps[1] if steps and steps[0] == 1 and describes(report, folder) else None
 
