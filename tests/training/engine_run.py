@@ -1,4 +1,4 @@
-"""Run under `accelerate launch` with FSDP or DeepSpeed: OUTPUT, batch per process, safety block, subspace or none, model, and a checkpoint."""
+"""Run under `accelerate launch` with FSDP or DeepSpeed: OUTPUT, batch per process, safety block, subspace or none, model, and a checkpoint or `best`."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ import tests.training.engine_device  # noqa: F401
 from tests import tiny
 from trl_safety import AlignmentSubspace
 
+further = sys.argv[6] if len(sys.argv) > 6 else None
 output, batch, block, source, model = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4], sys.argv[5]
 trainer = tiny.trainer(
     output,
@@ -24,8 +25,12 @@ trainer = tiny.trainer(
     use_cpu=False,
     save_strategy="steps",
     save_steps=2,
+    load_best_model_at_end=further == "best",
+    metric_for_best_model="eval_loss",
+    # The best of these is the worst, which is not the last.
+    greater_is_better=True,
 )
-trainer.train(resume_from_checkpoint=sys.argv[6] if len(sys.argv) > 6 else None)
+trainer.train(resume_from_checkpoint=further if further != "best" else None)
 if trainer.is_fsdp_enabled:
     assert type(next(iter(trainer.model.parameters()))).__name__ == "DTensor"
 else:

@@ -115,6 +115,16 @@ def test_two_processes_equal_one(world: Path, tmp_path: Path, engine: str, name:
         assert verify(tmp_path / "resumed").methods[0].steps == (1, 4)
 
 
+def test_the_best_checkpoint_reaches_every_process(world: Path, tmp_path: Path) -> None:
+    block = json.dumps({"asft": {"weight": 0.01}})
+    assert not launch("fsdp2", tmp_path, 4, block, world / "S.safetensors", world / "aligned", "best")
+    saved, middle, last = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, *(tmp_path / f"checkpoint-{step}" for step in (2, 4)))
+    )
+    assert tiny.largest_difference(saved, middle) == 0
+    assert tiny.largest_difference(saved, last) > 1e-3
+
+
 def test_refused_on_shards(world: Path, tmp_path: Path) -> None:
     assert not launch("fsdp2", tmp_path, world, script="fsdp_refused")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import compare_versions
+
 
 def trainer_divides_loss(trainer: Any, num_items_in_batch: Any) -> bool:
     """Whether `Trainer.training_step` will divide the loss by the number of accumulation steps.
@@ -16,3 +18,12 @@ def trainer_divides_loss(trainer: Any, num_items_in_batch: Any) -> bool:
         return not said
     by_items = bool(trainer.model_accepts_loss_kwargs) and num_items_in_batch is not None
     return not by_items and trainer.compute_loss_func is None
+
+
+def loads_adapter_shards() -> bool:
+    """Whether Accelerate gives every process its part of an adapter's FSDP2 checkpoint.
+
+    Before 1.15 it gives the first process its part, and leaves the others' as they are, in silence: a resumed run, and one that ends
+    with `load_best_model_at_end`, would go on from neither. `engines.LoadedShards` goes once 1.15 is the oldest supported version.
+    """
+    return bool(compare_versions("accelerate", ">=", "1.15.0"))

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trl_safety.adapters.folder import WEIGHTS
+from trl_safety.adapters.lora import adapter_name, unwrap
+from trl_safety.adapters.shards import put, settle
 from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.training.compat import loads_adapter_shards
+from trl_safety.training.report_source import adapter_folder
 
 
 def is_fsdp() -> bool:
@@ -76,3 +89,53 @@ def refuse_unjoined(trainer: Any) -> None:
             f"WORLD_SIZE = {launched}: the launcher started {launched} processes, but each trains on its own, and all write into one output folder; on a "
             "CPU set ACCELERATE_USE_CPU=true in the environment, on GPUs check the launcher"
         )
+
+
+class LoadedShards(TrainerCallback):
+    """On FSDP, has every process hold its part of the adapter that the Trainer loads: a checkpoint to go on from, or the best one at the end.
+
+    Only where Accelerate does not; see `compat.loads_adapter_shards`. It comes before every callback that reads the adapter.
+
+    Args:
+        resumed: the checkpoint that this training goes on from, where that is known; by default the output folder's of that step.
+    """
+
+    def __init__(self, resumed: Callable[[], Path | None] = lambda: None) -> None:
+        self._resumed = resumed
+
+    @classmethod
+    def add_to(cls, trainer: Any, resumed: Callable[[], Path | None] = lambda: None) -> None:
+        """Add it to a trainer that needs it."""
+        if is_fsdp() and not loads_adapter_shards():
+            trainer.add_callback(cls(resumed))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Load the checkpoint of a resumed run."""
+        if state.global_step:
+            _load_shards(model, self._resumed() or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Load the best checkpoint, where that was asked for."""
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            _load_shards(model, Path(state.best_model_checkpoint))
+
+
+def _load_shards(model: nn.Module, checkpoint: Path) -> None:
+    """Read by the first process, which is the one that saved it, and sent to all."""
+    model = unwrap(model)
+    settle(model)
+    adapter = adapter_name(model)
+    places = get_peft_model_state_dict(model, state_dict=dict(model.named_parameters()), adapter_name=adapter, save_embedding_layers=False)
+    first = AcceleratorState().process_index == 0
+    file = adapter_folder(model, checkpoint, adapter) / WEIGHTS
+    saved: dict[str, Tensor] = {}
+    if first:
+        saved = load_file(file) if file.is_file() else {}
+        missing = places.keys() - saved.keys()
+        if missing:
+            raise AdapterError(
+                f"{str(file)!r}: has not {min(missing)!r}, which this run trains: Accelerate would go on from the adapter of one process alone; resume from a "
+                "whole checkpoint of this run, in its output_dir"
+            )
+    for name, place in places.items():
+        put(place, saved[name] if first else torch.empty(place.shape), source=0)

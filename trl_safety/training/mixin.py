@@ -48,7 +48,7 @@ from trl_safety.training.compat import trainer_divides_loss
 from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, prepare
 from trl_safety.training.csulora import CsuloraCorrection
 from trl_safety.training.dual_select import ROW, DualSelect, RowCollator, with_rows
-from trl_safety.training.engines import check_engine, is_fsdp, refuse_on_fsdp, refuse_per_sample_gradients, refuse_unjoined
+from trl_safety.training.engines import LoadedShards, check_engine, is_fsdp, refuse_on_fsdp, refuse_per_sample_gradients, refuse_unjoined
 from trl_safety.training.factor_groups import FactorGroups, summarise, update_norm
 from trl_safety.training.report import REPORT, MethodReport, SafetyReport, add_to_card, describes, read_report
 from trl_safety.training.report_source import ReportSource, adapter_folder, forget_report, report_source
@@ -254,6 +254,7 @@ class SafetyMixin:
                 "leave reinforce out, and merge the saved adapter with `trl-safety merge-reinforce`",
             )
         self._safety = SafetyState(trainer, config, _subspace(trainer, config, subspace), references)
+        LoadedShards.add_to(trainer, lambda: self._resumed)
         trainer.add_callback(_Start(self))
         if config.correction:
             trainer.add_callback(self._safety.correction)
@@ -451,6 +452,7 @@ def add_correction(trainer: Any, safety: SafetyConfig) -> CorrectionCallback:
     if callback is None or needs_trainer_class(safety):
         raise ConfigurationError(f"safety.{next(iter(safety.methods()))}: acts while training and needs a trainer class of its own")
     callback.prepare(trainer.model)
+    LoadedShards.add_to(trainer)
     trainer.add_callback(callback)
     if safety.eval:
         if safety.eval.stop_above is not None:
