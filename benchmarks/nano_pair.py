@@ -45,13 +45,26 @@ from trl_safety.evaluation.sweep import sweep, write_results
 from trl_safety.lab.experiment import random_like, shrink_like, shrink_to
 from trl_safety.training.factor_groups import update_norm
 from trl_safety.training.scoring import Prompt, Verdict, read_sets
-from trl_safety.training.selection import SELECTION, most_dropped, read_choices
+from trl_safety.training.selection import SELECTION, Choice, most_dropped, read_choices
 
 BATCH, EPOCHS = 16, 6
 DUAL_SELECT = {"keep": BATCH // 2, "references": 32}
+DUAL_SELECT_VARIANTS: dict[str, dict[str, Any]] = {
+    "DualSelect, ρ = 0.05": {"rho": 0.05},
+    "DualSelect, ρ = 0.2, fresh reference gradients": {"reference_gradient": "fresh"},
+}
 ASFT_WEIGHTS = (0.01, 1.0)
-METHODS = ["corrections", "sweeps", "asft", "dual_select", "buffer_reinforce", "alignment_vector", "alignment_buffer"]
-VECTOR_GAMMAS, VECTOR_RANKS, BUFFER_GAMMAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5), (8, 32, 96), (0.5, 1.0, 1.3)
+METHODS = [
+    "corrections",
+    "sweeps",
+    "asft",
+    "dual_select",
+    "dual_select_variants",
+    "buffer_reinforce",
+    "alignment_vector",
+    "alignment_buffer",
+]
+VECTOR_GAMMAS, VECTOR_RANKS, BUFFER_GAMMAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5), (8, 32, 96), (0.25, 0.5, 0.75, 1.0, 1.3, 1.5)
 CORRECTIONS = {
     "Safe LoRA, cosine ≤ 0.35": lambda model, whole, _: apply_safe_lora(model, whole, threshold=0.35),
     "Safe LoRA, 10 layers": lambda model, whole, _: apply_safe_lora(model, whole, layers=10),
@@ -263,24 +276,39 @@ class Harness:
                 self.score(name, seed, self.load(output), seconds)
 
     def dual_select(self, seed: int) -> None:
-        """The method, and the control: the references mixed into the data."""
-        references = rows_of(self.folder, "references.jsonl")
-        control = "DualSelect, ρ = 0.2: the references mixed into the data (SafeInstruct)"
+        """The method as its authors set it, and the control: the references mixed into the data."""
+        name = "DualSelect, ρ = 0.2"
+        control = f"{name}: the references mixed into the data (SafeInstruct)"
         if self.done(control, seed):
             return
-        kinds = list(load_dataset("json", data_files=str(self.folder / "data" / "train_poisoned.jsonl"), split="train")["kind"])
-        harmful = kinds.count("harmful")
-        output, seconds = self.trained("dual-select", seed, safety={"dual_select": DUAL_SELECT}, reference_dataset=references)
-        if not self.done("DualSelect, ρ = 0.2", seed):
-            self.score("DualSelect, ρ = 0.2", seed, self.load(output), seconds)
-        choices = read_choices(output / SELECTION)
-        found = sum(kinds[row.row] == "harmful" for row in most_dropped(choices)[:harmful])
-        print(f"seed {seed}: {found} of the {harmful} harmful rows are among the {harmful} most-dropped of {len(kinds)}", flush=True)
+        choices = self.selected(name, seed, {})
         # The control may look at as many gradients as DualSelect.
+        references = rows_of(self.folder, "references.jsonl")
         refreshes = sum(choice.kind == "reference" for choice in choices)
-        evaluations = EPOCHS * len(kinds) + refreshes * (len(references) + DUAL_SELECT["references"])
+        rows = len(rows_of(self.folder, "train_poisoned.jsonl"))
+        evaluations = EPOCHS * rows + refreshes * (len(references) + DUAL_SELECT["references"])
         output, seconds = self.trained("mixed", seed, mixed=references, max_steps=round(evaluations / BATCH))
         self.score(control, seed, self.load(output), seconds)
+
+    def dual_select_variants(self, seed: int) -> None:
+        """The method with a smaller correction, and with one that is computed anew in every step."""
+        for name, options in DUAL_SELECT_VARIANTS.items():
+            if not self.done(name, seed):
+                self.selected(name, seed, options)
+
+    def selected(self, name: str, seed: int, options: dict[str, Any]) -> list[Choice]:
+        """Train with DualSelect, score, and count the harmful rows among the most dropped; returns its choices."""
+        block = {"dual_select": {**DUAL_SELECT, **options}}
+        references = rows_of(self.folder, "references.jsonl")
+        output, seconds = self.trained(name, seed, safety=block, reference_dataset=references)
+        if not self.done(name, seed):
+            self.score(name, seed, self.load(output), seconds)
+        choices = read_choices(output / SELECTION)
+        kinds = list(load_dataset("json", data_files=str(self.folder / "data" / "train_poisoned.jsonl"), split="train")["kind"])
+        harmful = kinds.count("harmful")
+        found = sum(kinds[row.row] == "harmful" for row in most_dropped(choices)[:harmful])
+        print(f"{name}, seed {seed}: {found} of the {harmful} harmful rows are among the {harmful} most-dropped of {len(kinds)}", flush=True)
+        return choices
 
 
 class KindJudge:

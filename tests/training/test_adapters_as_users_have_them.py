@@ -8,17 +8,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests import references, tiny
 from tests.training.test_corrections import assert_close, expected, updates
 from trl_safety import AlignmentSubspace, apply_csulora, apply_safe_lora, asft_penalty
 from trl_safety.adapters.lora import lora_modules
-from trl_safety.config import CsuloraConfig
+from trl_safety.config import CsuloraConfig, SafeLoraConfig
 from trl_safety.errors import AdapterError, SafetyError, SubspaceError
 from trl_safety.training.correction import correct_folder
 from trl_safety.training.csulora import CsuloraCorrection
 from trl_safety.training.report import read_report
+from trl_safety.training.safe_lora import SafeLoraCorrection
 
 
 def dense_updates(model: Any) -> dict[str, torch.Tensor]:
@@ -282,7 +284,12 @@ class TestQLoRA:
         config = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
         )
-        return lambda: AutoModelForCausalLM.from_pretrained(pair / "aligned", quantization_config=config, device_map={"": "cpu"})
+        def load(name: str | Path = "aligned") -> Any:
+            # A folder that is quantised already brings its own configuration.
+            options = {} if isinstance(name, Path) else {"quantization_config": config}
+            return AutoModelForCausalLM.from_pretrained(pair / name, device_map={"": "cpu"}, **options)
+
+        return load
 
     @pytest.fixture
     def subspace(self, pair: Path) -> AlignmentSubspace:
@@ -337,6 +344,39 @@ class TestQLoRA:
                 apply_safe_lora(model, subspace)
         else:
             assert "in 21 of 21 layers, up to quantisation" in apply_safe_lora(model, subspace).base_check
+
+    @pytest.mark.parametrize("trained_on", ["aligned", "base", "stranger"])
+    def test_a_saved_adapter_is_corrected_only_for_the_model_that_its_quantised_base_is(
+        self, tmp_path: Path, pair: Path, quantised: Any, trained_on: str
+    ) -> None:
+        """The base model that the adapter names is a folder of 4-bit weights: compared up to their rounding."""
+        quantised(trained_on).save_pretrained(tmp_path / "stored")
+        adapter = get_peft_model(quantised(tmp_path / "stored"), tiny.lora(target_modules="all-linear", init_lora_weights=False))
+        adapter.save_pretrained(tmp_path / "adapter")
+        subspace = AlignmentSubspace.from_pair(pair / "base", pair / "aligned", target_modules="all-linear", rank=8, progress=False)
+        correction = SafeLoraCorrection(SafeLoraConfig(threshold=1.0))
+        if trained_on == "aligned":
+            report = correct_folder(tmp_path / "adapter", tmp_path / "out", subspace, correction)
+            assert report.base_check.endswith("layers that were compared, up to quantisation")
+        else:
+            with pytest.raises(AdapterError, match="use the subspace of the model that the adapter was trained on"):
+                correct_folder(tmp_path / "adapter", tmp_path / "out", subspace, correction)
+            assert not (tmp_path / "out").exists()
+
+    def test_a_base_in_eight_bits_is_said_not_to_be_verified(self, tmp_path: Path, pair: Path, subspace: AlignmentSubspace) -> None:
+        from transformers import AutoModelForCausalLM
+
+        get_peft_model(AutoModelForCausalLM.from_pretrained(pair / "aligned"), tiny.lora(init_lora_weights=False)).save_pretrained(
+            tmp_path / "adapter"
+        )
+        shutil.copytree(pair / "aligned", tmp_path / "stored")
+        tensors = load_file(tmp_path / "stored" / "model.safetensors")
+        save_file({name: value.to(torch.int8) for name, value in tensors.items()}, tmp_path / "stored" / "model.safetensors")
+        tiny.rewrite_json(tmp_path / "stored" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+        tiny.rewrite_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "stored"))
+        report = correct_folder(tmp_path / "adapter", tmp_path / "out", subspace, SafeLoraCorrection(SafeLoraConfig(threshold=1.0)))
+        assert "not verified" in report.base_check
+        assert "quantised in a format that is not read" in report.base_check
 
     def test_a_quantised_checkpoint_gives_no_subspace(self, tmp_path: Path, pair: Path, quantised: Any) -> None:
         quantised().save_pretrained(tmp_path / "stored")

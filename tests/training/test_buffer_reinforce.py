@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -322,6 +322,17 @@ class TestUserTraining:
         trainer.train()
         trainer.save_model()
         assert verify(tmp_path / "user").base_check.endswith("up to quantisation")
+        # A plain adapter whose base model is a folder of 4-bit weights has no record to compare: its folder's weights are.
+        for name, fits in (("aligned", True), ("other", False)):
+            load(name).save_pretrained(tmp_path / f"stored-{name}")
+            stored = AutoModelForCausalLM.from_pretrained(tmp_path / f"stored-{name}", device_map={"": "cpu"})
+            get_peft_model(stored, tiny.lora()).save_pretrained(tmp_path / f"plain-{name}")
+            if fits:
+                report = merge_reinforce(tmp_path / f"plain-{name}", tmp_path / "reinforce", tmp_path / "merged")
+                assert report.base_check.endswith("up to quantisation")
+            else:
+                with pytest.raises(AdapterError, match="use the adapter that was made for this model"):
+                    merge_reinforce(tmp_path / f"plain-{name}", tmp_path / "reinforce", tmp_path / "refused")
         # In full precision, too: the adapters are for the model, not for its rounding.
         tiny.trainer(tmp_path / "full", base=AutoModelForCausalLM.from_pretrained(tmp_path / "aligned"), safety=block(tmp_path))
         with pytest.raises(AdapterError, match="use the adapter that was made for this model"):

@@ -17,6 +17,7 @@ from trl_safety.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FULL_PRECISION = {"F64", "F32", "F16", "BF16"}
+QUANT_STATE = "quant_state.bitsandbytes__"
 
 
 class Checkpoint:
@@ -29,12 +30,13 @@ class Checkpoint:
         modules: names of the modules that have a two-dimensional weight, mapped to the tensor's name.
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None) -> None:
+    def __init__(self, source: str | Path, revision: str | None = None, *, quantised: bool = False) -> None:
         """Open a checkpoint.
 
         Args:
             source: a local folder, or a Hub id.
             revision: branch, tag or commit on the Hub.
+            quantised: whether one that is stored quantised is opened, too; see `weight`.
 
         Raises:
             CheckpointError: there is none, it is stored quantised, it is not safetensors, or a file is damaged.
@@ -47,7 +49,7 @@ class Checkpoint:
         self._paths: dict[str, Path] = {}
         config = self._find("config.json")
         self.config: dict[str, Any] = _json(config) if config else {}
-        if method := self.config.get("quantization_config"):
+        if (method := self.config.get("quantization_config")) and not quantised:
             raise CheckpointError(
                 f"{self.source!r} is stored quantised ({_quantisation(method)}): V = W_aligned − W_base would be rounding noise. "
                 "Name the full-precision checkpoint that it was made from"
@@ -66,6 +68,25 @@ class Checkpoint:
         if len(shape) != 2:
             raise CheckpointError(f"layer {module!r} of {self.source!r} has shape {list(shape)}: only matrices are supported")
         return self.tensor(name)
+
+    def weight(self, module: str) -> tuple[Tensor | None, bool]:
+        """A module's weight to recognise a model by, and whether it was dequantised.
+
+        Returns:
+            As `read`; or dequantised, where bitsandbytes stored it in 4 bits; or None, where it is quantised in another way.
+        """
+        name = self.modules[module]
+        handle = self._open(self._files[name])
+        if handle.get_slice(name).get_dtype() in FULL_PRECISION:
+            return self.read(module), False
+        parts = {part.removeprefix(f"{name}."): part for part in self._files if part.startswith(f"{name}.")}
+        if not any(QUANT_STATE in part for part in parts):
+            return None, True
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        state = {part: self._open(self._files[stored]).get_tensor(stored) for part, stored in parts.items()}
+        weight: Tensor = dequantize_4bit(handle.get_tensor(name), QuantState.from_dict(state, torch.device("cpu")))
+        return weight, True
 
     @property
     def names(self) -> list[str]:

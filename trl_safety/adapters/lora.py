@@ -264,7 +264,7 @@ def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubs
     modules = list(modules)
     if placeholders() and not any(is_sharded(module.A) for module in modules):
         return CHECKED_ELSEWHERE
-    unread, layers, closer, apart = 0, 0, 0.0, 0.0
+    unread, layers, recognition = 0, 0, Recognition()
     for module in modules:
         subspace = subspaces.get(module.name)
         if subspace is None:
@@ -281,29 +281,50 @@ def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubs
         if weight is None or weight.numel() != subspace.shape[0] * subspace.shape[1] or weight.is_meta:
             unread += 1
             continue
-        to_aligned, to_base, pair = subspace.difference(weight)
-        quantised = weight is not layer.weight
-        if to_aligned > (QUANTISED_DIFFERENCE if quantised else FULL_PRECISION_DIFFERENCE):
+        if difference := recognition.add(weight, subspace, quantised=weight is not layer.weight):
+            _, to_base, _ = subspace.difference(weight)
             which = "the unaligned base of the pair" if to_base <= FULL_PRECISION_DIFFERENCE else "another model"
-            raise AdapterError(_wrong_model(module.name, to_aligned, which))
-        if quantised:
-            closer += to_base**2 - to_aligned**2
-            apart += pair**2
-    return _base_check(layers, unread, closer / apart if apart else None)
-
-
-def _base_check(layers: int, unread: int, verdict: float | None) -> str:
-    """`verdict` is +1 in expectation under the quantised aligned model and −1 under the quantised base."""
+            raise AdapterError(_wrong_model(module.name, difference, which))
+    if difference := recognition.unaligned:
+        raise AdapterError(_wrong_model("all layers together", difference, "the unaligned base of the pair, quantised"))
     text = f"weights match the subspace's aligned model in {layers - unread} of {layers} layers"
     if unread:
         text += "; the others are stored in a format that could not be read"
-    if verdict is None:
-        return text
-    if verdict < -0.5:
-        raise AdapterError(_wrong_model("all layers together", -verdict, "the unaligned base of the pair, quantised"))
-    if verdict < 0.5:
-        return text + ", up to quantisation, which is too coarse here to tell the aligned model from the base"
-    return text + ", up to quantisation"
+    return text + recognition.qualifier
+
+
+class Recognition:
+    """Tells whether weights are an aligned model's, layer by layer; quantised ones, each too coarse to tell, also all together."""
+
+    def __init__(self) -> None:
+        self._closer, self._apart = 0.0, 0.0
+
+    def add(self, weight: Tensor, subspace: LayerSubspace, *, quantised: bool) -> float:
+        """The layer's relative distance from the aligned one, if that is more than a cast or the quantisation explains; else 0."""
+        to_aligned, to_base, pair = subspace.difference(weight)
+        if quantised:
+            self._closer += to_base**2 - to_aligned**2
+            self._apart += pair**2
+        return to_aligned if to_aligned > (QUANTISED_DIFFERENCE if quantised else FULL_PRECISION_DIFFERENCE) else 0.0
+
+    @property
+    def _verdict(self) -> float | None:
+        """+1 in expectation under the quantised aligned model and −1 under the quantised base."""
+        return self._closer / self._apart if self._apart else None
+
+    @property
+    def unaligned(self) -> float:
+        """By how much all quantised layers together are rather the base's than the aligned model's; 0 if they are not."""
+        return -self._verdict if self._verdict is not None and self._verdict < -0.5 else 0.0
+
+    @property
+    def qualifier(self) -> str:
+        """What the report adds to its verdict."""
+        if self._verdict is None:
+            return ""
+        if self._verdict < 0.5:
+            return ", up to quantisation, which is too coarse here to tell the aligned model from the base"
+        return ", up to quantisation"
 
 
 def _wrong_model(layer: str, difference: float, which: str) -> str:

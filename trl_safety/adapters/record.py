@@ -25,7 +25,7 @@ from trl_safety.adapters.lora import KIND_PREFIX, full_precision, kind_of
 from trl_safety.adapters.names import match
 from trl_safety.adapters.shards import CHECKED_ELSEWHERE, placeholders
 from trl_safety.adapters.subspace import CASTS, FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, sample
-from trl_safety.errors import AdapterError
+from trl_safety.errors import AdapterError, CheckpointError
 
 RECORD = "safety_adapter.json"
 SCHEMA_VERSION = 1
@@ -119,11 +119,15 @@ class AdapterRecord:
 
     def check_checkpoint(self, folder: str, setting: str) -> str:
         """Refuse a stored model that is not the recorded one; see `check_layers`."""
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, quantised=True)
         # At random: every so many layers would be the same kind of layer again and again.
         names = random.Random(0).sample(list(self.samples), min(LAYERS_COMPARED, len(self.samples)))  # noqa: S311  # no secret here
         found = {name: to for name, to in match(names, checkpoint.modules).items() if to is not None}
-        return self._check({name: sample(checkpoint.read(to)).float() for name, to in found.items()}, False, setting, folder)
+        read = {name: checkpoint.weight(to) for name, to in found.items()}
+        entries = {name: sample(weight).float() for name, (weight, _) in read.items() if weight is not None}
+        if found and not entries:
+            raise CheckpointError(f"{folder!r} is stored quantised in a format that is not read: name the full-precision checkpoint")
+        return self._check(entries, any(quantised for _, quantised in read.values()), setting, folder)
 
     def _check(self, entries: Mapping[str, Tensor], quantised: bool, setting: str, whose: str) -> str:
         if not entries:

@@ -21,6 +21,7 @@ from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.lora import (
     MARK_PREFIX,
     LoraModule,
+    Recognition,
     adapter_config,
     adapter_name,
     check_shape,
@@ -466,23 +467,32 @@ def _check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mapp
     """Compare the adapter's base model with the subspace's, as far as it can be had without a network."""
     base = folder.config.base_model_name_or_path
     if base and Path(base).is_dir():
-        checkpoint = Checkpoint(base)
+        checkpoint = Checkpoint(base, quantised=True)
         # At random: every so many layers would be the same kind of layer again and again.
         names = random.Random(0).sample(list(layers), min(BASE_LAYERS_SAMPLED, len(layers)))  # noqa: S311  # no secret here
         stored = {name: found for name, found in match(names, checkpoint.modules).items() if found is not None}
+        recognition = Recognition()
         for name, found in stored.items():
-            to_aligned, _, _ = layers[name].difference(checkpoint.read(found))
-            if to_aligned > FULL_PRECISION_DIFFERENCE:
-                raise AdapterError(
-                    f"base_model_name_or_path = {base!r} of the adapter differs from the subspace's aligned model {subspace.provenance.aligned!r} in layer "
-                    f"{name!r} by {to_aligned:.1%}: use the subspace of the model that the adapter was trained on"
-                )
+            weight, quantised = checkpoint.weight(found)
+            if weight is None:
+                return f"{NOT_VERIFIED}: {base} is stored quantised in a format that is not read, the subspace is of {subspace.provenance.aligned}; shapes match"
+            if apart := recognition.add(weight, layers[name], quantised=quantised):
+                raise AdapterError(_wrong_base(base, subspace, f"layer {name!r}", apart))
+        if apart := recognition.unaligned:
+            raise AdapterError(_wrong_base(base, subspace, "all layers together", apart))
         if stored:
-            return f"weights of {base} match the subspace's aligned model in all {len(stored)} layers that were compared"
+            return f"weights of {base} match the subspace's aligned model in all {len(stored)} layers that were compared{recognition.qualifier}"
     if base and base == subspace.provenance.aligned:
         return f"{base}, by name the subspace's aligned model"
     return (
         f"{NOT_VERIFIED}: {base or 'no name in the adapter'} is not at hand, the subspace is of {subspace.provenance.aligned}; shapes match"
+    )
+
+
+def _wrong_base(base: str, subspace: AlignmentSubspace, where: str, difference: float) -> str:
+    return (
+        f"base_model_name_or_path = {base!r} of the adapter differs from the subspace's aligned model {subspace.provenance.aligned!r} in {where} by "
+        f"{difference:.1%}: use the subspace of the model that the adapter was trained on"
     )
 
 
