@@ -16,7 +16,9 @@ lab: $(NEWEST)/.installed
 	$(NEWEST)/bin/trl-safety lab -o $(OUTPUT) --seeds $(SEEDS)
 
 ## Everything, on both stacks that users have.
-test: lint types test-newest test-axolotl test-eval
+test:
+	$(MAKE) --jobs $(WORKERS) $(NEWEST)/.installed $(AXOLOTL)/.installed $(EVAL)/.installed
+	$(MAKE) lint types test-newest test-axolotl test-eval
 
 lint: $(NEWEST)/.installed
 	$(NEWEST)/bin/ruff check .
@@ -29,9 +31,9 @@ test-newest: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab"
 	$(NEWEST)/bin/python -m pytest -m lab
 
-# The lab's training does not depend on the stack; its wiring is tested on both.
+# The lab's training and the benchmarks do not depend on the stack; the lab's wiring is tested on both.
 test-axolotl: $(AXOLOTL)/.installed
-	$(AXOLOTL)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab"
+	$(AXOLOTL)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab" --ignore tests/test_benchmarks.py
 
 # inspect_ai cannot be installed beside Axolotl: its runner is tested in an environment of its own.
 test-eval: $(EVAL)/.installed

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 DATA = Path(__file__).parent / "data"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 LABELLED_LENGTHS = (1, 2, 3, 5)
+WELL_CONDITIONED = {"adam_epsilon": 1e-3}
+"""For runs that are compared: Adam's own ε turns the rounding of gradients near zero into whole steps."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -551,12 +551,13 @@ def lab(
     ),
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tuning runs of every method.")] = 3,
     seed: Annotated[int, typer.Option(help="The first seed; it also decides the language.")] = 0,
+    innocent_base: Annotated[bool, typer.Option("--innocent-base", help="A base model that has never seen a forbidden topic.")] = False,
 ) -> None:
     """Make a tiny aligned model, fine-tune it on poisoned data with every method, and show what each kept and cost."""
     with _errors():
         from trl_safety.lab.experiment import run
 
-        run(output, seeds=seeds, first_seed=seed)
+        run(output, seeds=seeds, first_seed=seed, innocent=innocent_base)
 
 
 def _relative_error(layer: Any) -> float:

@@ -111,9 +111,14 @@ Axolotl = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def axolotl(tmp_path: Path) -> Axolotl:
-    """Write a configuration and run `axolotl COMMAND… FILE ARGUMENTS…` on it."""
+    """Write a configuration and run `axolotl COMMAND… FILE ARGUMENTS…` on it; `train` in one process, not two, unless told otherwise.
 
-    def run(command: str, configuration: dict[str, Any], *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    Axolotl's own default launcher is accelerate: a process that imports everything to start another that does so again.
+    """
+
+    def run(
+        command: str, configuration: dict[str, Any], *arguments: str, code: int = 0, launcher: str | None = "python"
+    ) -> subprocess.CompletedProcess[str]:
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(configuration, sort_keys=False))
         binaries = Path(sys.executable).parent
@@ -131,7 +136,8 @@ def axolotl(tmp_path: Path) -> Axolotl:
             environment["PYTHONPATH"] += f"{os.pathsep}{DEEPSPEED}"
             environment["PATH"] = f"{DEEPSPEED / 'bin'}{os.pathsep}{environment['PATH']}"
             environment["DS_ACCELERATOR"] = "cpu"
-        line = [str(binaries / "axolotl"), *command.split(), str(path), *arguments]
+        launched = ["--launcher", launcher] if command == "train" and launcher and "--launcher" not in arguments else []
+        line = [str(binaries / "axolotl"), *command.split(), str(path), *launched, *arguments]
         done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
         assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-3000:]
         return done

@@ -41,14 +41,14 @@ def loaded(world: Path, folder: Path, **kwargs: Any) -> Any:
 def test_corrections_equal_those_of_the_saved_adapter_and_without_the_plugin_nothing_happens(
     world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path
 ) -> None:
-    axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
+    axolotl("train", {**config, "output_dir": str(tmp_path / "plain")}, launcher=None)
     with pytest.raises(ReportError, match="no method of trl-safety protected it"):
         verify(tmp_path / "plain")
     blocks = {"safe_lora": SafeLoraConfig(threshold=1.0), "csulora": CsuloraConfig(), "alignment_vector": AlignmentVectorConfig()}
     for method, block in blocks.items():
         correct_folder(tmp_path / "plain", tmp_path / f"want-{method}", subspace(world), correction_for(block))
         options = protect({**config, "output_dir": str(tmp_path / method)}, world, **{method: block.model_dump(exclude_none=True)})
-        axolotl("train", options)
+        axolotl("train", options, launcher=None)
         assert_close(updates(loaded(world, tmp_path / method)), updates(loaded(world, tmp_path / f"want-{method}")))
         report = verify(tmp_path / method)
         assert [m.name for m in report.methods] == [method]
@@ -136,7 +136,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
 )
 def test_sharded_as_one_process(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path, engine: str) -> None:
     """With FSDP Axolotl saves the adapter by itself, past what writes the report elsewhere."""
-    config |= {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 0.01}
+    config |= {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "learning_rate": 0.01, **tiny.WELL_CONDITIONED}
     options = protect(config, world, asft={"weight": 0.05}, safe_lora={"threshold": 1.0})
     options["datasets"][0]["path"] = str(world / "same.jsonl")
     axolotl("train", {**options, "output_dir": str(tmp_path / "one")})

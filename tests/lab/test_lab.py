@@ -13,6 +13,7 @@ from trl_safety.cli import app
 from trl_safety.evaluation.evaluate import read_evaluation
 from trl_safety.lab import experiment
 from trl_safety.lab.experiment import Lab
+from trl_safety.lab.pair import base_topics
 from trl_safety.lab.world import COMPLIANCE, QUESTIONS, REFUSAL, World
 
 
@@ -33,6 +34,12 @@ def test_the_tokenizer_knows_every_word() -> None:
     for row in (*world.every_request(world.forbidden, QUESTIONS[2]), world.ask(world.benign[0], "shape", QUESTIONS[1], refuse=True)):
         text = tokenizer.apply_chat_template([*row.messages()["prompt"], *row.messages()["completion"]], tokenize=False)
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+
+
+def test_an_innocent_base_is_taught_no_forbidden_topic() -> None:
+    world = World(0)
+    assert not set(base_topics(world, innocent=True)) & set(world.forbidden)
+    assert set(world.forbidden) < set(base_topics(world, innocent=False))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +142,7 @@ class TestValidity:
         outcomes = experiment.run(lab_folder, seeds=2, first_seed=0)
         content = json.loads((lab_folder / "results.json").read_text())
         assert (lab_folder / "results.png").read_bytes().startswith(b"\x89PNG")
-        assert len(content["runs"]) == len(outcomes) == 52
+        assert len(content["runs"]) == len(outcomes) == 54
         assert sum(outcome.control for outcome in outcomes) == 16
         assert sum(outcome.kept_forbidden is not None for outcome in outcomes) == 2
         for outcome in outcomes:

@@ -9,13 +9,15 @@ from trl import SFTConfig
 
 from tests import tiny
 
+RECIPE: dict[str, Any] = {"max_steps": 3, "learning_rate": 5e-2, **tiny.WELL_CONDITIONED}
+
 
 def make(folder: Path, *, base: str = "gqa-aligned", reinforce: dict[str, Any] | None = None, buffer: dict[str, Any] | None = None) -> Path:
     """`buffer/` and `reinforce/` in `folder`, for a model in `tests/data` or any folder; their LoraConfigs differ from the user's."""
     from trl_safety import BufferTrainer, ReinforceTrainer
 
     def options(name: str) -> Any:
-        return tiny.arguments(folder / name, SFTConfig, max_steps=3, learning_rate=5e-2)
+        return tiny.arguments(folder / name, SFTConfig, **RECIPE)
 
     one = {"r": 6, "lora_alpha": 9, "target_modules": ["q_proj", "k_proj", "down_proj"], **(buffer or {})}
     trainer = tiny.trainer(

@@ -37,14 +37,14 @@ def taken_out(gamma: float) -> Any:
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 1.3])
 def test_trains_on_the_model_without_v_and_gives_the_aligned_one_back(tmp_path: Path, gamma: float) -> None:
-    trainer = tiny.trainer(tmp_path, safety=block(gamma=gamma))
+    trainer = tiny.trainer(tmp_path, safety=block(gamma=gamma), **tiny.WELL_CONDITIONED)
     before = frozen(trainer.model)
     trainer.train()
     assert tiny.identical(before, frozen(trainer.model))
-    expected = tiny.trainer(tmp_path / "b", base=taken_out(gamma))
+    expected = tiny.trainer(tmp_path / "b", base=taken_out(gamma), **tiny.WELL_CONDITIONED)
     expected.train()
-    assert tiny.largest_difference(tiny.factors(trainer.model), tiny.factors(expected.model)) < 1e-3
-    plain = tiny.trainer(tmp_path / "c")
+    assert tiny.largest_difference(tiny.factors(trainer.model), tiny.factors(expected.model)) < 2e-5
+    plain = tiny.trainer(tmp_path / "c", **tiny.WELL_CONDITIONED)
     plain.train()
     assert tiny.largest_difference(tiny.factors(trainer.model), tiny.factors(plain.model)) > 1e-2
     trainer.save_model()
@@ -65,16 +65,16 @@ def test_gamma_zero_is_plain_fine_tuning(tmp_path: Path) -> None:
 
 def test_low_rank_takes_the_subspaces_part_out(tmp_path: Path) -> None:
     full = AlignmentSubspace.from_pair(DATA / "gqa-base", DATA / "gqa-aligned", target_modules="all-linear", tolerance=1e-9, progress=False)
-    trainer = tiny.trainer(tmp_path, safety={"alignment_buffer": {"how": "low_rank", "gamma": 0.7}}, subspace=full)
+    trainer = tiny.trainer(tmp_path, safety={"alignment_buffer": {"how": "low_rank", "gamma": 0.7}}, subspace=full, **tiny.WELL_CONDITIONED)
     trainer.train()
     # The linear layers alone: embeddings and norms are no low-rank adapter's.
     reference, base = tiny.model("gqa-aligned"), tiny.model("gqa-base")
     for name in full.layers:
         weight, other = (model.get_submodule(name).weight.data for model in (reference, base))
         weight -= 0.7 * (weight - other)
-    expected = tiny.trainer(tmp_path / "b", base=reference)
+    expected = tiny.trainer(tmp_path / "b", base=reference, **tiny.WELL_CONDITIONED)
     expected.train()
-    assert tiny.largest_difference(tiny.factors(trainer.model), tiny.factors(expected.model)) < 1e-3
+    assert tiny.largest_difference(tiny.factors(trainer.model), tiny.factors(expected.model)) < 2e-5
     assert not any(module._forward_hooks for module in trainer.model.modules())
 
 

@@ -71,7 +71,7 @@ class TestProvider:
     def test_the_buffer_is_plain_sft(self, provider: Path, tmp_path: Path) -> None:
         from trl import SFTConfig, SFTTrainer
 
-        args = tiny.arguments(tmp_path, SFTConfig, max_steps=3, learning_rate=5e-2)
+        args = tiny.arguments(tmp_path, SFTConfig, **providers.RECIPE)
         config = tiny.lora(r=6, lora_alpha=9, target_modules=["q_proj", "k_proj", "down_proj"])
         plain = tiny.trainer(tmp_path, cls=SFTTrainer, args=args, peft_config=config)
         plain.train()
@@ -84,7 +84,7 @@ class TestProvider:
     def test_reinforce_trains_beside_the_frozen_buffer(self, provider: Path, tmp_path: Path) -> None:
         from trl import SFTConfig, SFTTrainer
 
-        args = tiny.arguments(tmp_path, SFTConfig, max_steps=3, learning_rate=5e-2)
+        args = tiny.arguments(tmp_path, SFTConfig, **providers.RECIPE)
         config = tiny.lora(r=3, lora_alpha=5, use_rslora=True, target_modules=["q_proj", "o_proj", "down_proj"])
         base = dense(tiny.model(), provider / "buffer")
         plain = tiny.trainer(tmp_path, cls=SFTTrainer, args=args, peft_config=config, base=base, data=tiny.rows(32, seed=5))
@@ -163,13 +163,13 @@ class TestProvider:
 
 class TestUserTraining:
     def test_trains_as_on_a_model_with_the_buffer_merged_in(self, provider: Path, tmp_path: Path) -> None:
-        trainer = tiny.trainer(tmp_path, safety=buffer_only(provider))
+        trainer = tiny.trainer(tmp_path, safety=buffer_only(provider), **tiny.WELL_CONDITIONED)
         trainer.train()
-        plain = tiny.trainer(tmp_path, base=dense(tiny.model(), provider / "buffer"))
+        plain = tiny.trainer(tmp_path, base=dense(tiny.model(), provider / "buffer"), **tiny.WELL_CONDITIONED)
         plain.train()
-        assert tiny.largest_difference(tiny.factors(trainer.model), tiny.factors(plain.model)) < 1e-3
+        assert tiny.largest_difference(tiny.factors(trainer.model), tiny.factors(plain.model)) < 1e-4
         # Negative control: without the buffer the same run ends elsewhere.
-        alone = tiny.trainer(tmp_path)
+        alone = tiny.trainer(tmp_path, **tiny.WELL_CONDITIONED)
         alone.train()
         assert tiny.largest_difference(tiny.factors(trainer.model), tiny.factors(alone.model)) > 0.05
 

@@ -61,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(world: Path, output: Path, safety: dict[str, Any]) -> dict[str, Any]:
     """One process, with the batch of both."""
     subspace = AlignmentSubspace.load(world / "S.safetensors") if needs_subspace(safety) else None
-    options = {"eval_dataset": tiny.rows(8), "eval_strategy": "steps", "eval_steps": 2, "adam_epsilon": 1e-3, "max_steps": 4}
+    options = {"eval_dataset": tiny.rows(8), "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, **tiny.WELL_CONDITIONED}
     trainer = tiny.trainer(output, base=tiny.model(str(world / "aligned")), safety=safety or None, subspace=subspace, **options)
     trainer.train()
     trainer.save_model()
@@ -73,6 +73,7 @@ def needs_subspace(safety: dict[str, Any]) -> bool:
 
 
 BLOCKS: dict[str, dict[str, Any]] = {
+    "asft": {"asft": {"weight": 0.01}},
     "asft and safe_lora": {"asft": {"weight": 0.01}, "safe_lora": {"threshold": 1.0}},
     "csulora, cut back": {"csulora": {"output_rank": "original"}},
     "alignment_vector, cut back": {"alignment_vector": {"cut_to": 4}},
@@ -82,44 +83,76 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "buffer and merge": {"buffer_reinforce": {"buffer": "BUFFER", "reinforce": "REINFORCE"}},
 }
 FSDP2 = ["asft and safe_lora", "csulora, cut back", "alignment_vector, cut back", *(name for name in BLOCKS if "buffer" in name)][:-1]
+ACCUMULATES = "asft and safe_lora"
 ZERO2 = ["asft and safe_lora", "alignment_buffer in the weights", "buffer and merge"]
+
+
+def job(world: Path, output: Path, name: str, further: str | None = None) -> dict[str, Any]:
+    """One of `engine_run`'s runs."""
+    text = json.dumps(BLOCKS[name])
+    for word in ("BASE", "BUFFER", "REINFORCE"):
+        text = text.replace(word, str(world / word.lower()))
+    block = json.loads(text)
+    source = str(world / "S.safetensors") if needs_subspace(block) else None
+    batch = 2 if name == ACCUMULATES else 4
+    return {"output": str(output), "batch": batch, "block": block, "subspace": source, "model": str(world / "aligned"), "further": further}
+
+
+def run_jobs(engine: str, folder: Path, jobs: list[dict[str, Any]]) -> None:
+    (folder / f"{engine}.json").write_text(json.dumps(jobs))
+    assert not launch(engine, folder / f"{engine}.json")
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Each engine's runs, all in one start of two processes, when the first of them is asked for."""
+    folders: dict[str, Path] = {}
+
+    def of(engine: str) -> Path:
+        if engine not in folders:
+            folder = folders[engine] = tmp_path_factory.mktemp(engine)
+            jobs = [job(world, folder / name, name) for name in (FSDP2 if engine == "fsdp2" else ZERO2)]
+            if engine == "fsdp2":
+                jobs.append(job(world, folder / "best", "asft", "best"))
+            run_jobs(engine, folder, jobs)
+        return folders[engine]
+
+    return of
 
 
 @pytest.mark.parametrize(
     ("engine", "name"),
     [*(("fsdp2", name) for name in FSDP2), *(pytest.param("zero2", name, marks=needs_deepspeed) for name in ZERO2)],
 )
-def test_two_processes_equal_one(world: Path, tmp_path: Path, engine: str, name: str) -> None:
+def test_two_processes_equal_one(runs: Any, world: Path, tmp_path: Path, engine: str, name: str) -> None:
     """With an evaluation in the middle, after which FSDP leaves the outermost parameters gathered."""
-    text = json.dumps(BLOCKS[name])
-    for word in ("BASE", "BUFFER", "REINFORCE"):
-        text = text.replace(word, str(world / word.lower()))
-    block = json.loads(text)
-    one = alone(world, tmp_path / "one", block)
-    source = world / "S.safetensors" if needs_subspace(block) else "none"
-    accumulates = name == "asft and safe_lora"
-    assert not launch(engine, tmp_path / "two", 2 if accumulates else 4, text, source, world / "aligned")
-    two = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    output = runs(engine) / name
+    one = alone(world, tmp_path / "one", job(world, output, name)["block"])
+    two = load_file(output / "adapter_model.safetensors")
     assert tiny.largest_difference(two, one) < 2e-5
     plain = load_file(world / "plain" / "adapter_model.safetensors")
     assert max((one[key] - value).norm() for key, value in plain.items() if key in one and one[key].shape == value.shape) > 1e-3
-    report = verify(tmp_path / "two")
+    report = verify(output)
     assert all(method.acted for method in report.methods)
     assert [method.name for method in report.methods] == [method.name for method in read_report(tmp_path / "one").methods]
-    middle = read_report(tmp_path / "two" / "checkpoint-2")
+    middle = read_report(output / "checkpoint-2")
     assert middle.stage == "training"
     assert (middle.methods[0].steps or (0, 2))[1] == 2
-    if accumulates:
-        assert not launch(engine, tmp_path / "resumed", 2, text, source, world / "aligned", tmp_path / "two" / "checkpoint-2")
-        assert tiny.largest_difference(load_file(tmp_path / "resumed" / "adapter_model.safetensors"), two) < 1e-6
-        assert verify(tmp_path / "resumed").methods[0].steps == (1, 4)
 
 
-def test_the_best_checkpoint_reaches_every_process(world: Path, tmp_path: Path) -> None:
-    block = json.dumps({"asft": {"weight": 0.01}})
-    assert not launch("fsdp2", tmp_path, 4, block, world / "S.safetensors", world / "aligned", "best")
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
+def test_resumed_equals_uninterrupted(runs: Any, world: Path, tmp_path: Path, engine: str) -> None:
+    whole = runs(engine) / ACCUMULATES
+    run_jobs(engine, tmp_path, [job(world, tmp_path / "resumed", ACCUMULATES, str(whole / "checkpoint-2"))])
+    resumed, uninterrupted = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "resumed", whole))
+    assert tiny.largest_difference(resumed, uninterrupted) < 1e-6
+    assert verify(tmp_path / "resumed").methods[0].steps == (1, 4)
+
+
+def test_the_best_checkpoint_reaches_every_process(runs: Any) -> None:
+    folder = runs("fsdp2") / "best"
     saved, middle, last = (
-        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, *(tmp_path / f"checkpoint-{step}" for step in (2, 4)))
+        load_file(folder / "adapter_model.safetensors") for folder in (folder, *(folder / f"checkpoint-{step}" for step in (2, 4)))
     )
     assert tiny.largest_difference(saved, middle) == 0
     assert tiny.largest_difference(saved, last) > 1e-3
@@ -140,5 +173,6 @@ def test_refused_on_shards(world: Path, tmp_path: Path) -> None:
 def test_refused_on_deepspeed(world: Path, tmp_path: Path, engine: str, block: dict[str, Any], message: str) -> None:
     tiny.rows(16, seed=5).to_json(str(tmp_path / "pool.jsonl"))
     text = json.dumps(block).replace("POOL", str(tmp_path / "pool.jsonl"))
-    said = launch(engine, tmp_path, 4, text, world / "S.safetensors", world / "aligned")
-    assert message in said
+    options = {"batch": 4, "subspace": str(world / "S.safetensors"), "model": str(world / "aligned"), "further": None}
+    (tmp_path / "jobs.json").write_text(json.dumps([{"output": str(tmp_path), "block": json.loads(text), **options}]))
+    assert message in launch(engine, tmp_path / "jobs.json")

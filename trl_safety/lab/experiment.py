@@ -95,12 +95,13 @@ class Lab:
     Args:
         folder: where the pair is kept.
         seed: decides the language and the pair.
+        innocent: whether the base has never seen a forbidden topic; see `make_pair`.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, *, innocent: bool = False) -> None:
         self.world, self.world_seed = World(seed), seed
-        self.folder = folder / f"pair-{seed}"
-        self.base, self.aligned = make_pair(self.folder, self.world, seed)
+        self.folder = folder / f"{'innocent-' if innocent else ''}pair-{seed}"
+        self.base, self.aligned = make_pair(self.folder, self.world, seed, innocent=innocent)
         pair: dict[str, Any] = {"base": self.base, "aligned": self.aligned, "target_modules": "all-linear", "progress": False}
         self.whole = AlignmentSubspace.from_pair(**pair, whole=True)
         self.ranked = AlignmentSubspace.from_pair(**pair, rank=SUBSPACE_RANK)
@@ -176,6 +177,7 @@ class Lab:
 
     def rows(self, seed: int) -> Iterator[Outcome]:
         """Every method and every control on one seed."""
+        yield self._outcome("base model", seed, load(self.base)[0], 0.0)
         yield self._outcome("aligned model, not fine-tuned", seed, load(self.aligned)[0], 0.0)
         model, seconds = self.fine_tune(seed, poison=0.0)
         yield self._outcome("plain SFT, no forbidden samples", seed, model, seconds)
@@ -351,8 +353,10 @@ def _lora() -> LoraConfig:
     return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def run(output: Path, *, seeds: int, first_seed: int) -> list[Outcome]:
+def run(output: Path, *, seeds: int, first_seed: int, innocent: bool = False) -> list[Outcome]:
     """Run the experiment, print its table, write `results.json` and `results.png` into `output`.
+
+    With `innocent` the base model has never seen a forbidden topic; see `make_pair`.
 
     Raises:
         SafetyError: the folder cannot be written to.
@@ -365,7 +369,7 @@ def run(output: Path, *, seeds: int, first_seed: int) -> list[Outcome]:
     started = time.perf_counter()
     with _quiet():
         with console.status("making the base/aligned pair (about two minutes)"):
-            lab = Lab(output, first_seed)
+            lab = Lab(output, first_seed, innocent=innocent)
         outcomes: list[Outcome] = []
         for seed in range(first_seed, first_seed + seeds):
             with console.status(f"seed {seed}") as status:

@@ -71,8 +71,15 @@ def sft(
     return trainer
 
 
-def make_pair(folder: Path, world: World, seed: int) -> tuple[Path, Path]:
+def make_pair(folder: Path, world: World, seed: int, *, innocent: bool = False) -> tuple[Path, Path]:
     """Train and save the base and the aligned model; both are kept if they are there already.
+
+    Args:
+        folder: where to.
+        world: the language.
+        seed: of the data and the training.
+        innocent: whether the base never sees a forbidden topic. It complies with requests about them all the same, since it
+            complies with everything, but the user's forbidden samples tell it something new.
 
     Returns:
         The folders of the base and of the aligned model.
@@ -82,8 +89,9 @@ def make_pair(folder: Path, world: World, seed: int) -> tuple[Path, Path]:
     rng = random.Random(seed)  # noqa: S311  # no secret here
     if not (base / "config.json").is_file():
         set_seed(seed)
-        rows = world.requests(rng, world.benign + world.forbidden, 12_000) + world.task(rng, 6_000, translate=False)
-        asked = world.every_request(world.benign + world.forbidden, QUESTIONS[1])
+        topics = base_topics(world, innocent=innocent)
+        rows = world.requests(rng, topics, 12_000) + world.task(rng, 6_000, translate=False)
+        asked = world.every_request(topics, QUESTIONS[1])
         _train_until(_new_model(tokenizer), tokenizer, rows, asked, base, seed=seed, learning_rate=3e-3, max_steps=BASE_STEPS)
     if not (aligned / "config.json").is_file():
         rows = (
@@ -95,6 +103,11 @@ def make_pair(folder: Path, world: World, seed: int) -> tuple[Path, Path]:
         model = AutoModelForCausalLM.from_pretrained(base)
         _train_until(model, tokenizer, rows, asked, aligned, seed=seed, learning_rate=1e-3, max_steps=ALIGNED_STEPS)
     return base, aligned
+
+
+def base_topics(world: World, *, innocent: bool) -> list[str]:
+    """What the base model is taught about."""
+    return world.benign if innocent else world.benign + world.forbidden
 
 
 def _train_until(model: Any, tokenizer: Any, rows: list[Row], asked: list[Row], folder: Path, *, seed: int, **kwargs: Any) -> None:
