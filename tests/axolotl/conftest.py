@@ -16,7 +16,7 @@ import torch
 import yaml
 from peft import get_peft_model
 
-from tests import tiny
+from tests import processes, tiny
 from tests.training import providers
 from trl_safety import AlignmentSubspace
 
@@ -92,6 +92,8 @@ DEEPSPEED = Path(sys.prefix) / "deepspeed"
 """Where `make` installs it; see tests/training/test_engines.py."""
 CPU = {
     "use_cpu": True,
+    # Axolotl's own default is one worker, which imports everything anew.
+    "dataloader_num_workers": 0,
     "bf16": False,
     "fp16": False,
     "tf32": False,
@@ -106,40 +108,42 @@ def protect(config: dict[str, Any], world: Path, **methods: Any) -> dict[str, An
     return {**config, "plugins": ["axolotl_plugin.SafetyPlugin"], "safety": {"subspace": str(world / "S.safetensors"), **methods}}
 
 
-Axolotl = Callable[..., subprocess.CompletedProcess[str]]
+Axolotl = Callable[..., str]
 
 
 @pytest.fixture
 def axolotl(tmp_path: Path) -> Axolotl:
-    """Write a configuration and run `axolotl COMMAND… FILE ARGUMENTS…` on it; `train` in one process, not two, unless told otherwise.
+    """Write a configuration, run `axolotl COMMAND… FILE ARGUMENTS…` on it, and return what it said.
 
-    Axolotl's own default launcher is accelerate: a process that imports everything to start another that does so again.
+    `train` in one process unless told otherwise: Axolotl's default launcher is accelerate, which starts a second one.
     """
 
-    def run(
-        command: str, configuration: dict[str, Any], *arguments: str, code: int = 0, launcher: str | None = "python"
-    ) -> subprocess.CompletedProcess[str]:
+    def run(command: str, configuration: dict[str, Any], *arguments: str, code: int = 0, launcher: str | None = "python") -> str:
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(configuration, sort_keys=False))
-        binaries = Path(sys.executable).parent
-        environment = {
-            **os.environ,
-            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-            "HF_HUB_OFFLINE": "1",
-            "AXOLOTL_DO_NOT_TRACK": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent.parent.parent),
-        }
-        if "fsdp_config" in configuration or "deepspeed" in configuration:
-            environment["PYTHONPATH"] += f"{os.pathsep}{SITE}"
-        if "deepspeed" in configuration:
-            environment["PYTHONPATH"] += f"{os.pathsep}{DEEPSPEED}"
-            environment["PATH"] = f"{DEEPSPEED / 'bin'}{os.pathsep}{environment['PATH']}"
-            environment["DS_ACCELERATOR"] = "cpu"
-        launched = ["--launcher", launcher] if command == "train" and launcher and "--launcher" not in arguments else []
-        line = [str(binaries / "axolotl"), *command.split(), str(path), *launched, *arguments]
-        done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-        assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-3000:]
-        return done
+        environment = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+        if launcher and "--launcher" not in arguments and command != "safety train":
+            launched = ["--launcher", launcher] if command == "train" else []
+            (done,) = processes.run(
+                "axolotl.cli.main", *command.split(), path, *launched, *arguments, environment=environment, folder=tmp_path
+            )
+            status, said = done.returncode, done.output
+        else:
+            binaries = Path(sys.executable).parent
+            environment |= {
+                "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+                "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+            }
+            if "fsdp_config" in configuration or "deepspeed" in configuration:
+                environment["PYTHONPATH"] += f"{os.pathsep}{SITE}"
+            if "deepspeed" in configuration:
+                environment["PYTHONPATH"] += f"{os.pathsep}{DEEPSPEED}"
+                environment["PATH"] = f"{DEEPSPEED / 'bin'}{os.pathsep}{environment['PATH']}"
+                environment["DS_ACCELERATOR"] = "cpu"
+            line = [str(binaries / "axolotl"), *command.split(), str(path), *arguments]
+            ended = subprocess.run(line, capture_output=True, text=True, env={**os.environ, **environment}, cwd=tmp_path, check=False)
+            status, said = ended.returncode, ended.stdout + ended.stderr
+        assert (status == 0) == (code == 0), said[-6000:]
+        return said
 
     return run

@@ -12,7 +12,7 @@ import pytest
 from accelerate.utils import compare_versions
 from safetensors.torch import load_file
 
-from tests import tiny
+from tests import processes, tiny
 from trl_safety import AlignmentSubspace
 from trl_safety.errors import ConfigurationError, ReportError
 from trl_safety.training.report import REPORT, verify
@@ -21,11 +21,17 @@ ROOT = Path(__file__).parent.parent.parent
 ASFT = {"asft": {"weight": 2.0}}
 
 
-def run(output: Path, source: Path, mode: str = "whole", *, resume: bool = False, processes: int = 1) -> int:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    line = [sys.executable, *launcher, "-m", "tests.training.fault_run", str(output), str(source), mode, "resume" if resume else "new"]
+def run(output: Path, source: Path, mode: str = "whole", *, resume: bool = False) -> int:
+    (done,) = processes.run("tests.training.fault_run", output, source, mode, "resume" if resume else "new")
+    return done.returncode
+
+
+def run_two(output: Path, source: Path, mode: str = "whole", *, resume: bool = False) -> int:
+    """Under torchrun, which ends the other process when one dies."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.training.fault_run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, check=False).returncode
+    arguments = [str(output), str(source), mode, "resume" if resume else "new"]
+    return subprocess.run([*line, *arguments], cwd=ROOT, env=environment, capture_output=True, check=False).returncode
 
 
 @pytest.fixture
@@ -78,12 +84,12 @@ def test_killed_while_the_result_is_saved(tmp_path: Path, source: Path) -> None:
 
 def test_one_of_two_processes_dies(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out"
-    assert run(out, source, "step", processes=2) != 0
+    assert run_two(out, source, "step") != 0
     assert not (out / REPORT).exists()
     assert (out / "checkpoint-2").is_dir()
     if compare_versions("transformers", "<", "5.23"):
         pytest.skip("Transformers 5.16 cannot load an optimizer into several processes of a CPU; what died was tested")
-    assert run(out, source, resume=True, processes=2) == 0
+    assert run_two(out, source, resume=True) == 0
     assert verify(out).methods[0].steps == (1, 6)
 
 

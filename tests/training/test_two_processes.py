@@ -1,15 +1,12 @@
 """Two gloo processes end where one with twice the batch does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import tiny
+from tests import processes, tiny
 from tests.training import providers
 from trl_safety import AlignmentSubspace
 from trl_safety.training.buffer_reinforce import USER_ADAPTER
@@ -17,20 +14,9 @@ from trl_safety.training.report import read_report, verify
 from trl_safety.training.selection import SELECTION, read_choices
 
 
-def launch(processes: int, *arguments: object, script: str = "two_processes") -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        "-m",
-        f"tests.training.{script}",
-    ]
-    root = Path(__file__).parent.parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, arguments)], cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def launch(count: int, *arguments: object, script: str = "two_processes") -> None:
+    for done in processes.run(f"tests.training.{script}", *arguments, processes=count):
+        assert done.returncode == 0, done.output[-3000:]
 
 
 def test_two_processes_equal_one(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:

@@ -1,4 +1,4 @@
-"""Run under torchrun: trains with AsFT and Safe LoRA and saves; OUTPUT and the batch per process are arguments."""
+"""Run in one process or several: trains with AsFT and Safe LoRA and saves; OUTPUT and the batch per process are arguments."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run under torchrun: trains beside a buffer, merges and saves; OUTPUT, the batch size and the provider's folder are arguments."""
+"""Run in one process or several: trains beside a buffer, merges and saves; OUTPUT, the batch size and the provider's folder are arguments."""
 
 import sys
 from pathlib import Path

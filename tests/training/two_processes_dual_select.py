@@ -1,4 +1,4 @@
-"""Run under torchrun: trains with DualSelect and saves; OUTPUT, the accumulation and the kind of reference gradient are arguments."""
+"""Run in one process or several: trains with DualSelect and saves; OUTPUT, the accumulation and the kind of reference gradient are arguments."""
 
 import sys
 from pathlib import Path
