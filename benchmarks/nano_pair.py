@@ -87,8 +87,8 @@ def rows_of(folder: Path, name: str) -> Dataset:
 class Harness:
     """What was trained and scored, kept in a folder."""
 
-    def __init__(self, folder: Path, work: Path) -> None:
-        self.folder, self.work = folder, work
+    def __init__(self, folder: Path, work: Path, buffer_gammas: Sequence[float] = BUFFER_GAMMAS) -> None:
+        self.folder, self.work, self.buffer_gammas = folder, work, buffer_gammas
         work.mkdir(parents=True, exist_ok=True)
         self.results = work / "results.json"
         self.rows: list[dict[str, Any]] = json.loads(self.results.read_text()) if self.results.exists() else []
@@ -269,7 +269,7 @@ class Harness:
 
     def alignment_buffer(self, seed: int) -> None:
         """Training on W_aligned − γ·V."""
-        for gamma in BUFFER_GAMMAS:
+        for gamma in self.buffer_gammas:
             if not self.done(name := f"alignment buffer, γ = {gamma:g}", seed):
                 block = {"alignment_buffer": {"base": str(self.folder / "base"), "gamma": gamma}}
                 output, seconds = self.trained(f"alignment-buffer-{gamma:g}", seed, safety=block)
@@ -361,13 +361,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 7, 1, 2, 3])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--buffer-gammas", type=float, nargs="+", default=BUFFER_GAMMAS)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.table:
         print(*table(json.loads((options.work / "results.json").read_text())), sep="\n")
         return
     torch.set_num_threads(options.threads)
-    harness = Harness(options.folder, options.work)
+    harness = Harness(options.folder, options.work, options.buffer_gammas)
     for seed in options.seeds:
         for method in options.methods:
             getattr(harness, method)(seed)

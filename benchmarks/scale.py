@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,20 +34,16 @@ CORRECTIONS: dict[str, list[str]] = {
     "csulora": [],
     "alignment_vector": ["--rank", "16"],
 }
-CHILD = """
-import resource, sys, time
-from trl_safety.cli import app
-from typer.testing import CliRunner
-import trl_safety.adapters.subspace_build, trl_safety.training.inspection, trl_safety.training.correction, trl_safety.training.alignment_vector
-
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
-
-before, started = peak(), time.perf_counter()
-result = CliRunner().invoke(app, sys.argv[1:])
-assert result.exit_code == 0, (result.output, result.exception)
-print(f"{time.perf_counter() - started:.2f} {peak() - before:.0f}")
-"""
+IMPORTS = [
+    "typer.testing",
+    "trl_safety.cli",
+    "trl_safety.adapters.subspace_build",
+    "trl_safety.training.inspection",
+    "trl_safety.training.correction",
+    "trl_safety.training.alignment_vector",
+    "trl_safety.training.csulora",
+    "trl_safety.training.safe_lora",
+]
 
 
 def layers(shape: dict[str, int], block: int) -> dict[str, tuple[int, int]]:
@@ -118,12 +113,34 @@ def read_files(work: Path) -> tuple[float, int]:
     return time.perf_counter() - started, count
 
 
+def _peak() -> float:
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) / 1024
+
+
+def _command(connection: Any, arguments: list[str]) -> None:
+    from typer.testing import CliRunner
+
+    from trl_safety.cli import app
+
+    before, started = _peak(), time.perf_counter()
+    result = CliRunner().invoke(app, arguments)
+    failed = None if result.exit_code == 0 else f"{result.output} {result.exception}"
+    connection.send((time.perf_counter() - started, _peak() - before, failed))
+
+
 def child(*arguments: object) -> tuple[float, float]:
     """Seconds, and MiB of resident memory beyond the imports, of one command of `trl-safety` in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", CHILD, *map(str, arguments)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    seconds, memory = done.stdout.split()[-2:]
-    return float(seconds), float(memory)
+    # Forked from a process that has imported everything and done nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_command, args=(theirs, [*map(str, arguments)]))
+    process.start()
+    theirs.close()
+    seconds, memory, failed = ours.recv()
+    process.join()
+    assert failed is None, failed
+    return seconds, memory
 
 
 def main() -> None:

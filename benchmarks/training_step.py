@@ -173,7 +173,9 @@ def _in_turn(connection: Any, kind: str, options: argparse.Namespace, batch: int
 
 
 def _run(kind: str, options: argparse.Namespace, batch: int, count: int) -> tuple[list[float], float, float]:
-    context = multiprocessing.get_context("spawn")
+    # Forked from a process that has imported everything and done nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trl.trainer.sft_trainer", "trl_safety.training.trainer"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_in_turn, args=(theirs, kind, options, batch, count))
     process.start()
