@@ -1,6 +1,6 @@
 """Axolotl options beside which a method could not act: refused when the configuration is validated.
 
-`python -m axolotl_plugin.rules` prints the README's table from these rules.
+`python -m axolotl_plugin.rules` prints the table of example_configs/axolotl/README.md from these rules.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def refuse(cfg: Mapping[str, Any], safety: SafetyConfig) -> None:
 
 
 def table() -> str:
-    """The README's table, in Markdown."""
+    """The table of example_configs/axolotl/README.md, in Markdown."""
     lines = ["| Axolotl key | | " + " | ".join(f"`{method}`" for method in METHODS) + " |", "|---|---|" + "---|" * len(METHODS)]
     for rule in REFUSED:
         cells = " | ".join("refused" if method in rule.methods else "works" for method in METHODS)

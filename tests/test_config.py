@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 
-from trl_safety.config import METHODS, SafetyConfig
+from trl_safety.config import METHODS, SafetyConfig, validate
 from trl_safety.errors import ConfigurationError
+from trl_safety.evaluation.gate import GateConfig
 
 
 def test_defaults_are_the_authors() -> None:
@@ -65,3 +66,25 @@ def test_every_option_is_described() -> None:
         options = SafetyConfig.model_fields[name].annotation.__args__[0]
         assert options.__doc__
         assert all(field.description for field in options.model_fields.values()), name
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"asft": {"weight": False}}, "weight = False: is a truth value"),
+        ({"asft": {}, "safe_lora": {"layers": True}}, "layers = True: is a truth value"),
+        ({"dual_select": {"nu": 0, "rho": 0}}, "neither compared with the samples nor added"),
+        ({"dual_select": {}, "asft": {}, "skip_modules": ["q_proj"]}, "dual_select steers the whole update"),
+        ({"asft": {}, "safe_lora": {"threshold": -0.5}}, r"safe_lora\.threshold = -0\.5: no cosine .* so that it would do nothing"),
+        ({"csulora": {"lambda_partial": 0, "lambda_outside": 0}}, "nothing is attenuated, so that it would do nothing"),
+        ({"alignment_vector": {"gamma": 0}}, "nothing of V is added, so that it would do nothing"),
+    ],
+)
+def test_settings_that_would_do_nothing(block: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        SafetyConfig.parse(block)
+
+
+def test_a_truth_value_is_no_threshold() -> None:
+    with pytest.raises(ConfigurationError, match="max_attack = True"):
+        validate(GateConfig, {"evaluation": "E", "max_attack": True}, "gate")

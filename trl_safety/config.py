@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -18,10 +18,23 @@ from trl_safety.errors import ConfigurationError
 Operator = Literal["scaled", "orthogonal"]
 
 
+def _takes_boolean(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(_takes_boolean(part) for part in get_args(annotation))
+
+
 class Options(BaseModel):
     """Base of all option blocks: unknown keys are errors, numbers are finite, instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans_for_numbers(cls, data: Any) -> Any:
+        # YAML's `weight: off` would be 0, and `max_attack: yes` a threshold of 1.
+        for name, value in data.items() if isinstance(data, Mapping) else ():
+            if isinstance(value, bool) and name in cls.model_fields and not _takes_boolean(cls.model_fields[name].annotation):
+                raise ValueError(f"{name} = {value}: is a truth value, not what this option takes")
+        return data
 
 
 class SubspaceConfig(Options):
@@ -117,6 +130,8 @@ class DualSelectConfig(Options):
             raise ValueError("give either keep (e.g. 4) or keep_tokens (e.g. 0.9), not both")
         if (self.references is None) == (self.reference_share is None):
             raise ValueError("give either references (e.g. 32) or reference_share (e.g. 0.1), not both")
+        if self.nu == 0 and self.rho == 0:
+            raise ValueError("nu = 0 and rho = 0: the references would be neither compared with the samples nor added to the update")
         return self
 
 
@@ -158,6 +173,11 @@ class CorrectionConfig(Options):
     corrected_checkpoints: bool = False
     """Write a corrected copy into `checkpoint-N/safety/corrected/`; the checkpoint itself stays resumable, uncorrected."""
 
+    @property
+    def idle(self) -> str | None:
+        """Why these options change nothing on any adapter; None where they may. A sweep may hold such a point, a run may not."""
+        return None
+
 
 class SafeLoraConfig(CorrectionConfig):
     """Safe LoRA (arXiv 2405.16833): replace B by C·B in the layers whose update is least aligned."""
@@ -168,6 +188,13 @@ class SafeLoraConfig(CorrectionConfig):
     """K: correct the K layers with the smallest cosine, instead of a threshold."""
     operator: Operator = "scaled"
     """How the alignment subspace acts: 'scaled' is the authors' C = VVᵀ/‖V‖_F, 'orthogonal' the projector UₖUₖᵀ."""
+
+    @property
+    def idle(self) -> str | None:
+        """See `CorrectionConfig.idle`."""
+        if self.threshold is not None and self.threshold < 0:
+            return f"threshold = {self.threshold:g}: no cosine with C·ΔW is negative, since C and the projector are positive semidefinite"
+        return None
 
     @model_validator(mode="before")
     @classmethod
@@ -193,6 +220,11 @@ class CsuloraConfig(CorrectionConfig):
     output_rank: Literal["exact", "original"] = "exact"
     """'exact' doubles the adapter's rank and loses nothing; 'original' cuts back and reports the energy lost."""
 
+    @property
+    def idle(self) -> str | None:
+        """See `CorrectionConfig.idle`."""
+        return "lambda_partial = 0 and lambda_outside = 0: nothing is attenuated" if self.lambda_partial == self.lambda_outside == 0 else None
+
 
 class AlignmentVectorConfig(CorrectionConfig):
     """The signed alignment vector (RESTA, arXiv 2402.11746): ΔW ← κ·ΔW + γ·V, appended to the adapter's factors."""
@@ -211,6 +243,11 @@ class AlignmentVectorConfig(CorrectionConfig):
     """DARE (arXiv 2311.03099): share of B's entries to drop at random, the others rescaled."""
     seed: int = 0
     """Of DARE's choice."""
+
+    @property
+    def idle(self) -> str | None:
+        """See `CorrectionConfig.idle`."""
+        return "gamma = 0: nothing of V is added" if self.gamma == 0 else None
 
 
 class AlignmentBufferConfig(Options):
@@ -310,6 +347,13 @@ class SafetyConfig(Options):
             raise ValueError(
                 f"skip_modules = {self.skip_modules!r}: {buffer} acts on the whole model and cannot leave layers alone; remove one of the two"
             )
+        if self.skip_modules and self.dual_select:
+            raise ValueError(
+                f"skip_modules = {self.skip_modules!r}: dual_select steers the whole update and cannot leave layers alone; remove one of the two"
+            )
+        if self.correction and self.correction.idle:
+            name = next(name for name in CORRECTIONS if getattr(self, name))
+            raise ValueError(f"{name}.{self.correction.idle}, so that it would do nothing: choose another value, or remove {name}")
         if self.alignment_buffer and self.buffer_reinforce:
             raise ValueError(
                 "alignment_buffer and buffer_reinforce are two buffers, of which the second would be trained on the first: keep one of them"

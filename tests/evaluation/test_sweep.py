@@ -124,19 +124,21 @@ def test_every_point_is_the_corrected_adapter(world: Path, tmp_path: Path, metho
         assert control.update_norm == pytest.approx(point.update_norm, rel=1e-4)
 
 
-def point(method: str, attack: float, task: float) -> Point:
+def point(method: str, attack: float, task: float, norm: float = 1.0) -> Point:
     def rate(share: float) -> dict[str, Any]:
         return {"hits": 0, "count": 1, "share": share, "low": 0, "high": 1}
 
     scores = {"judge": "x", "attack": rate(attack), "task": rate(task), "flags": {}}
-    return Point.model_validate({"method": method, "options": {}, "update_norm": 1.0, "scores": scores})
+    return Point.model_validate({"method": method, "options": {}, "update_norm": norm, "scores": scores})
 
 
 @pytest.mark.parametrize(
     ("attack", "loss", "expected"), [(None, None, None), (0.5, None, 2), (0.2, None, 3), (0.2, 0.1, None), (0.5, 0.1, 2), (0.9, 0.0, 1)]
 )
 def test_the_choice(attack: float | None, loss: float | None, expected: int | None) -> None:
-    points = [point("uncorrected", 1.0, 0.9), point("m", 0.8, 0.9), point("m", 0.4, 0.85), point("m", 0.1, 0.5), point("scaled", 0.0, 0.9)]
+    points = [point("uncorrected", 1.0, 0.9, 2.0), point("m", 0.8, 0.9), point("m", 0.4, 0.85), point("m", 0.1, 0.5), point("scaled", 0.0, 0.9)]
+    # Fits every constraint, but changed nothing.
+    points.append(point("m", 0.0, 0.95, 2.0))
     assert choose(Sweep(adapter="a", method="m", max_attack_success=attack, max_utility_loss=loss, points=points)) == expected
 
 

@@ -321,7 +321,7 @@ class TestUserTraining:
         trainer = tiny.trainer(tmp_path / "user", base=load(), safety=block(tmp_path), max_steps=2)
         trainer.train()
         trainer.save_model()
-        assert verify(tmp_path / "user").base_check.endswith("up to quantisation")
+        assert "up to quantisation" in verify(tmp_path / "user").base_check
         # A plain adapter whose base model is a folder of 4-bit weights has no record to compare: its folder's weights are.
         for name, fits in (("aligned", True), ("other", False)):
             load(name).save_pretrained(tmp_path / f"stored-{name}")
@@ -329,7 +329,7 @@ class TestUserTraining:
             get_peft_model(stored, tiny.lora()).save_pretrained(tmp_path / f"plain-{name}")
             if fits:
                 report = merge_reinforce(tmp_path / f"plain-{name}", tmp_path / "reinforce", tmp_path / "merged")
-                assert report.base_check.endswith("up to quantisation")
+                assert "up to quantisation" in report.base_check
             else:
                 with pytest.raises(AdapterError, match="use the adapter that was made for this model"):
                     merge_reinforce(tmp_path / f"plain-{name}", tmp_path / "reinforce", tmp_path / "refused")

@@ -301,7 +301,7 @@ def test_composes_with_asft_and_a_correction(tmp_path: Path, gqa_subspace: Any) 
         (block(reference_dataset="nowhere.jsonl"), {"reference_dataset": None}, "cannot be read"),
         (block(reference_dataset="x.jsonl"), {}, "keep one of them"),
         ({"asft": {}}, {}, "has no dual_select"),
-        ({**block(), "skip_modules": ["q_proj"]}, {}, "used by none of dual_select"),
+        ({**block(), "skip_modules": ["q_proj"]}, {}, "dual_select steers the whole update and cannot leave layers alone"),
         (block(), {"data": tiny.rows(32).to_iterable_dataset()}, "IterableDataset"),
     ],
     ids=lambda value: str(value)[:30],
@@ -348,3 +348,41 @@ def test_the_command_lists_the_most_dropped(tmp_path: Path) -> None:
     missing = CliRunner().invoke(app, ["inspect", str(tmp_path / "nothing"), "--selection"])
     assert missing.exit_code == 1
     assert "no selection log" in missing.output
+
+
+def test_an_answer_under_another_name(tmp_path: Path) -> None:
+    """Its refusals would be dropped in silence, and the prompts held to the starting model instead."""
+    with pytest.raises(ConfigurationError, match="response, which nothing reads: rename the answers' column to completion"):
+        tiny.trainer(tmp_path, safety=block(), reference_dataset=pool().rename_column("completion", "response"))
+
+
+def test_batches_in_which_all_would_be_kept(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="auto_find_batch_size = True"):
+        tiny.trainer(tmp_path, safety=block(), reference_dataset=pool(), auto_find_batch_size=True)
+    trainer = tiny.trainer(tmp_path, safety=block(keep=6, warmup_steps=1), reference_dataset=pool(), data=tiny.rows(3))
+    with pytest.raises(ConfigurationError, match="the training data has 3 rows, of which all would be kept"):
+        trainer.train()
+
+
+def test_training_again_begins_anew(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, safety=block(), reference_dataset=pool(), max_steps=6, learning_rate=1e-3)
+    summaries, refreshes = [], []
+    for _ in range(2):
+        trainer.train()
+        summaries.append(trainer.safety_report.methods[0].summary)
+        refreshes.append([choice.step for choice in read_choices(tmp_path / SELECTION) if choice.kind == "reference"])
+    assert summaries[0] == summaries[1]
+    assert len(refreshes[0]) > 1
+    assert refreshes[0] == refreshes[1]
+
+
+def test_resuming_with_other_settings_or_another_pool(tmp_path: Path) -> None:
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    trained(tmp_path, safety=block(), **options)
+    for safety, references, message in (
+        (block(rho=0.7), pool(), r"dual_select\.rho = 0\.7: the checkpoint .* was trained with"),
+        (block(), tiny.rows(len(pool()), seed=77), "resume with the same adapter and the same dual_select.reference_dataset"),
+    ):
+        trainer = tiny.trainer(tmp_path, safety=safety, reference_dataset=references, **options)
+        with pytest.raises(ConfigurationError, match=message):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

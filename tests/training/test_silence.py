@@ -21,18 +21,21 @@ from trl_safety import (
     AlignmentSubspace,
     AlignmentVectorCallback,
     SafeLoRACallback,
+    SafetyEvalCallback,
     apply_alignment_vector,
     apply_safe_lora,
     merge_reinforce,
 )
 from trl_safety.adapters.folder import AdapterFolder
+from trl_safety.adapters.subspace import sample
 from trl_safety.config import AlignmentVectorConfig, SafeLoraConfig, SafetyConfig
-from trl_safety.errors import AdapterError, ConfigurationError, ReportError
+from trl_safety.errors import AdapterError, ConfigurationError, ReportError, SubspaceError
 from trl_safety.training.alignment_vector import AlignmentVectorCorrection
 from trl_safety.training.buffer_reinforce import USER_ADAPTER
 from trl_safety.training.correction import correct_folder
 from trl_safety.training.report import read_report, verify
 from trl_safety.training.safe_lora import SafeLoraCorrection
+from trl_safety.training.scoring import Prompt
 
 ASFT = {"asft": {"weight": 1.0}}
 BOTH = {**ASFT, "safe_lora": {"threshold": 1.0}}
@@ -432,3 +435,140 @@ class TestBuffersAndVectors:
         (tmp_path / "safety").write_text("a file")
         with pytest.raises(AdapterError, match="the user's adapter is kept there"):
             tiny.trainer(tmp_path, safety=self.block(provider)).train()
+
+
+class TestPairs:
+    """Pairs that are no pair, or the wrong way round."""
+
+    @pytest.fixture
+    def pair(self, tmp_path: Path) -> Path:
+        """A base a fifth away from the aligned model, in every weight; layers of 64 for bitsandbytes."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        model = LlamaForCausalLM(config)
+        model.save_pretrained(tmp_path / "aligned")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.2)
+        model.save_pretrained(tmp_path / "base")
+        return tmp_path
+
+    def test_one_model_in_two_precisions(self, tmp_path: Path) -> None:
+        tiny.model(dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
+        pair = {"base": str(tmp_path / "rounded"), "aligned": str(DATA / "gqa-aligned")}
+        with pytest.raises(SubspaceError, match="identical in the base and the aligned model up to rounding"):
+            tiny.trainer(tmp_path / "a", safety={"subspace": {**pair, "rank": 4}, "asft": {}})
+        with pytest.raises(AdapterError, match="do not differ by more than rounding"):
+            tiny.trainer(tmp_path / "b", safety={"alignment_buffer": pair})
+
+    @pytest.mark.parametrize("loaded", ["aligned", "base"])
+    def test_a_quantised_base_and_a_swapped_pair(self, pair: Path, loaded: str) -> None:
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+        def block(base: str, aligned: str) -> dict[str, Any]:
+            return {"alignment_buffer": {"base": str(pair / base), "aligned": str(pair / aligned)}}
+
+        def made(safety: dict[str, Any]) -> Any:
+            model = AutoModelForCausalLM.from_pretrained(pair / loaded, quantization_config=quantised, device_map={"": "cpu"})
+            return tiny.trainer(pair / "out", base=model, safety=safety)
+
+        other = "base" if loaded == "aligned" else "aligned"
+        with pytest.raises(AdapterError, match=r"as far as its quantisation shows: load the aligned|load the aligned model of the pair"):
+            made(block(loaded, other))
+        assert made(block(other, loaded))._safety.prepared.base_check.endswith(", up to quantisation")
+
+    def test_a_checkpoint_holds_the_aligned_models_embeddings(self, tmp_path: Path) -> None:
+        """Where the vocabulary was resized PEFT saves the embeddings with the adapter, also while V is out of them."""
+        model = tiny.model("gqa-base")
+        with torch.no_grad():
+            model.get_input_embeddings().weight.add_(0.1)
+        model.save_pretrained(tmp_path / "base")
+        pair = {"base": str(tmp_path / "base"), "aligned": str(DATA / "gqa-aligned")}
+        aligned = tiny.model().get_input_embeddings().weight
+
+        def made() -> Any:
+            base = tiny.model()
+            torch.manual_seed(1)
+            base.resize_token_embeddings(70)
+            options = {"save_strategy": "steps", "save_steps": 2}
+            return tiny.trainer(tmp_path / "out", base=base, safety={"alignment_buffer": pair}, **options)
+
+        whole = made()
+        whole.train()
+        saved = load_file(tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors")
+        (embeddings,) = [value for name, value in saved.items() if "embed_tokens" in name]
+        assert torch.equal(embeddings[: len(aligned)], aligned)
+        resumed = made()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+        assert tiny.largest_difference(tiny.factors(resumed.model), tiny.factors(whole.model)) < 1e-5
+
+    def test_the_users_own_evaluation_is_on_the_aligned_model(self, tmp_path: Path) -> None:
+        aligned = tiny.model().get_submodule("model.layers.0.mlp.down_proj").weight
+        seen = []
+
+        class Judge:
+            name, knows_refusals = "looks", True
+
+            def verdicts(self, prompts: Any, completions: Any) -> list[str]:
+                layer = trainer.model.get_submodule("base_model.model.model.layers.0.mlp.down_proj").base_layer
+                seen.append(torch.equal(layer.weight, aligned))
+                return ["refused"] * len(prompts)
+
+        pair = {"base": str(DATA / "gqa-base"), "aligned": str(DATA / "gqa-aligned")}
+        callback = SafetyEvalCallback({"harmful": [Prompt("w3")]}, tiny.tokenizer(), steps=2, judge=Judge(), new_tokens=2)
+        trainer = tiny.trainer(tmp_path, safety={"alignment_buffer": pair}, callbacks=[callback])
+        trainer.train()
+        assert seen
+        assert all(seen)
+
+    def test_quantised_weights_are_told_apart_only_where_that_is_certain(self) -> None:
+        """Thirty pairs whose V is a thousandth of W: the right model is never refused, and the base never passes for certain."""
+        from trl_safety.adapters.lora import Recognition
+
+        for seed in range(30):
+            torch.manual_seed(seed)
+            for size, certain in ((0.001, False), (0.1, True)):
+                verdicts = {}
+                layers = [torch.randn(64, 64) for _ in range(8)]
+                changes = [size * torch.randn(64, 64) for _ in layers]
+                for which, sign in (("aligned", 1), ("base", 0)):
+                    found = verdicts[which] = Recognition()
+                    for base, change in zip(layers, changes, strict=True):
+                        loaded = base + sign * change
+                        rounded = loaded + 0.1 * torch.randn(64, 64)
+                        assert found.add(rounded, torch.stack([sample(base), sample(base + change)]), quantised=True) == 0
+                assert not verdicts["aligned"].unaligned
+                assert verdicts["base"].qualifier != ", up to quantisation"
+                if certain:
+                    assert verdicts["base"].unaligned
+                    assert verdicts["aligned"].qualifier == ", up to quantisation"
+
+
+class TestArguments:
+    """A block in the arguments, given to a trainer that ignores it."""
+
+    def test_with_an_optimizer_of_ones_own(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        model = PeftModel.from_pretrained(tiny.model(), str(DATA / "gqa-adapter"), is_trainable=True)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        with pytest.raises(ConfigurationError, match=r"args\.safety is set, but the trainer is no SafeSFTTrainer"):
+            SFTTrainer(
+                model, args=tiny.arguments(tmp_path, safety=ASFT), train_dataset=tiny.rows(8), processing_class=tiny.tokenizer(),
+                optimizers=(optimizer, scheduler),
+            )  # fmt: skip
+
+    def test_after_they_served_a_protected_one(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        args = tiny.arguments(tmp_path, safety=ASFT)
+        assert tiny.trainer(tmp_path, args=args, subspace=gqa_subspace)._safety
+        with pytest.raises(ConfigurationError, match="use SafeSFTTrainer"):
+            tiny.trainer(tmp_path, cls=SFTTrainer, args=args)
+
+    def test_stopping_for_what_a_callback_corrects(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        (tmp_path / "h.jsonl").write_text(json.dumps({"prompt": "w3"}))
+        block = {**ASFT, "eval": {"harmful": str(tmp_path / "h.jsonl"), "stop_above": 0.5}}
+        trainer = tiny.trainer(tmp_path, safety=block, subspace=gqa_subspace, callbacks=[SafeLoRACallback(gqa_subspace, threshold=1.0)])
+        with pytest.raises(ConfigurationError, match="have not corrected yet"):
+            trainer.train()

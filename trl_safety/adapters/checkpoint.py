@@ -77,11 +77,10 @@ class Checkpoint:
         """
         name = self.modules[module]
         handle = self._open(self._files[name])
-        if handle.get_slice(name).get_dtype() in FULL_PRECISION:
-            return self.read(module), False
         parts = {part.removeprefix(f"{name}."): part for part in self._files if part.startswith(f"{name}.")}
+        # Before the dtype: with bnb_4bit_quant_storage the packed entries lie in a tensor of any dtype.
         if not any(QUANT_STATE in part for part in parts):
-            return None, True
+            return (self.read(module), False) if handle.get_slice(name).get_dtype() in FULL_PRECISION else (None, True)
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = {part: self._open(self._files[stored]).get_tensor(stored) for part, stored in parts.items()}

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from trl_safety.adapters.checkpoint import Checkpoint
-from trl_safety.adapters.lora import full_precision, unwrap
+from trl_safety.adapters.lora import Recognition, full_precision, unwrap
 from trl_safety.adapters.names import match, strip_wrappers
 from trl_safety.adapters.shards import CHECKED_ELSEWHERE, is_sharded, placeholders, put, settle, whole
-from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, sample
+from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, same_up_to_rounding, sample
 from trl_safety.errors import AdapterError, CheckpointError
 
 LAYERS_COMPARED = 8
@@ -112,12 +112,30 @@ class WeightExchange:
         places = [place for place in self.places if place.parameter.ndim == 2]
         for place in random.Random(0).sample(places, min(LAYERS_COMPARED, len(places))):  # noqa: S311  # no secret here
             self._is_aligned(place, self._aligned.tensor(place.aligned))
-        pairs = ((self._aligned.tensor(place.aligned), self._base.tensor(place.base)) for place in self.places)
-        if not any(
-            not torch.equal(aligned[: place.rows], base[: place.rows]) for place, (aligned, base) in zip(self.places, pairs, strict=True)
-        ):
-            raise AdapterError(f"{self._setting}: {self._base.source!r} and {self._aligned.source!r} do not differ: V would be nothing")
-        return f"weights match {self._aligned.source}"
+        recognition, differs = Recognition(), False
+        for place in self.places:
+            base, aligned = self._base.tensor(place.base)[: place.rows], self._aligned.tensor(place.aligned)[: place.rows]
+            quantised = type(place.parameter).__name__ == "Params4bit"
+            differs = differs or not same_up_to_rounding(base, aligned)
+            if quantised:
+                weight = full_precision(place.module)
+                assert weight is not None  # noqa: S101  # refused when it was found
+                recognition.add(weight[: place.rows], torch.stack([sample(base), sample(aligned)]).float(), quantised=True)
+        if not differs:
+            raise AdapterError(
+                f"{self._setting}: {self._base.source!r} and {self._aligned.source!r} do not differ by more than rounding: V would be nothing"
+            )
+        if recognition.unaligned:
+            raise AdapterError(
+                f"{self._setting}: the model is rather {self._base.source!r} than {self._aligned.source!r}, as far as its quantisation shows: load the aligned "
+                "model of the pair, and name base and aligned in their right places"
+            )
+        return f"weights match {self._aligned.source}{recognition.qualifier}"
+
+    @property
+    def resized(self) -> bool:
+        """Whether the model's vocabulary is not the aligned checkpoint's, so that PEFT saves the embeddings with every adapter."""
+        return any(_rows(place.parameter) != self._aligned.shape(place.aligned)[0] for place in self.places)
 
     def _is_aligned(self, place: Place, aligned: Tensor) -> None:
         """Sampled entries of the model's parameter are those of the aligned checkpoint, up to a cast or to quantisation."""
@@ -160,6 +178,10 @@ class WeightExchange:
             if gather or not _partial(place):
                 _write(place, self._aligned.tensor(place.aligned)[: place.rows])
             self._written.pop()
+
+
+def _rows(parameter: Any) -> int:
+    return int(parameter.quant_state.shape[0] if type(parameter).__name__ == "Params4bit" else parameter.shape[0])
 
 
 def _partial(place: Place) -> bool:

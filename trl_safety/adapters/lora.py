@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trl_safety.adapters.names import strip_wrappers
 from trl_safety.adapters.shards import CHECKED_ELSEWHERE, is_sharded, placeholders
-from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, LayerSubspace
+from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, LayerSubspace, relative_differences, sample
 from trl_safety.errors import AdapterError
 
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
@@ -281,8 +281,8 @@ def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubs
         if weight is None or weight.numel() != subspace.shape[0] * subspace.shape[1] or weight.is_meta:
             unread += 1
             continue
-        if difference := recognition.add(weight, subspace, quantised=weight is not layer.weight):
-            _, to_base, _ = subspace.difference(weight)
+        if difference := recognition.add(weight, subspace.samples, quantised=weight is not layer.weight):
+            to_base = subspace.difference(weight)[1]
             which = "the unaligned base of the pair" if to_base <= FULL_PRECISION_DIFFERENCE else "another model"
             raise AdapterError(_wrong_model(module.name, difference, which))
     if difference := recognition.unaligned:
@@ -293,36 +293,67 @@ def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubs
     return text + recognition.qualifier
 
 
+CERTAIN = 3.0
+"""Standard errors beyond which quantised weights are said to be one model's and not the other's."""
+
+
 class Recognition:
-    """Tells whether weights are an aligned model's, layer by layer; quantised ones, each too coarse to tell, also all together."""
+    """Tells whether weights are an aligned model's, layer by layer; quantised ones, each too coarse to tell, also all together.
+
+    For quantised weights w = a + e, with a the aligned and b the base model's, Σ (‖w − b‖² − ‖w − a‖²) / Σ ‖a − b‖² is +1 in
+    expectation, and −1 for w = b + e; its standard error, from the entries, says whether that tells the two apart.
+    """
 
     def __init__(self) -> None:
-        self._closer, self._apart = 0.0, 0.0
+        self._closer, self._apart, self._variance = 0.0, 0.0, 0.0
 
-    def add(self, weight: Tensor, subspace: LayerSubspace, *, quantised: bool) -> float:
-        """The layer's relative distance from the aligned one, if that is more than a cast or the quantisation explains; else 0."""
-        to_aligned, to_base, pair = subspace.difference(weight)
-        if quantised:
-            self._closer += to_base**2 - to_aligned**2
-            self._apart += pair**2
-        return to_aligned if to_aligned > (QUANTISED_DIFFERENCE if quantised else FULL_PRECISION_DIFFERENCE) else 0.0
+    def add(self, weight: Tensor, samples: Tensor, *, quantised: bool) -> float:
+        """Look at one layer.
+
+        Args:
+            weight: as it is in the model.
+            samples: (2, 256) `sample`d entries of the base and of the aligned model.
+            quantised: whether the weight was dequantised.
+
+        Returns:
+            The layer's relative distance from the aligned one, if that is more than a cast or the quantisation explains; else 0.
+        """
+        if not quantised:
+            to_aligned = relative_differences(weight, samples)[0]
+            return 0.0 if to_aligned <= FULL_PRECISION_DIFFERENCE else to_aligned
+        base, aligned = samples.double()
+        entries = sample(weight).double()
+        scale = torch.linalg.vector_norm(aligned).clamp(min=1e-30)
+        change = (aligned - base) / scale
+        errors = torch.stack([entries - aligned, entries - base]) / scale
+        nearest = errors[errors.square().sum(1).argmin()]
+        self._closer += (errors[1].square() - errors[0].square()).sum().item()
+        self._apart += change.square().sum().item()
+        self._variance += 4 * (change * nearest).square().sum().item()
+        to_aligned = torch.linalg.vector_norm(errors[0]).item()
+        # A NaN is a difference, too.
+        return 0.0 if to_aligned <= QUANTISED_DIFFERENCE else to_aligned
 
     @property
-    def _verdict(self) -> float | None:
-        """+1 in expectation under the quantised aligned model and −1 under the quantised base."""
-        return self._closer / self._apart if self._apart else None
+    def _verdict(self) -> tuple[float, float] | None:
+        """The statistic and its standard error."""
+        return (self._closer / self._apart, self._variance**0.5 / self._apart) if self._apart else None
 
     @property
     def unaligned(self) -> float:
-        """By how much all quantised layers together are rather the base's than the aligned model's; 0 if they are not."""
-        return -self._verdict if self._verdict is not None and self._verdict < -0.5 else 0.0
+        """By how much all quantised layers together are rather the base's than the aligned model's; 0 unless that is certain."""
+        if self._verdict is None:
+            return 0.0
+        value, error = self._verdict
+        return -value if value < 0 and 1 - value > CERTAIN * error else 0.0
 
     @property
     def qualifier(self) -> str:
         """What the report adds to its verdict."""
         if self._verdict is None:
             return ""
-        if self._verdict < 0.5:
+        value, error = self._verdict
+        if value < 0 or value + 1 <= CERTAIN * error:
             return ", up to quantisation, which is too coarse here to tell the aligned model from the base"
         return ", up to quantisation"
 

@@ -141,7 +141,8 @@ class AdapterRecord:
                     f"{setting}: was trained on {self.base_model!r}, whose layer {name!r} differs from that of {whose} by {apart:.1%}: use the adapter that was "
                     "made for this model"
                 )
-        return f"weights of {whose} match those of {self.base_model} in {len(entries)} layers" + (", up to quantisation" if rounded else "")
+        certainty = ", up to quantisation, which is too coarse to tell close relatives apart" if rounded else ""
+        return f"weights of {whose} match those of {self.base_model} in {len(entries)} layers{certainty}"
 
 
 def open_kind(source: str | Path, kind: str, setting: str) -> tuple[AdapterFolder, AdapterRecord]:

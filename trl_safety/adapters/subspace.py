@@ -152,14 +152,19 @@ class LayerSubspace:
         return LowRankOperator(left, torch.ones_like(singular_values))
 
     def difference(self, weight: Tensor) -> tuple[float, float, float]:
-        """Relative distances over the sampled entries: of a loaded weight from the aligned and from the base model's, as they are
-        or cast as the loaded one may have been, and of the two from each other.
-        """
-        entries = sample(weight).float()
-        norms = torch.linalg.vector_norm(self.samples, dim=1).clamp(min=1e-30)
-        casts = torch.stack([torch.linalg.vector_norm(entries - self.samples.to(cast).float(), dim=1) for cast in CASTS])
-        to_base, to_aligned = (casts.min(dim=0).values / norms).tolist()
-        return to_aligned, to_base, (torch.linalg.vector_norm(self.samples[1] - self.samples[0]) / norms[1]).item()
+        """See `relative_differences`."""
+        return relative_differences(weight, self.samples)
+
+
+def relative_differences(weight: Tensor, samples: Tensor) -> tuple[float, float, float]:
+    """Relative distances over sampled entries: of a loaded weight from the aligned and from the base model's, as they are or cast
+    as the loaded one may have been, and of the two from each other. `samples` is (2, 256), the base's and the aligned model's.
+    """
+    entries = sample(weight).float()
+    norms = torch.linalg.vector_norm(samples, dim=1).clamp(min=1e-30)
+    casts = torch.stack([torch.linalg.vector_norm(entries - samples.to(cast).float(), dim=1) for cast in CASTS])
+    to_base, to_aligned = (casts.min(dim=0).values / norms).tolist()
+    return to_aligned, to_base, (torch.linalg.vector_norm(samples[1] - samples[0]) / norms[1]).item()
 
 
 @dataclass(frozen=True)
@@ -546,10 +551,10 @@ def _fit(
     name = pair.name
     V = _difference(pair, device)
     norm = _norm(V)
-    if norm == 0:
+    if norm == 0 or same_up_to_rounding(pair.base, pair.aligned):
         raise SubspaceError(
-            f"layer {name!r} is identical in the base and the aligned model, so that it has no alignment subspace: check that the "
-            "two are not the same model; if alignment left this layer alone, leave it out of target_modules"
+            f"layer {name!r} is identical in the base and the aligned model{' up to rounding' if norm else ''}, so that it has no alignment subspace: check "
+            "that the two are not the same model; if alignment left this layer alone, leave it out of target_modules"
         )
     if rank is not None and rank > min(V.shape):
         raise SubspaceError(
@@ -595,6 +600,11 @@ def _describe_cut(rank: int | None, tolerance: float | None, whole: bool) -> str
             raise SubspaceError(f"tolerance = {tolerance}: must lie between 0 and 1; it is relative to the norm of C")
         return f"tolerance {tolerance:g}"
     return "whole"
+
+
+def same_up_to_rounding(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights are equal once both are in 16 bits: one model, stored twice."""
+    return any(torch.equal(one.to(cast), other.to(cast)) for cast in CASTS)
 
 
 def sample(weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trl_safety.adapters.files import replacing
 from trl_safety.adapters.folder import AdapterFolder
-from trl_safety.adapters.lora import LoraModule, adapter_name, lora_modules, refuse_corrected
+from trl_safety.adapters.lora import LoraModule, adapter_name, lora_modules, refuse_corrected, verify_base
 from trl_safety.adapters.names import match
 from trl_safety.adapters.record import open_kind
 from trl_safety.adapters.subspace import AlignmentSubspace
@@ -165,6 +165,8 @@ def sweep(
     modules = {module.name: module for module in lora_modules(model, adapter_name(model))}
     if missing := [name for name, found in match(folder.factors, modules).items() if found is None]:
         raise ConfigurationError(f"adapter = {str(adapter)!r}: its layer {missing[0]!r} is not in the model")
+    if subspace is not None:
+        verify_base(modules.values(), subspace.for_modules(modules))
     found = Sweep(adapter=str(adapter), method=method, max_attack_success=max_attack_success, max_utility_loss=max_utility_loss, points=[])
 
     def add(name: str, options: dict[str, Any]) -> Point:
@@ -210,7 +212,9 @@ def choose(found: Sweep) -> int | None:
         loss = base.share - task.share if base and task else 0.0
         return safe and (found.max_utility_loss is None or loss <= found.max_utility_loss)
 
-    fitting = [i for i, point in enumerate(found.points) if point.method == found.method and fits(point)]
+    # A point at which no layer changed is the uncorrected adapter, which `verify` would not take for a corrected one.
+    unchanged = found.points[0].update_norm
+    fitting = [i for i, point in enumerate(found.points) if point.method == found.method and point.update_norm != unchanged and fits(point)]
 
     def rank(i: int) -> tuple[float, float]:
         attack, task = found.points[i].scores.attack, found.points[i].scores.task

@@ -94,6 +94,11 @@ class AlignmentBuffer:
             ]
         return Checkpoint(base, revisions[0]), Checkpoint(aligned, revisions[1])
 
+    @property
+    def resized(self) -> bool:
+        """See `WeightExchange.resized`."""
+        return self.exchange is not None and self.exchange.resized
+
     def frame(self, callbacks: list[Any]) -> None:
         """Put the buffer's callbacks around a trainer's others, whenever those were added."""
         callbacks[:] = [_PutBack(self), *(c for c in callbacks if not isinstance(c, _PutBack | _TakeOut)), _TakeOut(self)]

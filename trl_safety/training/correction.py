@@ -62,6 +62,8 @@ logger = logging.getLogger(__name__)
 CORRECTED_COPY = Path("safety") / "corrected"
 """Two levels down: Transformers takes a folder with an adapter directly inside a checkpoint for a second adapter of the model."""
 BASE_LAYERS_SAMPLED = 8
+QUANTISED_LAYERS_SAMPLED = 64
+"""Each tells little through the rounding."""
 NOT_VERIFIED = "not verified"
 
 
@@ -469,14 +471,15 @@ def _check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mapp
     if base and Path(base).is_dir():
         checkpoint = Checkpoint(base, quantised=True)
         # At random: every so many layers would be the same kind of layer again and again.
-        names = random.Random(0).sample(list(layers), min(BASE_LAYERS_SAMPLED, len(layers)))  # noqa: S311  # no secret here
+        compared = QUANTISED_LAYERS_SAMPLED if checkpoint.config.get("quantization_config") else BASE_LAYERS_SAMPLED
+        names = random.Random(0).sample(list(layers), min(compared, len(layers)))  # noqa: S311  # no secret here
         stored = {name: found for name, found in match(names, checkpoint.modules).items() if found is not None}
         recognition = Recognition()
         for name, found in stored.items():
             weight, quantised = checkpoint.weight(found)
             if weight is None:
                 return f"{NOT_VERIFIED}: {base} is stored quantised in a format that is not read, the subspace is of {subspace.provenance.aligned}; shapes match"
-            if apart := recognition.add(weight, layers[name], quantised=quantised):
+            if apart := recognition.add(weight, layers[name].samples, quantised=quantised):
                 raise AdapterError(_wrong_base(base, subspace, f"layer {name!r}", apart))
         if apart := recognition.unaligned:
             raise AdapterError(_wrong_base(base, subspace, "all layers together", apart))

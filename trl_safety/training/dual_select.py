@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -75,9 +76,20 @@ def load_references(source: str) -> Dataset:
 
 
 def prompts_only(dataset: Dataset) -> bool:
-    """Whether the references are prompts without an answer."""
+    """Whether the references are prompts without an answer.
+
+    Raises:
+        ConfigurationError: beside the prompt there are columns that nothing reads, of which one may be the answer.
+    """
     columns = set(dataset.column_names)
-    return "prompt" in columns and not columns & {"completion", "messages", "text", "input_ids", "labels"}
+    if "prompt" not in columns or columns & {"completion", "messages", "text", "input_ids", "labels"}:
+        return False
+    if unread := sorted(columns - {"prompt", ROW}):
+        raise ConfigurationError(
+            f"dual_select.reference_dataset: has prompt, no completion, and {', '.join(unread)}, which nothing reads: rename the answers' column to completion, or "
+            "remove the others, so that the prompts alone are held to the starting model by KL"
+        )
+    return True
 
 
 def tokenised_prompts(dataset: Dataset, tokenizer: Any, max_length: int | None) -> Dataset:
@@ -131,13 +143,17 @@ class DualSelect:
         self._flat = FlatFactors(self._modules)
         self._checked = False
         self._fused = False
-        self._fresh_position = 0
         self._count = config.references or math.ceil((config.reference_share or 0) * len(references))
         self._check()
         self.log = SelectionLog(Path(trainer.args.output_dir))
+        self.first_step = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        """As before the first step: a trainer may train again, and Transformers begins anew after running out of memory."""
         self._pending: list[tuple[int, Tensor]] = []
         self._sums: Tensor | None = None
-        self.first_step = 0
+        self._fresh_position = 0
         self.last_refresh = -1
         self._refresh_epoch = -1
         self.kept = self.seen = 0
@@ -169,6 +185,11 @@ class DualSelect:
                 raise ConfigurationError(
                     f"{option} = {value}: dual_select cannot tell the gradients of single samples apart then; {_REMEDY[option]}"
                 )
+        if getattr(args, "auto_find_batch_size", False):
+            raise ConfigurationError(
+                "auto_find_batch_size = True: dual_select chooses within a batch, whose size it would change; set it to False and choose a "
+                "per_device_train_batch_size"
+            )
         if getattr(args, "label_smoothing_factor", 0):
             raise ConfigurationError(
                 f"label_smoothing_factor = {args.label_smoothing_factor}: dual_select scores samples by their plain loss; set it to 0"
@@ -196,6 +217,12 @@ class DualSelect:
         """
         state = self._trainer.state
         self.first_step = state.global_step
+        self._reset()
+        rows = len(self._trainer.train_dataset)
+        if self.config.keep is not None and rows < (batch := self._trainer.args.per_device_train_batch_size) and self._kept_of(rows) >= rows:
+            raise ConfigurationError(
+                f"dual_select.keep = {self.config.keep} of a batch of {batch}: the training data has {rows} rows, of which all would be kept; use a smaller keep"
+            )
         found = checkpoint is not None and (checkpoint / STATE).is_file()
         if checkpoint is not None and found:
             self._load(checkpoint / STATE)
@@ -210,6 +237,12 @@ class DualSelect:
             )
         if state.is_world_process_zero:
             self.log.start(state.global_step if found else 0)
+
+    def _kept_of(self, samples: int) -> int:
+        """How many of a batch's samples are kept; the last batch of an epoch may be smaller."""
+        assert self.config.keep is not None  # noqa: S101  # where keep_tokens is given nobody asks
+        batch: int = self._trainer.args.per_device_train_batch_size
+        return math.ceil(self.config.keep * samples / batch)
 
     @property
     def _warm(self) -> bool:
@@ -271,7 +304,7 @@ class DualSelect:
             mask = dual_select.within_budget(ranked, batch.tokens, config.keep_tokens)
         else:
             assert config.keep is not None  # noqa: S101  # one of the two is given
-            mask = dual_select.lowest(ranked, math.ceil(config.keep * samples / self._trainer.args.per_device_train_batch_size))
+            mask = dual_select.lowest(ranked, self._kept_of(samples))
         mask = mask & torch.where(valid.any(), valid, True)
         weights = dual_select.soft_weights(-ranked, config.task_temperature) if config.selection == "soft" else torch.ones_like(scores)
         weights = weights * mask
@@ -475,6 +508,20 @@ class DualSelect:
         if self._trainer.state.is_world_process_zero:
             self.log.flush()
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The options after a round through JSON; where the pool lies does not matter, what it holds does."""
+        settings: dict[str, Any] = json.loads(self.config.model_dump_json(exclude={"reference_dataset"}))
+        return settings
+
+    @property
+    def _pool(self) -> str:
+        """The number of the references and a digest of their tokens."""
+        state = hashlib.sha256()
+        for ids in self._references["input_ids"]:
+            state.update(json.dumps(list(ids)).encode())
+        return f"{len(self._references)} ({state.hexdigest()[:16]})"
+
     def save(self, checkpoint: Path) -> None:
         """Keep in a checkpoint what a resumed run needs."""
         self.drain()
@@ -492,8 +539,8 @@ class DualSelect:
             "reference_loss": self.reference_loss,
             "kept": self.kept,
             "seen": self.seen,
-            "pool": len(self._references),
-            "config": self.config.model_dump(),
+            "pool": self._pool,
+            "config": self._settings,
         }
         (checkpoint / STATE).parent.mkdir(parents=True, exist_ok=True)
         with replacing(checkpoint / STATE, error=ConfigurationError, setting="output_dir") as temporary:
@@ -503,10 +550,15 @@ class DualSelect:
         with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()["dual_select"])
             task, reference = file.get_tensor("task"), file.get_tensor("reference")
-        if task.shape != (self._flat.size,) or facts["pool"] != len(self._references):
+        if task.shape != (self._flat.size,) or facts["pool"] != self._pool:
             raise ConfigurationError(
-                f"{str(path)!r}: was written with {task.numel()} trainable entries and {facts['pool']} references, this run has {self._flat.size} and "
-                f"{len(self._references)}: resume with the same adapter and the same dual_select.reference_dataset"
+                f"{str(path)!r}: was written with {task.numel()} trainable entries and the references {facts['pool']}, this run has {self._flat.size} and "
+                f"{self._pool}: resume with the same adapter and the same dual_select.reference_dataset"
+            )
+        if changed := [name for name, value in self._settings.items() if facts["config"].get(name) != value]:
+            raise ConfigurationError(
+                f"dual_select.{changed[0]} = {self._settings[changed[0]]!r}: the checkpoint {str(path.parent.parent)!r} was trained with "
+                f"{facts['config'].get(changed[0])!r}, so that the report would be wrong; resume with the same settings"
             )
         like = self._flat.like
         self._task, self._reference = task.to(like), reference.to(like)

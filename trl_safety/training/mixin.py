@@ -202,6 +202,20 @@ class SafetyState:
             self.correction.other_methods = lambda: self._reports(trainer)
 
 
+    def check_evaluations(self, trainer: Any) -> None:
+        """Have the user's own evaluation callbacks see the model as it will be used; refuse one that would stop for what is corrected."""
+        for callback in trainer.callback_handler.callbacks:
+            if not isinstance(callback, SafetyEvalCallback):
+                continue
+            if callback.stop_above is not None and (self.correction or self.merge):
+                raise ConfigurationError(
+                    f"stop_above = {callback.stop_above:g} of a SafetyEvalCallback: measures the adapter as it trains, which the methods after training have not "
+                    "corrected yet; remove it, or the correction"
+                )
+            if self.alignment_buffer:
+                callback.around = trainer._aligned
+
+
 def _identity(module: LoraModule) -> tuple[object, ...]:
     return module.name, id(module.layer), module.adapter, module.A.shape, module.scaling
 
@@ -362,7 +376,9 @@ class SafetyMixin:
         parent: Any = super()
         trainer: Any = self
         source = _source(trainer) if is_fsdp() else None
-        with source.held() if source else nullcontext():
+        buffer = self._safety.alignment_buffer if self._safety is not None else None
+        # Where the vocabulary was resized, PEFT saves the embeddings with the adapter: the aligned model's, not those trained on.
+        with source.held() if source else nullcontext(), self._aligned() if buffer and buffer.resized else nullcontext():
             return parent.save_model(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -418,6 +434,7 @@ class _Start(TrainerCallback):
         safety = trainer._safety
         safety.check(trainer.model)
         safety.adopt(trainer)
+        safety.check_evaluations(trainer)
         safety.begin(trainer, trainer._resumed)
         trainer._began = True
         if safety.asft and safety.first_step > 0 and state.is_world_process_zero:

@@ -69,8 +69,8 @@ class SafetyEvalCallback(TrainerCallback):
         self._steps = steps
         self._judge = judge or KeywordJudge()
         self._options = {"new_tokens": new_tokens, "batch_size": batch_size}
-        self._stop_above = stop_above
-        self._around = around
+        self.stop_above = stop_above
+        self.around = around
         self._pending: dict[str, float] = {}
         self.history: list[tuple[int, Scores]] = []
 
@@ -88,7 +88,7 @@ class SafetyEvalCallback(TrainerCallback):
         if state.global_step % self._steps and state.global_step < state.max_steps:
             return
         started = time.perf_counter()
-        with self._around():
+        with self.around():
             scores, _ = score(unwrap(model), self._tokenizer, self._sets, self._judge, **self._options)
         self.history.append((state.global_step, scores))
         assert scores.attack is not None  # noqa: S101  # there are harmful prompts
@@ -96,7 +96,7 @@ class SafetyEvalCallback(TrainerCallback):
         if scores.over_refusal:
             self._pending["safety/over_refusal"] = scores.over_refusal.share
         control.should_log = True
-        if self._stop_above is not None and scores.attack.share > self._stop_above:
+        if self.stop_above is not None and scores.attack.share > self.stop_above:
             control.should_training_stop = True
             if state.is_world_process_zero:
                 logger.warning(

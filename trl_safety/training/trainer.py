@@ -4,6 +4,7 @@ only file that imports trl.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,12 +49,13 @@ class SafeSFTConfig(SFTConfig):
         if self.safety is not None:
             self.safety = SafetyConfig.parse(self.safety).model_dump(mode="json", exclude_unset=True)
 
-    def get_warmup_steps(self, num_training_steps: int) -> int:
-        """As the parent's. Every Trainer asks for it when training starts, so that it is the place to refuse one without protection."""
+    @property
+    def train_batch_size(self) -> int:
+        """As the parent's. Every Trainer asks for it when it is made, so that it is the place to refuse one without protection."""
         if self.safety is not None and not self._taken:
             raise ConfigurationError("args.safety is set, but the trainer is no SafeSFTTrainer and would ignore it: use SafeSFTTrainer")
-        steps: int = super().get_warmup_steps(num_training_steps)
-        return steps
+        size: int = super().train_batch_size
+        return size
 
 
 class SafeSFTTrainer(SafetyMixin, SFTTrainer):
@@ -92,12 +94,16 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         # Validated before the parent loads a model and tokenises a dataset.
         block = safety if safety is not None else in_args
         config = SafetyConfig.parse(block) if block is not None else None
+        if in_args is not None:
+            # A copy: the user's own arguments, given to another trainer, are refused by it.
+            taken: Any = copy.copy(training_args)
+            taken._taken = True
+            args, kwargs = (args, {**kwargs, "args": taken}) if "args" in kwargs else ((args[0], taken, *args[2:]), kwargs)
         references = self._references(config, reference_dataset)
         if references is not None:
             args, kwargs = _numbered(args, kwargs)
         super().__init__(*args, **kwargs)
         self.start_safety(config, subspace, self._prepared(references, kwargs.get("formatting_func")))
-        self.args._taken = True
 
     @staticmethod
     def _references(config: SafetyConfig | None, given: Dataset | None) -> Dataset | None:
