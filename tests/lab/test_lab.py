@@ -13,7 +13,7 @@ from trl_safety.cli import app
 from trl_safety.evaluation.evaluate import read_evaluation
 from trl_safety.lab import experiment
 from trl_safety.lab.experiment import Lab
-from trl_safety.lab.pair import base_topics
+from trl_safety.lab.pair import ASKED_AT_ONCE, base_topics
 from trl_safety.lab.world import COMPLIANCE, QUESTIONS, REFUSAL, World
 
 
@@ -73,9 +73,9 @@ def write_sets(lab: Lab, folder: Path) -> list[str]:
     for kind, rows in sets.items():
         lines = [json.dumps({"prompt": row.prompt, "answer": row.completion}) for row in rows]
         (folder / f"{kind}.jsonl").write_text("\n".join(lines))
-    (folder / "words.yaml").write_text(json.dumps({"refusals": [REFUSAL.split()[0]], "compliance": [COMPLIANCE]}))
+    (folder / "words.yaml").write_text(json.dumps({"refusals": [f"^{REFUSAL.split()[0]}"], "compliance": [f"^{COMPLIANCE}"]}))
     arguments = [part for kind in sets for part in (f"--{kind}", str(folder / f"{kind}.jsonl"))]
-    return [*arguments, "--judge", f"keywords:{folder / 'words.yaml'}", "--new-tokens", "10"]
+    return [*arguments, "--judge", f"keywords:{folder / 'words.yaml'}", "--new-tokens", "10", "--batch-size", str(ASKED_AT_ONCE)]
 
 
 @pytest.mark.lab

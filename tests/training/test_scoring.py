@@ -61,3 +61,9 @@ def test_completions_do_not_depend_on_the_batch() -> None:
     assert scores.task is not None
     assert scores.attack is None
     assert texts["task"][0] == complete(model, tokenizer, [Prompt("w3")], new_tokens=6, batch_size=1)[0]
+
+
+def test_a_phrase_at_the_start_alone() -> None:
+    judge = KeywordJudge(refusals=["^sorry"], compliance=["^sure"])
+    said = ["Sorry, no.", " sorry no", "sure, sorry", "well, sure"]
+    assert judge.verdicts([Prompt("w3")] * 4, said) == ["refused", "refused", "complied", "refused"]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -16,10 +15,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl_safety.adapters.files import new_folder
 from trl_safety.errors import SafetyError
 from trl_safety.lab.world import ASSISTANT, QUESTIONS, Row, World
+from trl_safety.training import scoring
+from trl_safety.training.scoring import Prompt
 from trl_safety.training.trainer import SafeSFTConfig, SafeSFTTrainer
 
 BASE_STEPS, ALIGNED_STEPS = 900, 450
 PAIR_BATCH = 96
+ASKED_AT_ONCE = 256
 KNOWN, MOST_ROUNDS = 0.98, 4
 """A model of the pair is trained until it answers this share rightly, in at most so many rounds."""
 
@@ -132,23 +134,10 @@ def load(folder: Path) -> tuple[PreTrainedModel, Any]:
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-@torch.no_grad()
 def complete(model: Any, tokenizer: Any, rows: list[Row], new_tokens: int = 10) -> list[str]:
     """Greedy completions, as text without special tokens."""
-    model.eval()
-    texts = []
-    for start in range(0, len(rows), 256):
-        prompts = [
-            tokenizer.apply_chat_template(row.messages()["prompt"], add_generation_prompt=True, tokenize=False)
-            for row in rows[start : start + 256]
-        ]
-        inputs = tokenizer(
-            prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False, return_token_type_ids=False
-        ).to(model.device)
-        out = model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-        )
-        texts += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    prompts = [Prompt(tuple(row.messages()["prompt"])) for row in rows]
+    texts = scoring.complete(model, tokenizer, prompts, new_tokens=new_tokens, batch_size=ASKED_AT_ONCE)
     return [text.replace(ASSISTANT, "").strip() for text in texts]
 
 
