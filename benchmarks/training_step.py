@@ -179,6 +179,7 @@ def _run(kind: str, options: argparse.Namespace, batch: int, count: int) -> tupl
     ours, theirs = context.Pipe()
     process = context.Process(target=_in_turn, args=(theirs, kind, options, batch, count))
     process.start()
+    theirs.close()
     result: tuple[list[float], float, float] = ours.recv()
     process.join()
     return result

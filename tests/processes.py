@@ -65,9 +65,13 @@ def run(
             process = context.Process(target=_child, args=(module, [*map(str, arguments)], own, str(folder or Path.cwd()), output))
             process.start()
             started.append((process, output))
-        found = []
-        for process, output in started:
-            process.join()
-            assert process.exitcode is not None
-            found.append(Done(process.exitcode, Path(output).read_text(errors="replace") if Path(output).exists() else ""))
-        return found
+        try:
+            for process, _ in started:
+                process.join()
+        finally:
+            # A test that is stopped while it waits leaves none behind.
+            for process, _ in started:
+                process.kill()
+        return [
+            Done(process.exitcode, Path(output).read_text(errors="replace") if Path(output).exists() else "") for process, output in started
+        ]

@@ -1,12 +1,11 @@
 """FSDP2 and ZeRO-2 on two gloo processes end where one process with the whole batch does, and refuse what cannot act on shards.
 
-DeepSpeed compiles its communication when it starts, so that it needs a C++ compiler; `make` installs it into a folder of its own,
-since Transformers and Accelerate import whatever DeepSpeed they find, in every test.
+`make` installs DeepSpeed into a folder of its own, since Transformers and Accelerate import whatever DeepSpeed they find, in every
+test.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
-needs_deepspeed = pytest.mark.skipif(
-    not DEEPSPEED.is_dir() or shutil.which("g++") is None, reason=f"no {DEEPSPEED}, which make installs, or no C++ compiler"
-)
+needs_deepspeed = pytest.mark.skipif(not DEEPSPEED.is_dir(), reason=f"no {DEEPSPEED}, which make installs where there is a C++ compiler")
 
 
 def launch(engine: str, *arguments: object, script: str = "engine_run") -> str:
