@@ -68,6 +68,7 @@ def test_inspect(tmp_path: Path, ranked: Path, subspace: Path) -> None:
     assert len(layers) == 9
     assert all(abs(row["inside"] + row["partial"] + row["outside"] - 1) < 1e-5 for row in layers)
     assert "–" in run("inspect", ADAPTER, "--subspace", subspace)
+    assert "base model: not verified: gqa-aligned is not at hand" in " ".join(run("inspect", ADAPTER, "--subspace", ranked).split())
 
 
 def test_verify_fails_on_an_unprotected_adapter() -> None:
@@ -112,6 +113,14 @@ def test_a_correction_that_changes_nothing_says_so(tmp_path: Path, subspace: Pat
     assert "Warning: safe_lora changed nothing" in output
     assert "NOT protected" in run("verify", tmp_path / "o", code=1)
     assert "no such folder" in run("verify", tmp_path / "nowhere", code=1)
+
+
+def test_verify_names_a_method_that_did_not_act(tmp_path: Path, subspace: Path) -> None:
+    run("correct", ADAPTER, "-o", tmp_path / "o", "-s", subspace, "--method", "safe_lora", "--threshold", 1)
+    report = json.loads((tmp_path / "o" / "safety_report.json").read_text())
+    idle = {**report["methods"][0], "name": "asft", "acted": False}
+    (tmp_path / "o" / "safety_report.json").write_text(json.dumps({**report, "methods": [*report["methods"], idle]}))
+    assert "protected, but not by asft, and" in " ".join(run("verify", tmp_path / "o").split())
 
 
 def test_full_disk_leaves_nothing(tmp_path: Path, subspace: Path) -> None:

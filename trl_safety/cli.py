@@ -402,7 +402,9 @@ def verify(adapter: Adapter) -> None:
 
         report = check(adapter)
         _print_report(report)
-        typer.secho(f"{adapter}: protected, and as its report describes it", fg="green")
+        idle = [method.name for method in report.methods if not method.acted]
+        which = f"protected, but not by {' and '.join(idle)}," if idle else "protected,"
+        typer.secho(f"{adapter}: {which} and as its report describes it", fg="yellow" if idle else "green")
 
 
 @app.command()
@@ -441,6 +443,7 @@ def inspect(
 
         view = inspection.inspect_adapter(adapter, AlignmentSubspace.from_pretrained(subspace), device=device)
         _print_view(view)
+        _print_base_check(view.base_check)
         if json:
             inspection.write_json(view, json)
         if plot:
@@ -567,14 +570,20 @@ def _relative_error(layer: Any) -> float:
 
 def _print_report(report: SafetyReport) -> None:
     for method in report.methods:
-        typer.echo(f"{method.source}: {method.summary}")
-    typer.echo(f"base model: {report.base_check}")
+        typer.secho(f"{method.source}: {method.summary}", fg=None if method.acted else "yellow")
+    _print_base_check(report.base_check)
     for name, reason in report.skipped.items():
         typer.secho(f"left alone: {name} ({reason})", fg="yellow")
     if report.not_covered:
         typer.secho(
             f"trained but covered by no method: {', '.join(report.not_covered[:5])}{' …' * (len(report.not_covered) > 5)}", fg="yellow"
         )
+
+
+def _print_base_check(text: str) -> None:
+    from trl_safety.adapters.lora import NOT_VERIFIED
+
+    typer.secho(f"base model: {text}", fg="yellow" if text.startswith(NOT_VERIFIED) else None)
 
 
 def _print_selection(rows: list[Dropped], top: int) -> None:

@@ -112,6 +112,8 @@ def test_every_point_is_the_corrected_adapter(world: Path, tmp_path: Path, metho
         count *= len(values)
     assert len(points) == count
     assert len(found.points) == 1 + 2 * count
+    assert [point.acted for point in points] == [point.options.get("gamma") != 0 for point in points]
+    assert not any(point.acted for point in found.points if point.method != method)
     for i, point in enumerate(points):
         found.chosen = found.points.index(point)
         write_chosen(found, tmp_path / str(i), subspace=subspace, reinforce=world / "reinforce")
@@ -124,21 +126,21 @@ def test_every_point_is_the_corrected_adapter(world: Path, tmp_path: Path, metho
         assert control.update_norm == pytest.approx(point.update_norm, rel=1e-4)
 
 
-def point(method: str, attack: float, task: float, norm: float = 1.0) -> Point:
+def point(method: str, attack: float, task: float, acted: bool = False) -> Point:
     def rate(share: float) -> dict[str, Any]:
         return {"hits": 0, "count": 1, "share": share, "low": 0, "high": 1}
 
     scores = {"judge": "x", "attack": rate(attack), "task": rate(task), "flags": {}}
-    return Point.model_validate({"method": method, "options": {}, "update_norm": norm, "scores": scores})
+    return Point.model_validate({"method": method, "options": {}, "update_norm": 1.0, "scores": scores, "acted": acted})
 
 
 @pytest.mark.parametrize(
     ("attack", "loss", "expected"), [(None, None, None), (0.5, None, 2), (0.2, None, 3), (0.2, 0.1, None), (0.5, 0.1, 2), (0.9, 0.0, 1)]
 )
 def test_the_choice(attack: float | None, loss: float | None, expected: int | None) -> None:
-    points = [point("uncorrected", 1.0, 0.9, 2.0), point("m", 0.8, 0.9), point("m", 0.4, 0.85), point("m", 0.1, 0.5), point("scaled", 0.0, 0.9)]
-    # Fits every constraint, but changed nothing.
-    points.append(point("m", 0.0, 0.95, 2.0))
+    points = [point("uncorrected", 1.0, 0.9), *(point("m", *rates, acted=True) for rates in ((0.8, 0.9), (0.4, 0.85), (0.1, 0.5)))]
+    # These fit every constraint, but protect nothing.
+    points += [point("scaled", 0.0, 0.9), point("m", 0.0, 0.95)]
     assert choose(Sweep(adapter="a", method="m", max_attack_success=attack, max_utility_loss=loss, points=points)) == expected
 
 
@@ -236,6 +238,22 @@ def test_refused(world: Path, method: str, grid: dict[str, Any], kwargs: dict[st
     model, tokenizer = load_model(None, world / "user")
     with pytest.raises(ConfigurationError, match=message):
         sweep(model, tokenizer, world / "user", method, grid, SETS, JUDGE, **kwargs)
+
+
+def test_what_belongs_to_another_model_is_refused(world: Path, tmp_path: Path) -> None:
+    aligned = tiny.model(str(world / "aligned"))
+    with torch.no_grad():
+        for parameter in aligned.parameters():
+            parameter.mul_(1.01)
+    aligned.save_pretrained(tmp_path / "other")
+    subspace = AlignmentSubspace.from_pair(world / "base", tmp_path / "other", target_modules="all-linear", rank=8, progress=False)
+    model, tokenizer = load_model(None, world / "user")
+    with pytest.raises(AdapterError, match="another model"):
+        sweep(model, tokenizer, world / "user", "safe_lora", {"layers": [3]}, SETS, JUDGE, subspace=subspace)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.01)
+    with pytest.raises(AdapterError, match="use the adapter that was made for this model"):
+        sweep(model, tokenizer, world / "user", "buffer_reinforce", {"alpha": [0.1]}, SETS, JUDGE, reinforce=world / "reinforce")
 
 
 def test_a_corrected_or_merged_adapter_is_refused(world: Path, tmp_path: Path) -> None:

@@ -281,10 +281,10 @@ class TestQLoRA:
     def quantised(self, pair: Path) -> Any:
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
-        )
-        def load(name: str | Path = "aligned") -> Any:
+        def load(name: str | Path = "aligned", **storage: Any) -> Any:
+            config = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32, **storage
+            )
             # A folder that is quantised already brings its own configuration.
             options = {} if isinstance(name, Path) else {"quantization_config": config}
             return AutoModelForCausalLM.from_pretrained(pair / name, device_map={"": "cpu"}, **options)
@@ -345,12 +345,13 @@ class TestQLoRA:
         else:
             assert "in 21 of 21 layers, up to quantisation" in apply_safe_lora(model, subspace).base_check
 
+    @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
     @pytest.mark.parametrize("trained_on", ["aligned", "base", "stranger"])
     def test_a_saved_adapter_is_corrected_only_for_the_model_that_its_quantised_base_is(
-        self, tmp_path: Path, pair: Path, quantised: Any, trained_on: str
+        self, tmp_path: Path, pair: Path, quantised: Any, trained_on: str, storage: torch.dtype
     ) -> None:
         """The base model that the adapter names is a folder of 4-bit weights: compared up to their rounding."""
-        quantised(trained_on).save_pretrained(tmp_path / "stored")
+        quantised(trained_on, bnb_4bit_quant_storage=storage).save_pretrained(tmp_path / "stored")
         adapter = get_peft_model(quantised(tmp_path / "stored"), tiny.lora(target_modules="all-linear", init_lora_weights=False))
         adapter.save_pretrained(tmp_path / "adapter")
         subspace = AlignmentSubspace.from_pair(pair / "base", pair / "aligned", target_modules="all-linear", rank=8, progress=False)

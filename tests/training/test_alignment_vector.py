@@ -104,6 +104,14 @@ def test_leading_directions_and_the_cut(tmp_path: Path, full: AlignmentSubspace)
         assert report.methods[0].layers[name].measured["energy_lost_by_rank"] == pytest.approx(lost, rel=1e-3, abs=1e-9)
 
 
+def test_a_cut_that_cuts_nothing(tmp_path: Path, full: AlignmentSubspace) -> None:
+    """Also where k is the subspace's own."""
+    largest = max(layer.rank for layer in full.layers.values()) + 4
+    with pytest.raises(ConfigurationError, match=f"cut_to = {largest}: the corrected adapter has rank {largest}"):
+        correct(tmp_path / "out", full, cut_to=largest)
+    correct(tmp_path / "out", full, cut_to=largest - 1)
+
+
 def test_all_layers_of_the_subspace(tmp_path: Path, full: AlignmentSubspace, gqa_model: Any) -> None:
     V, before = vector(), updates(DATA / "gqa-adapter")
     expected = {name: before.get(name, 0) + V[name] for name in V}

@@ -27,12 +27,13 @@ from trl_safety import (
     merge_reinforce,
 )
 from trl_safety.adapters.folder import AdapterFolder
+from trl_safety.adapters.lora import Recognition, lora_modules
 from trl_safety.adapters.subspace import sample
 from trl_safety.config import AlignmentVectorConfig, SafeLoraConfig, SafetyConfig
 from trl_safety.errors import AdapterError, ConfigurationError, ReportError, SubspaceError
 from trl_safety.training.alignment_vector import AlignmentVectorCorrection
 from trl_safety.training.buffer_reinforce import USER_ADAPTER
-from trl_safety.training.correction import correct_folder
+from trl_safety.training.correction import correct_folder, prepare
 from trl_safety.training.report import read_report, verify
 from trl_safety.training.safe_lora import SafeLoraCorrection
 from trl_safety.training.scoring import Prompt
@@ -210,6 +211,19 @@ def test_corrected_copies_do_not_disturb_resuming(tmp_path: Path, gqa_subspace: 
     again = trainer(tmp_path / "killed")
     again.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-2"))
     verify(tmp_path / "killed" / "checkpoint-4" / "safety" / "corrected")
+
+
+def test_corrected_copies_of_no_checkpoint(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    block = {"safe_lora": {"threshold": 1.0, "corrected_checkpoints": True}}
+    trainer = tiny.trainer(tmp_path, safety=block, subspace=gqa_subspace, save_strategy="no")
+    with pytest.raises(ConfigurationError, match=r"safe_lora.corrected_checkpoints = True: save_strategy = 'no'"):
+        trainer.train()
+
+
+def test_weights_that_cannot_be_read_are_not_called_verified(gqa_model: Any, gqa_subspace: AlignmentSubspace) -> None:
+    for module in lora_modules(gqa_model):
+        module.layer.get_base_layer().to("meta")
+    assert prepare(gqa_model, gqa_subspace).base_check.startswith("not verified: no layer's weights could be read")
 
 
 def test_a_method_with_nothing_behind_it_is_an_error(tmp_path: Path) -> None:
@@ -526,7 +540,6 @@ class TestPairs:
 
     def test_quantised_weights_are_told_apart_only_where_that_is_certain(self) -> None:
         """Thirty pairs whose V is a thousandth of W: the right model is never refused, and the base never passes for certain."""
-        from trl_safety.adapters.lora import Recognition
 
         for seed in range(30):
             torch.manual_seed(seed)

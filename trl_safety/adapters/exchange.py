@@ -109,18 +109,19 @@ class WeightExchange:
         """Some of the places, before training; `put` looks at all of them."""
         if placeholders():
             return CHECKED_ELSEWHERE
-        places = [place for place in self.places if place.parameter.ndim == 2]
-        for place in random.Random(0).sample(places, min(LAYERS_COMPARED, len(places))):  # noqa: S311  # no secret here
-            self._is_aligned(place, self._aligned.tensor(place.aligned))
+        places = [i for i, place in enumerate(self.places) if place.parameter.ndim == 2]
+        compared = random.Random(0).sample(places, min(LAYERS_COMPARED, len(places)))  # noqa: S311  # no secret here
         recognition, differs = Recognition(), False
-        for place in self.places:
+        for i, place in enumerate(self.places):
             base, aligned = self._base.tensor(place.base)[: place.rows], self._aligned.tensor(place.aligned)[: place.rows]
-            quantised = type(place.parameter).__name__ == "Params4bit"
             differs = differs or not same_up_to_rounding(base, aligned)
-            if quantised:
+            if type(place.parameter).__name__ == "Params4bit":
                 weight = full_precision(place.module)
                 assert weight is not None  # noqa: S101  # refused when it was found
-                recognition.add(weight[: place.rows], torch.stack([sample(base), sample(aligned)]).float(), quantised=True)
+                if recognition.add(weight[: place.rows], torch.stack([sample(base), sample(aligned)]).float(), quantised=True):
+                    raise self._another(place)
+            elif i in compared:
+                self._is_aligned(place, aligned)
         if not differs:
             raise AdapterError(
                 f"{self._setting}: {self._base.source!r} and {self._aligned.source!r} do not differ by more than rounding: V would be nothing"
@@ -144,9 +145,12 @@ class WeightExchange:
         ours, theirs = (sample(tensor[: place.rows]).float() for tensor in (whole(weight), aligned.to(weight.dtype)))
         limit = QUANTISED_DIFFERENCE if weight is not place.parameter else FULL_PRECISION_DIFFERENCE
         if not float(torch.linalg.vector_norm(ours - theirs)) <= limit * float(torch.linalg.vector_norm(theirs)):
-            raise AdapterError(
-                f"{self._setting}: the model's {place.aligned!r} is not that of {self._aligned.source!r}: load the aligned model of the pair, and train it"
-            )
+            raise self._another(place)
+
+    def _another(self, place: Place) -> AdapterError:
+        return AdapterError(
+            f"{self._setting}: the model's {place.aligned!r} is not that of {self._aligned.source!r}: load the aligned model of the pair, and train it"
+        )
 
     @torch.no_grad()
     def put(self, compute: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -248,6 +248,10 @@ def not_covered(model: nn.Module, modules: Iterable[LoraModule]) -> list[str]:
     )
 
 
+NOT_VERIFIED = "not verified"
+"""How a report's sentence on the base model begins where its weights were compared with nothing."""
+
+
 def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubspace]) -> str:
     """Check that the model under the adapter is the aligned model that the subspaces were fitted on.
 
@@ -287,6 +291,8 @@ def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubs
             raise AdapterError(_wrong_model(module.name, difference, which))
     if difference := recognition.unaligned:
         raise AdapterError(_wrong_model("all layers together", difference, "the unaligned base of the pair, quantised"))
+    if unread == layers:
+        return f"{NOT_VERIFIED}: no layer's weights could be read; shapes match"
     text = f"weights match the subspace's aligned model in {layers - unread} of {layers} layers"
     if unread:
         text += "; the others are stored in a format that could not be read"

@@ -46,6 +46,7 @@ class Point(BaseModel):
         options: the method's options at this point.
         update_norm: ‖ΔW‖_F over all layers.
         scores: the rates.
+        acted: whether the method protected at this point: it changed a layer, and not by shrinking or by taking alignment out alone.
         p_attack, p_task: paired tests against the uncorrected adapter; None where there is no such set.
     """
 
@@ -53,6 +54,7 @@ class Point(BaseModel):
     options: dict[str, Any]
     update_norm: float
     scores: Scores
+    acted: bool = False
     p_attack: float | None = None
     p_task: float | None = None
 
@@ -159,17 +161,17 @@ def sweep(
         raise ConfigurationError("max_attack_success is given, but no harmful set to measure it on")
     folder = AdapterFolder.open(adapter)
     refuse_corrected(folder.config, f"adapter = {str(adapter)!r}")
-    corrected = _corrector(folder, method, subspace, reinforce)
+    modules = {module.name: module for module in lora_modules(model, adapter_name(model))}
+    corrected = _corrector(folder, modules, method, subspace, reinforce)
     for point in points:
         corrected(point)  # Whatever cannot act is an error before the first evaluation.
-    modules = {module.name: module for module in lora_modules(model, adapter_name(model))}
     if missing := [name for name, found in match(folder.factors, modules).items() if found is None]:
         raise ConfigurationError(f"adapter = {str(adapter)!r}: its layer {missing[0]!r} is not in the model")
     if subspace is not None:
         verify_base(modules.values(), subspace.for_modules(modules))
     found = Sweep(adapter=str(adapter), method=method, max_attack_success=max_attack_success, max_utility_loss=max_utility_loss, points=[])
 
-    def add(name: str, options: dict[str, Any]) -> Point:
+    def add(name: str, options: dict[str, Any], *, acted: bool = False) -> Point:
         scores, _ = score(model, tokenizer, sets, judge, new_tokens=new_tokens, batch_size=batch_size)
         first = found.points[0].scores.flags if found.points else scores.flags
         tests = {kind: paired_p_value(first[kind], scores.flags[kind]) for kind in sets}
@@ -178,6 +180,7 @@ def sweep(
             options=options,
             update_norm=_norm(modules.values()),
             scores=scores,
+            acted=acted,
             p_attack=tests.get("harmful"),
             p_task=tests.get("task"),
         )
@@ -190,8 +193,9 @@ def sweep(
         _put(modules, original)
         whole = add("uncorrected", {}).update_norm
         for options in points:
-            _put(modules, {**original, **corrected(options)})
-            norm = add(method, options).update_norm
+            factors, acted = corrected(options)
+            _put(modules, {**original, **factors})
+            norm = add(method, options, acted=acted).update_norm
             if controls and whole:
                 _put(modules, {name: (B * (norm / whole), A) for name, (B, A) in original.items()})
                 add("scaled", options)
@@ -212,9 +216,8 @@ def choose(found: Sweep) -> int | None:
         loss = base.share - task.share if base and task else 0.0
         return safe and (found.max_utility_loss is None or loss <= found.max_utility_loss)
 
-    # A point at which no layer changed is the uncorrected adapter, which `verify` would not take for a corrected one.
-    unchanged = found.points[0].update_norm
-    fitting = [i for i, point in enumerate(found.points) if point.method == found.method and point.update_norm != unchanged and fits(point)]
+    # `verify` would not take the others for protected.
+    fitting = [i for i, point in enumerate(found.points) if point.acted and fits(point)]
 
     def rank(i: int) -> tuple[float, float]:
         attack, task = found.points[i].scores.attack, found.points[i].scores.task
@@ -236,9 +239,13 @@ def write_chosen(found: Sweep, output: Path, *, subspace: AlignmentSubspace | No
 
 
 def _corrector(
-    folder: AdapterFolder, method: str, subspace: AlignmentSubspace | None, reinforce: str | Path | None
-) -> Callable[[dict[str, Any]], dict[str, tuple[Tensor, Tensor]]]:
-    """Options → the corrected factors of the layers that change, for the layers' own scalings."""
+    folder: AdapterFolder,
+    modules: Mapping[str, LoraModule],
+    method: str,
+    subspace: AlignmentSubspace | None,
+    reinforce: str | Path | None,
+) -> Callable[[dict[str, Any]], tuple[dict[str, tuple[Tensor, Tensor]], bool]]:
+    """Options → the corrected factors of the layers that change, for the layers' own scalings, and whether the method acted."""
     if unused := next(
         (
             n
@@ -251,7 +258,10 @@ def _corrector(
     if method == "buffer_reinforce":
         if reinforce is None:
             raise ConfigurationError("reinforce is missing: a sweep of buffer_reinforce merges with a ReinforceLoRA; name it")
-        other, _ = open_kind(reinforce, "reinforce", "reinforce")
+        other, record = open_kind(reinforce, "reinforce", "reinforce")
+        layers = {name: module.layer.get_base_layer() for name, module in modules.items()}
+        recorded = match(record.samples, layers)
+        record.check_layers({name: layers[found] for name, found in recorded.items() if found}, f"reinforce = {str(reinforce)!r}")
         if further := [name for name, found in match(other.factors, folder.factors).items() if found is None]:
             raise ConfigurationError(
                 f"reinforce = {str(reinforce)!r}: has a layer that the adapter does not have ({further[0]!r}), which a sweep cannot add to the loaded model; "
@@ -261,24 +271,28 @@ def _corrector(
         renamed = {str(names[name]): factors for name, factors in other.factors.items()}
         scalings = {name: factors.scaling for name, factors in folder.factors.items()}
 
-        def merged(options: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+        def merged(options: dict[str, Any]) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
             config = validate(ReinforceMergeConfig, options, method)
             merges = merge_layers(folder.factors, renamed, config, scalings, torch.device("cpu"))
-            return {name: (merge.B, merge.A) for name, merge in merges.items()}
+            return {name: (merge.B, merge.A) for name, merge in merges.items()}, True
 
         return merged
     if subspace is None:
         raise ConfigurationError(f"subspace is missing: {method} needs an alignment subspace; give the file made by `trl-safety subspace`")
-    layers = subspace.for_modules(folder.factors)
-    inputs = [LayerInput(name, (f.B, f.A), f.scaling, layers[name], f.B.device) for name, f in folder.factors.items()]
+    spaces = subspace.for_modules(folder.factors)
+    inputs = [LayerInput(name, (f.B, f.A), f.scaling, spaces[name], f.B.device) for name, f in folder.factors.items()]
+    ranks = {name: int(factors.A.shape[0]) for name, factors in folder.factors.items()}
 
-    def corrected(options: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    def corrected(options: dict[str, Any]) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
         config: CorrectionConfig = validate(METHODS[method], options, method)
         if getattr(config, "all_layers", False):
             raise ConfigurationError("all_layers = True: a sweep cannot add layers to the loaded model; leave it out")
         correction = correction_for(config)
-        correction.check(layers)
-        return {name: result.factors for name, result in correction.run(inputs).items() if result.factors is not None}
+        correction.check(spaces)
+        correction.check_ranks(ranks, spaces)
+        results = correction.run(inputs)
+        changed = {name: result.factors for name, result in results.items() if result.factors is not None}
+        return changed, correction.report(results).acted
 
     return corrected
 

@@ -52,10 +52,10 @@ class AlignmentVectorCorrection(Correction):
                     "build it with a larger rank"
                 )
 
-    def check_ranks(self, ranks: Mapping[str, int]) -> None:
-        """A cut that cuts nothing is refused where that can be told: where k is given."""
-        largest = max(ranks.values()) + (self.config.rank or 0)
-        if self.config.cut_to is not None and self.config.rank is not None and self.config.cut_to >= largest:
+    def check_ranks(self, ranks: Mapping[str, int], layers: Mapping[str, LayerSubspace]) -> None:
+        """A cut that cuts nothing is refused."""
+        largest = max(ranks.get(name, 0) + (self.config.rank or layer.rank) for name, layer in layers.items())
+        if self.config.cut_to is not None and self.config.cut_to >= largest:
             raise ConfigurationError(
                 f"alignment_vector.cut_to = {self.config.cut_to}: the corrected adapter has rank {largest}, so that nothing would be cut; use less, or leave it out"
             )

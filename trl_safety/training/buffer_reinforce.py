@@ -18,14 +18,24 @@ from transformers import TrainerCallback
 from trl_safety.adapters.files import new_folder, sha256
 from trl_safety.adapters.folder import WEIGHTS, AdapterFolder, Factors
 from trl_safety.adapters.frozen import FrozenAdapter
-from trl_safety.adapters.lora import LoraModule, adapter_config, extend_adapter, lora_modules, marks, refuse_provider, target, unwrap
+from trl_safety.adapters.lora import (
+    NOT_VERIFIED,
+    LoraModule,
+    adapter_config,
+    extend_adapter,
+    lora_modules,
+    marks,
+    refuse_provider,
+    target,
+    unwrap,
+)
 from trl_safety.adapters.names import match, strip_wrappers
 from trl_safety.adapters.record import RECORD, AdapterRecord, open_kind
 from trl_safety.config import BufferReinforceConfig, ReinforceMergeConfig, validate
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.linalg.low_rank import product_norm_squared, truncate_product
 from trl_safety.methods import buffer_reinforce
-from trl_safety.training.correction import NOT_VERIFIED, Prepared, carried_methods, on_host, update_config, working_factors
+from trl_safety.training.correction import Prepared, carried_methods, on_host, update_config, working_factors
 from trl_safety.training.report import REPORT, SOURCES, LayerReport, MethodReport, SafetyReport, fingerprints, with_section
 from trl_safety.training.report_source import adapter_folder, report_source
 

@@ -20,6 +20,7 @@ from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.lora import (
     MARK_PREFIX,
+    NOT_VERIFIED,
     LoraModule,
     Recognition,
     adapter_config,
@@ -64,7 +65,6 @@ CORRECTED_COPY = Path("safety") / "corrected"
 BASE_LAYERS_SAMPLED = 8
 QUANTISED_LAYERS_SAMPLED = 64
 """Each tells little through the rounding."""
-NOT_VERIFIED = "not verified"
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Correction(ABC):
     def check(self, layers: Mapping[str, LayerSubspace]) -> None:
         """Raise where the correction could not act on these subspaces."""
 
-    def check_ranks(self, ranks: Mapping[str, int]) -> None:  # noqa: B027  # most corrections accept any
-        """Raise where the correction could not act on an adapter of these ranks, by module."""
+    def check_ranks(self, ranks: Mapping[str, int], layers: Mapping[str, LayerSubspace]) -> None:  # noqa: B027  # most accept any
+        """Raise where the correction could not act on an adapter of these ranks; `layers` are all that it acts on, by module."""
 
     def keeps_ranks(self, ranks: Mapping[str, int]) -> bool:
         """Whether an adapter of these ranks has the same ones afterwards."""
@@ -283,9 +283,10 @@ def check_correction(
     model: nn.Module, subspace: AlignmentSubspace, correction: Correction, prepared: Prepared, skip_modules: Iterable[str]
 ) -> None:
     """Raise where a correction will not be able to act on a live model; see `prepare`."""
-    correction.check({**prepared.subspaces, **_further_layers(model, subspace, correction, prepared, skip_modules)})
+    layers = {**prepared.subspaces, **_further_layers(model, subspace, correction, prepared, skip_modules)}
+    correction.check(layers)
     ranks = {module.name: int(module.A.shape[0]) for module in prepared.covered}
-    correction.check_ranks(ranks)
+    correction.check_ranks(ranks, layers)
     if sharded(model) and not correction.keeps_ranks(ranks):
         remedy = f"cut it back to the adapter's own rank, or correct the saved adapter with `trl-safety correct --method {correction.name}`"
         raise ConfigurationError(f"{correction.name}: changes the adapter's rank, which FSDP's shards do not allow; {remedy}")
@@ -378,8 +379,8 @@ def correct_folder(
                 "layers in its model are not known; build the subspace for this model, or leave all_layers out"
             )
     correction.check({**subspaces, **further})
-    correction.check_ranks({name: folder.factors[name].A.shape[0] for name in subspaces})
-    base_check = _check_base(folder, subspace, subspaces)
+    correction.check_ranks({name: folder.factors[name].A.shape[0] for name in subspaces}, {**subspaces, **further})
+    base_check = check_base(folder, subspace, subspaces)
     loose = [name for name, layer in subspaces.items() if name != layer.name]
     if loose and base_check.startswith(NOT_VERIFIED):
         raise AdapterError(
@@ -465,8 +466,15 @@ def update_config(config: Any, method: str | None, scalings: Mapping[str, tuple[
         config.alpha_pattern = {**(config.alpha_pattern or {}), f"{MARK_PREFIX}{method}": 1}
 
 
-def _check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mapping[str, LayerSubspace]) -> str:
-    """Compare the adapter's base model with the subspace's, as far as it can be had without a network."""
+def check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mapping[str, LayerSubspace]) -> str:
+    """Compare the adapter's base model with the subspace's, as far as it can be had without a network.
+
+    Returns:
+        What was verified, for the report.
+
+    Raises:
+        AdapterError: it is another model.
+    """
     base = folder.config.base_model_name_or_path
     if base and Path(base).is_dir():
         checkpoint = Checkpoint(base, quantised=True)
@@ -528,6 +536,11 @@ class CorrectionCallback(TrainerCallback):
         if other is not self:
             raise ConfigurationError(
                 f"callbacks: {other.correction.name} and {self.correction.name} would both rewrite the trained adapter: keep one of them"
+            )
+        if self.correction.config.corrected_checkpoints and args.save_strategy == "no":
+            raise ConfigurationError(
+                f"{self.correction.name}.corrected_checkpoints = True: save_strategy = 'no' writes no checkpoint that a corrected copy could lie in; set "
+                "save_strategy, or leave corrected_checkpoints out"
             )
         prepared = self.prepare(model)
         self._adapter, self.result = prepared.adapter, None

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -514,7 +515,7 @@ class DualSelect:
         settings: dict[str, Any] = json.loads(self.config.model_dump_json(exclude={"reference_dataset"}))
         return settings
 
-    @property
+    @cached_property
     def _pool(self) -> str:
         """The number of the references and a digest of their tokens."""
         state = hashlib.sha256()

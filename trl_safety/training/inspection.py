@@ -16,7 +16,7 @@ from trl_safety.adapters.lora import check_shape, marks
 from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.errors import SafetyError
 from trl_safety.methods import csulora, safe_lora
-from trl_safety.training.correction import on_host, working_factors
+from trl_safety.training.correction import check_base, on_host, working_factors
 
 
 class LayerView(BaseModel):
@@ -37,6 +37,7 @@ class AdapterView(BaseModel):
 
     adapter: str
     subspace: str
+    base_check: str
     corrected_by: list[str]
     layers: list[LayerView]
 
@@ -51,6 +52,7 @@ def inspect_adapter(adapter: str | Path, subspace: AlignmentSubspace, *, device:
     folder = AdapterFolder.open(adapter)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found = subspace.for_modules(folder.factors)
+    base_check = check_base(folder, subspace, found)
     rows = []
     for name, layer in found.items():
         factors = folder.factors[name]
@@ -67,7 +69,7 @@ def inspect_adapter(adapter: str | Path, subspace: AlignmentSubspace, *, device:
     for (name, layer), (cosine, norm, *shares) in zip(found.items(), on_host(rows).tolist(), strict=True):
         split = dict(zip(("inside", "partial", "outside"), shares, strict=True)) if layer.whole is None else {}
         views.append(LayerView(layer=name, rank=layer.rank, alignment_norm=layer.frobenius_norm, update_norm=norm, cosine=cosine, **split))
-    return AdapterView(adapter=str(adapter), subspace=repr(subspace), corrected_by=marks(folder.config), layers=views)
+    return AdapterView(adapter=str(adapter), subspace=repr(subspace), base_check=base_check, corrected_by=marks(folder.config), layers=views)
 
 
 def write_json(view: BaseModel, path: Path) -> None:
