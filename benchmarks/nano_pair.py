@@ -1,14 +1,15 @@
 """What the methods do to a small pair trained on real language: attack, task and over-refusal of plain SFT and of each method.
 
     python benchmarks/nano_pair.py FOLDER --work WORK [--seeds 42 7 1 2 3] [--methods …] [--threads 1]
-    python benchmarks/nano_pair.py FOLDER --work WORK --table
+    python benchmarks/nano_pair.py --table benchmarks/results/nano_pair-*.json
 
 FOLDER holds `base/`, `aligned/`, `data/train_poisoned.jsonl` and `score.py` (`score(model, tokenizer, data)` → attack, over,
 task; `kind(text)`). The data contains offensive text and is not part of this repository. Every correction stands beside its
 control: the same layers scaled by the factor by which the correction changed their norm; `sweeps` puts Safe LoRA and CSULoRA
 over a grid beside the whole update scaled to the same norm, with a picture for each seed. WORK keeps what was trained and
-`results.json`, so that a run that was stopped goes on; `--table` prints mean ± half the range over the seeds, and each method's
-best setting: the largest share of the plainly tuned task (above chance) minus attack.
+`results.json`, so that a run that was stopped goes on; `--table` prints mean ± half the range over the seeds of all files, of
+which the last one that has a row counts, and each method's best setting: the largest share of the plainly tuned task (above
+chance) minus attack.
 """
 
 from __future__ import annotations
@@ -356,17 +357,20 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     """Run, print a line as each row is done, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 7, 1, 2, 3])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--buffer-gammas", type=float, nargs="+", default=BUFFER_GAMMAS)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE")
     options = parser.parse_args()
     if options.table:
-        print(*table(json.loads((options.work / "results.json").read_text())), sep="\n")
+        rows = [row for file in options.table for row in json.loads(file.read_text())]
+        print(*table(list({(row["method"], row["seed"]): row for row in rows}.values())), sep="\n")
         return
+    if options.folder is None or options.work is None:
+        parser.error("FOLDER and --work are needed to run")
     torch.set_num_threads(options.threads)
     harness = Harness(options.folder, options.work, options.buffer_gammas)
     for seed in options.seeds:
