@@ -47,7 +47,6 @@ def tiny_version(config: dict[str, Any], pair: Path, output: Path) -> dict[str, 
         "bf16": False,
         "dtype": "float32",
         "report_to": "none",
-        "save_strategy": "no",
     }
     if "dual_select" in config["safety"]:
         config["safety"]["dual_select"] |= {"reference_dataset": str(pair / "train.jsonl"), "references": 4, "warmup_steps": 1}

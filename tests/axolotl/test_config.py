@@ -124,7 +124,7 @@ def tiny_version(options: dict[str, Any], world: Path, tmp_path: Path) -> dict[s
     options["base_model"] = str(world / "aligned")
     options["datasets"][0]["path"] = str(world / "train.jsonl")
     options |= {"output_dir": str(tmp_path / "out"), "dataset_prepared_path": str(tmp_path / "prepared"), "max_steps": 2, "val_set_size": 0}
-    options |= {"sequence_len": 64, "special_tokens": {"pad_token": "<pad>"}, "save_strategy": "no", "logging_steps": 1, **CPU}
+    options |= {"sequence_len": 64, "special_tokens": {"pad_token": "<pad>"}, "logging_steps": 1, **CPU}
     if "dual_select" in options["safety"]:
         options["safety"]["dual_select"] |= {"reference_dataset": str(world / "train.jsonl"), "references": 4, "warmup_steps": 1}
         return options
