@@ -78,6 +78,14 @@ def test_every_option_is_described() -> None:
         ({"asft": {}, "safe_lora": {"threshold": -0.5}}, r"safe_lora\.threshold = -0\.5: no cosine .* so that it would do nothing"),
         ({"csulora": {"lambda_partial": 0, "lambda_outside": 0}}, "nothing is attenuated, so that it would do nothing"),
         ({"alignment_vector": {"gamma": 0}}, "nothing of V is added, so that it would do nothing"),
+        ({"alignment_vector": {"seed": 3}}, "seed = 3 is used by dare alone"),
+        ({"dual_select": {"task_temperature": 0.5}}, "task_temperature = 0.5 is used with selection: soft alone"),
+        ({"dual_select": {"reference_gradient": "fresh", "rho": 0}}, "reference_gradient = 'fresh' is not used with rho = 0"),
+        ({"asft": {}, "eval": None}, "eval has nothing behind it"),
+        (
+            {"alignment_buffer": {"base": "a", "aligned": "b"}, "subspace": {"base": "c", "aligned": "d", "rank": 4}},
+            "subspace = .* is used by none of alignment_buffer",
+        ),
     ],
 )
 def test_settings_that_would_do_nothing(block: dict[str, Any], message: str) -> None:
@@ -88,3 +96,10 @@ def test_settings_that_would_do_nothing(block: dict[str, Any], message: str) -> 
 def test_a_truth_value_is_no_threshold() -> None:
     with pytest.raises(ConfigurationError, match="max_attack = True"):
         validate(GateConfig, {"evaluation": "E", "max_attack": True}, "gate")
+
+
+def test_what_a_gate_has_no_use_for() -> None:
+    with pytest.raises(ConfigurationError, match="confident = True is used by"):
+        validate(GateConfig, {"evaluation": "E", "max_task_loss": 0.1, "confident": True}, "gate")
+    with pytest.raises(ConfigurationError, match="judge = 'keywords' is of an evaluation"):
+        validate(GateConfig, {"adapter": "A", "judge": "keywords"}, "gate")

@@ -130,6 +130,10 @@ class DualSelectConfig(Options):
             raise ValueError("give either keep (e.g. 4) or keep_tokens (e.g. 0.9), not both")
         if (self.references is None) == (self.reference_share is None):
             raise ValueError("give either references (e.g. 32) or reference_share (e.g. 0.1), not both")
+        if self.selection == "hard" and (unused := [n for n in ("task_temperature", "reference_temperature") if getattr(self, n) != 0.1]):
+            raise ValueError(f"{unused[0]} = {getattr(self, unused[0]):g} is used with selection: soft alone: remove it, or select softly")
+        if self.reference_gradient == "fresh" and self.rho == 0:
+            raise ValueError("reference_gradient = 'fresh' is not used with rho = 0, which adds no reference gradient: remove one of the two")
         if self.nu == 0 and self.rho == 0:
             raise ValueError("nu = 0 and rho = 0: the references would be neither compared with the samples nor added to the update")
         return self
@@ -244,6 +248,12 @@ class AlignmentVectorConfig(CorrectionConfig):
     seed: int = 0
     """Of DARE's choice."""
 
+    @model_validator(mode="after")
+    def _nothing_unused(self) -> AlignmentVectorConfig:
+        if self.seed and not self.dare:
+            raise ValueError(f"seed = {self.seed} is used by dare alone: give dare, or remove seed")
+        return self
+
     @property
     def idle(self) -> str | None:
         """See `CorrectionConfig.idle`."""
@@ -332,6 +342,8 @@ class SafetyConfig(Options):
         if isinstance(data, Mapping) and (empty := [name for name in METHODS if name in data and data[name] is None]):
             write = f"`{empty[0]}: {{}}` for its defaults" if empty[0] != "buffer_reinforce" else "its options behind it"
             raise ValueError(f"{empty[0]} has nothing behind it: write {write}, or remove the key")
+        if isinstance(data, Mapping) and "eval" in data and data["eval"] is None:
+            raise ValueError("eval has nothing behind it: name the harmful prompts, or remove the key")
         return data
 
     @model_validator(mode="after")
@@ -364,7 +376,8 @@ class SafetyConfig(Options):
             )
         if not self.needs_subspace():
             # The buffer may read from a subspace which pair it is of.
-            settings = () if self.alignment_buffer else ("subspace", "skip_modules")
+            named = self.alignment_buffer is not None and self.alignment_buffer.base and self.alignment_buffer.aligned
+            settings = () if self.alignment_buffer and not named else ("subspace", "skip_modules")
             ignored = [name for name in settings if getattr(self, name)]
             if ignored:
                 raise ValueError(f"{ignored[0]} = {getattr(self, ignored[0])!r} is used by none of {', '.join(self.methods())}: remove it")

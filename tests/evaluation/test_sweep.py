@@ -229,6 +229,7 @@ def test_grids() -> None:
         ("safe_lora", {"tau": [1]}, {}, "unknown option"),
         ("safe_lora", {"threshold": [2.0]}, {}, r"threshold = 2.0"),
         ("safe_lora", {}, {}, "grid is empty"),
+        ("safe_lora", {"layers": [1], "corrected_checkpoints": [True]}, {}, "has no use in a sweep"),
         ("safe_lora", {"threshold": [0.5]}, {}, "subspace is missing"),
         ("buffer_reinforce", {"alpha": [0.5]}, {}, "reinforce is missing"),
         ("alignment_vector", {"gamma": [i / 100 for i in range(300)]}, {}, "at most 200"),

@@ -188,6 +188,13 @@ def test_the_whole_vector_on_a_merged_model(tmp_path: Path) -> None:
         add_vector(tmp_path / "merged", DATA / "gqa-base", DATA / "gqa-aligned", tmp_path / "no", gamma=0)
     with pytest.raises(CheckpointError, match="do not differ"):
         add_vector(tmp_path / "merged", DATA / "gqa-base", DATA / "gqa-base", tmp_path / "no")
+    with pytest.raises(CheckpointError, match="name the two in their right places"):
+        add_vector(tmp_path / "merged", DATA / "gqa-aligned", DATA / "gqa-base", tmp_path / "no")
+    with pytest.raises(ConfigurationError, match="would take alignment out"):
+        add_vector(tmp_path / "merged", DATA / "gqa-base", DATA / "gqa-aligned", tmp_path / "no", gamma=-1)
+    tiny.model(dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    with pytest.raises(CheckpointError, match="by more than rounding"):
+        add_vector(tmp_path / "merged", tmp_path / "rounded", DATA / "gqa-aligned", tmp_path / "no")
     with pytest.raises(CheckpointError, match="name the pair"):
         add_vector(tmp_path / "merged", DATA / "mha-base", DATA / "mha-aligned", tmp_path / "no")
     assert not (tmp_path / "no").exists()

@@ -348,3 +348,14 @@ def test_metrics_alone_do_not_move_a_whole_v(tmp_path: Path) -> None:
     logs = [row for row in trainer.state.log_history if "loss" in row]
     assert all("safety/update_norm" in row and "safety/subspace_cosine" not in row for row in logs)
     assert trainer.safety_report.protected
+
+
+def test_layers_without_an_update_are_none_of_the_k(tmp_path: Path, gqa_model: Any, gqa_subspace: AlignmentSubspace) -> None:
+    modules = lora_modules(gqa_model)
+    with torch.no_grad():
+        for module in modules[:3]:
+            module.B.zero_()
+    report = apply_safe_lora(gqa_model, gqa_subspace, layers=3)
+    corrected = [name for name, layer in report.methods[0].layers.items() if layer.action == "corrected"]
+    assert len(corrected) == 3
+    assert not {module.name for module in modules[:3]} & set(corrected)

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from trl_safety import (
     AlignmentSubspace,
     AlignmentVectorCallback,
     SafeLoRACallback,
+    SafeSFTTrainer,
     SafetyEvalCallback,
     apply_alignment_vector,
     apply_safe_lora,
@@ -34,6 +36,7 @@ from trl_safety.errors import AdapterError, ConfigurationError, ReportError, Sub
 from trl_safety.training.alignment_vector import AlignmentVectorCorrection
 from trl_safety.training.buffer_reinforce import USER_ADAPTER
 from trl_safety.training.correction import correct_folder, prepare
+from trl_safety.training.mixin import SafetyMixin
 from trl_safety.training.report import read_report, verify
 from trl_safety.training.safe_lora import SafeLoraCorrection
 from trl_safety.training.scoring import Prompt
@@ -585,3 +588,206 @@ class TestArguments:
         trainer = tiny.trainer(tmp_path, safety=block, subspace=gqa_subspace, callbacks=[SafeLoRACallback(gqa_subspace, threshold=1.0)])
         with pytest.raises(ConfigurationError, match="have not corrected yet"):
             trainer.train()
+
+    def test_of_a_protected_trainer_and_from_its_checkpoint(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        trainer = tiny.trainer(tmp_path, args=tiny.arguments(tmp_path, safety=ASFT), subspace=gqa_subspace)
+        trainer.train()
+        trainer.save_model()
+        for args in (trainer.args, torch.load(tmp_path / "training_args.bin", weights_only=False)):
+            with pytest.raises(ConfigurationError, match="use SafeSFTTrainer"):
+                tiny.trainer(tmp_path, cls=SFTTrainer, args=args)
+        assert tiny.trainer(tmp_path, args=trainer.args, subspace=gqa_subspace)._safety
+
+    def test_stopping_for_what_a_callback_corrects_in_a_plain_trainer(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        watching = SafetyEvalCallback({"harmful": [Prompt("w3")]}, tiny.tokenizer(), steps=1, new_tokens=2, stop_above=0.5)
+        callbacks = [watching, SafeLoRACallback(gqa_subspace, threshold=1.0)]
+        trainer = tiny.trainer(tmp_path, cls=SFTTrainer, args=tiny.arguments(tmp_path, SFTConfig), callbacks=callbacks)
+        with pytest.raises(ConfigurationError, match="before safe_lora acts"):
+            trainer.train()
+
+
+class OwnLoss(SafeSFTTrainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        inputs.pop("safety_row", None)
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class OwnStep(SafeSFTTrainer):
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class WrongOrder(SFTTrainer, SafetyMixin):
+    pass
+
+
+PAIR = {"base": str(DATA / "gqa-base"), "aligned": str(DATA / "gqa-aligned")}
+DUAL: dict[str, Any] = {"dual_select": {"warmup_steps": 1, "keep": 4, "references": 8}}
+
+
+class TestTrainersThatGoBy:
+    """A trainer that leaves out what a method acts in is stopped in its first step, and its adapter is not called protected."""
+
+    @pytest.fixture(scope="class")
+    def buffer(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return str(providers.make(tmp_path_factory.mktemp("provider")) / "buffer")
+
+    def stopped(self, trainer: Any, folder: Path, name: str) -> None:
+        with pytest.raises(ConfigurationError, match=f"{name}.* did not act in optimizer step 1: training goes by SafetyMixin"):
+            trainer.train()
+        trainer.save_model(str(folder / "saved"))
+        with pytest.raises(ReportError, match=r"NOT protected|has no safety_report|did not act"):
+            verify(folder / "saved")
+
+    def test_a_loss_of_its_own(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        self.stopped(tiny.trainer(tmp_path / "a", cls=OwnLoss, safety=ASFT, subspace=gqa_subspace), tmp_path / "a", "asft")
+        trainer = tiny.trainer(tmp_path / "d", cls=OwnLoss, safety=DUAL, reference_dataset=tiny.rows(16, seed=9))
+        self.stopped(trainer, tmp_path / "d", "dual_select")
+
+    def test_an_assigned_loss_and_a_model_out_of_training_mode(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        trainer = tiny.trainer(tmp_path / "a", safety=ASFT, subspace=gqa_subspace)
+        trainer.compute_loss = MethodType(OwnLoss.compute_loss, trainer)
+        self.stopped(trainer, tmp_path / "a", "asft")
+        trainer = tiny.trainer(tmp_path / "b", safety=ASFT, subspace=gqa_subspace)
+        trainer.model.eval()
+        trainer.model.train = lambda mode=True: trainer.model
+        self.stopped(trainer, tmp_path / "b", "asft")
+
+    def test_a_step_of_its_own(self, tmp_path: Path, buffer: str, gqa_subspace: AlignmentSubspace) -> None:
+        trainer = tiny.trainer(tmp_path / "b", cls=OwnStep, safety={"buffer_reinforce": {"buffer": buffer}})
+        self.stopped(trainer, tmp_path / "b", "buffer_reinforce")
+        trainer = tiny.trainer(tmp_path / "d", cls=OwnStep, safety=DUAL, reference_dataset=tiny.rows(16, seed=9))
+        self.stopped(trainer, tmp_path / "d", "dual_select's gradient")
+        low_rank = {"alignment_buffer": {"how": "low_rank"}}
+        trainer = tiny.trainer(tmp_path / "l", cls=OwnStep, safety=low_rank, subspace=gqa_subspace)
+        self.stopped(trainer, tmp_path / "l", "alignment_buffer")
+
+    @pytest.mark.parametrize("safety", [ASFT, {"alignment_buffer": PAIR}], ids=["asft", "alignment_buffer"])
+    def test_the_mixin_behind_the_trainer(self, tmp_path: Path, gqa_subspace: AlignmentSubspace, safety: dict[str, Any]) -> None:
+        trainer = tiny.trainer(tmp_path, cls=WrongOrder, args=tiny.arguments(tmp_path, SFTConfig))
+        trainer.start_safety(safety, gqa_subspace if "asft" in safety else None)
+        self.stopped(trainer, tmp_path, next(iter(safety)))
+
+
+class TestWhatWasTrainedWithout:
+    """Steps of the adapter's past in which a method did not act."""
+
+    def test_the_best_checkpoint_is_one_of_the_warm_up(self, tmp_path: Path) -> None:
+        strategies = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+        block = {"dual_select": {**DUAL["dual_select"], "warmup_steps": 3}}
+        trainer = tiny.trainer(
+            tmp_path, safety=block, reference_dataset=tiny.rows(16, seed=9), eval_dataset=tiny.rows(8, seed=4), max_steps=5,
+            load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True, learning_rate=0.05, **strategies,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.state.best_model_checkpoint.endswith(("-1", "-2", "-3"))
+        trainer.save_model()
+        with pytest.raises(ReportError, match="has not left its warm-up"):
+            verify(tmp_path)
+
+    @pytest.mark.parametrize("safety", [DUAL, {"alignment_buffer": PAIR}], ids=["dual_select", "alignment_buffer"])
+    def test_an_adapter_that_was_trained_before(self, tmp_path: Path, safety: dict[str, Any]) -> None:
+        pool = {"reference_dataset": tiny.rows(16, seed=9)} if safety is DUAL else {}
+        fresh = tiny.lora(init_lora_weights=True)
+        plain = tiny.trainer(tmp_path / "plain", cls=SFTTrainer, args=tiny.arguments(tmp_path / "plain", SFTConfig), peft_config=fresh)
+        plain.train()
+        plain.save_model()
+
+        def made(folder: Path, base: Any, peft_config: Any) -> Any:
+            return tiny.trainer(
+                folder, base=base, peft_config=peft_config, safety=safety, save_strategy="steps", save_steps=2, **pool
+            )  # fmt: skip
+
+        model = PeftModel.from_pretrained(tiny.model(), str(tmp_path / "plain"), is_trainable=True)
+        made(tmp_path / "on", model, None).train()
+        for name in ("checkpoint-2", "checkpoint-4"):
+            with pytest.raises(ReportError, match="came with an update of norm"):
+                verify(tmp_path / "on" / name)
+        resumed = made(tmp_path / "on", tiny.model(), fresh)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "on" / "checkpoint-2"))
+        resumed.save_model()
+        with pytest.raises(ReportError, match="NOT protected"):
+            verify(tmp_path / "on")
+        made(tmp_path / "fresh", tiny.model(), fresh).train()
+        assert verify(tmp_path / "fresh" / "checkpoint-4").methods[0].acted
+
+    def test_a_state_beside_another_runs_adapter(self, tmp_path: Path) -> None:
+        def made(cls: Any = None, **kwargs: Any) -> Any:
+            options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3, **kwargs}
+            if cls:
+                return tiny.trainer(tmp_path, cls=cls, args=tiny.arguments(tmp_path, SFTConfig, **options))
+            return tiny.trainer(tmp_path, safety=DUAL, reference_dataset=tiny.rows(16, seed=9), **options)
+
+        made().train()
+        made(SFTTrainer).train()
+        resumed = made(max_steps=6)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        resumed.save_model()
+        with pytest.raises(ReportError, match="steps 1 to 3 were trained without it"):
+            verify(tmp_path)
+
+    def test_other_layers_another_subspace_another_pair(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        saving = {"save_strategy": "steps", "save_steps": 2}
+
+        def made(name: str, safety: dict[str, Any], subspace: AlignmentSubspace | None = gqa_subspace) -> Any:
+            return tiny.trainer(tmp_path / name, safety=safety, subspace=subspace, **saving)
+
+        def resumed(name: str, safety: dict[str, Any], subspace: AlignmentSubspace | None = gqa_subspace) -> Any:
+            trainer = made(name, safety, subspace)
+            trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-2"))
+            return trainer.safety_report
+
+        other = AlignmentSubspace.from_pair(**PAIR, target_modules="all-linear", rank=1, progress=False)
+        made("layers", {**ASFT, "skip_modules": ["q_proj"]}).train()
+        assert not resumed("layers", ASFT).protected
+        made("subspace", ASFT, other).train()
+        assert not resumed("subspace", ASFT).protected
+        near = tiny.model("gqa-aligned")
+        with torch.no_grad():
+            for parameter in near.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        near.save_pretrained(tmp_path / "near")
+        made("pair", {"subspace": {**PAIR, "base": str(tmp_path / "near"), "rank": 4}, "alignment_buffer": {}}, None).train()
+        assert not resumed("pair", {"subspace": {**PAIR, "rank": 4}, "alignment_buffer": {}}, None).protected
+        assert resumed("pair", {"subspace": {**PAIR, "base": str(tmp_path / "near"), "rank": 4}, "alignment_buffer": {}}, None).protected
+
+    def test_a_callback_of_an_interrupted_run(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        class Interrupt(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                raise KeyboardInterrupt
+
+        callback = SafeLoRACallback(gqa_subspace, threshold=0.0)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.trainer(tmp_path / "a", safety=ASFT, subspace=gqa_subspace, callbacks=[callback, Interrupt()]).train()
+        plain = tiny.trainer(tmp_path / "b", cls=SFTTrainer, args=tiny.arguments(tmp_path / "b", SFTConfig), callbacks=[callback])
+        plain.train()
+        plain.save_model()
+        assert [method.name for method in read_report(tmp_path / "b").methods] == ["safe_lora"]
+
+    def test_a_scaling_that_was_changed_afterwards(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+        trainer = tiny.trainer(tmp_path, safety=ASFT, subspace=gqa_subspace)
+        trainer.train()
+        trainer.model.peft_config["default"].lora_alpha = 800
+        trainer.save_model()
+        with pytest.raises(ReportError, match="was changed afterwards"):
+            verify(tmp_path)
+
+
+class TestWeightsThatAreNoParameters:
+    def test_packed_layers_are_refused(self, tmp_path: Path) -> None:
+        """As GPTQ, AWQ and EETQ keep them; the embeddings alone would have been exchanged."""
+        base = tiny.model("gqa-base")
+        with torch.no_grad():
+            base.get_input_embeddings().weight.add_(0.1)
+        base.save_pretrained(tmp_path / "base")
+        model = tiny.model()
+        for name in ("o_proj", "down_proj"):
+            layer = next(module for path, module in model.named_modules() if path.endswith(name))
+            weight = layer._parameters.pop("weight").data
+            layer.register_buffer("weight", weight)
+        with pytest.raises(AdapterError, match="in a form that is no parameter"):
+            tiny.trainer(tmp_path, base=model, safety={"alignment_buffer": {**PAIR, "base": str(tmp_path / "base")}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class WeightExchange:
         self._setting = setting
         self._verified = False
         self._written: list[Place] = []
+        self.identity: str | None = None
+        """A digest of entries of both checkpoints; None in a process that has none of the model's weights."""
         self.places = list(self._find(unwrap(model), embeddings))
         if not self.places:
             raise AdapterError(f"{setting}: no frozen weight of the model takes part: nothing would be exchanged")
@@ -73,16 +76,25 @@ class WeightExchange:
         heads = {id(parameter) for layer in ends for parameter in layer.parameters()}
         seen: set[int] = set()
         found: dict[str, tuple[nn.Module, str, Any]] = {}
+        parameters, modules = set(), {}
         for path, module in model.named_modules():
             if UNTOUCHED & set(path.split(".")):
                 continue
+            modules[strip_wrappers(f"{path}.weight".replace(".original_module", "").replace(".token_adapter", ""))] = path
             for attribute, parameter in module.named_parameters(recurse=False):
+                # The wrappers of modules_to_save and trainable_token_indices, around the parameter as it was loaded.
+                name = strip_wrappers(f"{path}.{attribute}".replace(".original_module", "").replace(".token_adapter", ""))
+                parameters.add(name)
                 if id(parameter) in seen or parameter.requires_grad or (id(parameter) in heads and not embeddings):
                     continue
                 seen.add(id(parameter))
-                # The wrappers of modules_to_save and trainable_token_indices, around the parameter as it was loaded.
-                name = f"{path}.{attribute}".replace(".original_module", "").replace(".token_adapter", "")
-                found[strip_wrappers(name)] = module, attribute, parameter
+                found[name] = module, attribute, parameter
+        hidden = match([name for name in modules if name not in parameters], self._aligned.names)
+        if packed := [name for name, stored in hidden.items() if stored is not None and len(self._aligned.shape(stored)) > 1]:
+            raise AdapterError(
+                f"{self._setting}: the model keeps {packed[0]!r} in a form that is no parameter (GPTQ, AWQ, EETQ), which cannot be exchanged: load the model "
+                "in 4 bits (bitsandbytes) or full precision, or use how: low_rank"
+            )
         places = [match(found, checkpoint.names) for checkpoint in (self._base, self._aligned)]
         for name, (module, attribute, parameter) in found.items():
             stored = [place[name] for place in places]
@@ -111,14 +123,16 @@ class WeightExchange:
             return CHECKED_ELSEWHERE
         places = [i for i, place in enumerate(self.places) if place.parameter.ndim == 2]
         compared = random.Random(0).sample(places, min(LAYERS_COMPARED, len(places)))  # noqa: S311  # no secret here
-        recognition, differs = Recognition(), False
+        recognition, differs, digest = Recognition(), False, hashlib.sha256()
         for i, place in enumerate(self.places):
             base, aligned = self._base.tensor(place.base)[: place.rows], self._aligned.tensor(place.aligned)[: place.rows]
             differs = differs or not same_up_to_rounding(base, aligned)
+            entries = torch.stack([sample(base), sample(aligned)]).float()
+            digest.update(entries.cpu().numpy().tobytes())
             if type(place.parameter).__name__ == "Params4bit":
                 weight = full_precision(place.module)
                 assert weight is not None  # noqa: S101  # refused when it was found
-                if recognition.add(weight[: place.rows], torch.stack([sample(base), sample(aligned)]).float(), quantised=True):
+                if recognition.add(weight[: place.rows], entries, quantised=True):
                     raise self._another(place)
             elif i in compared:
                 self._is_aligned(place, aligned)
@@ -131,6 +145,7 @@ class WeightExchange:
                 f"{self._setting}: the model is rather {self._base.source!r} than {self._aligned.source!r}, as far as its quantisation shows: load the aligned "
                 "model of the pair, and name base and aligned in their right places"
             )
+        self.identity = digest.hexdigest()
         return f"weights match {self._aligned.source}{recognition.qualifier}"
 
     @property

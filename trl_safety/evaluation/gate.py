@@ -51,6 +51,10 @@ class GateConfig(Options):
             raise ValueError(f"checks nothing: give adapter, or evaluation with one of {', '.join(THRESHOLDS)}")
         if limits and self.evaluation is None:
             raise ValueError(f"{limits[0]} needs an evaluation: name the evaluation.json")
+        if self.judge is not None and self.evaluation is None:
+            raise ValueError(f"judge = {self.judge!r} is of an evaluation, and none is named: remove it, or give evaluation")
+        if self.confident and not set(limits) & set(THRESHOLDS[:3]):
+            raise ValueError(f"confident = True is used by {', '.join(THRESHOLDS[:3])} alone: give one of them, or remove it")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from trl_safety.adapters.names import match
 from trl_safety.adapters.record import LAYERS_COMPARED
 from trl_safety.adapters.subspace import sample
 from trl_safety.errors import AdapterError, ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(model: str | Path | None, adapter: str | Path | None, *, load_in_4bit: bool = False) -> tuple[Any, Any]:
@@ -64,7 +67,10 @@ def load_model(model: str | Path | None, adapter: str | Path | None, *, load_in_
 def _same_model(folder: AdapterFolder, model: str) -> None:
     """Compare the model with the one that the adapter names, where both are at hand."""
     base = folder.config.base_model_name_or_path
-    if not base or base == model or not (Path(base).is_dir() and Path(model).is_dir()):
+    if not base or base == model:
+        return
+    if not (Path(base).is_dir() and Path(model).is_dir()):
+        logger.warning("the adapter names %r as its base, which is not at hand to tell whether %r is the same model", base, model)
         return
     one, other = Checkpoint(base), Checkpoint(model)
     names = random.Random(0).sample(list(folder.factors), min(LAYERS_COMPARED, len(folder.factors)))  # noqa: S311  # no secret here

@@ -83,6 +83,8 @@ def grid_points(method: str, grid: Mapping[str, Sequence[Any]]) -> list[dict[str
         raise ConfigurationError("grid is empty: give at least one option with its values, e.g. threshold=0.2,0.35,0.5")
     if len(points) > MOST_POINTS:
         raise ConfigurationError(f"grid has {len(points)} points, of which each is evaluated: give at most {MOST_POINTS}")
+    if "corrected_checkpoints" in grid:
+        raise ConfigurationError("grid: corrected_checkpoints has no use in a sweep, which trains nothing: remove it")
     for point in points:
         validate(METHODS[method], point, method)
     return points

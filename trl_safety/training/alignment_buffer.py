@@ -19,7 +19,7 @@ from trl_safety.errors import ConfigurationError, SubspaceError
 from trl_safety.methods import alignment_buffer
 from trl_safety.training.correction import Prepared
 from trl_safety.training.engines import refuse_on_fsdp
-from trl_safety.training.report import SOURCES, LayerReport, MethodReport
+from trl_safety.training.report import SOURCES, LayerReport, MethodReport, came_with
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class AlignmentBuffer:
         assert config.alignment_buffer is not None  # noqa: S101  # made only then
         self.config: AlignmentBufferConfig = config.alignment_buffer
         self.first_step = 0
+        self.start_norm = 0.0
         self._prepared = prepared
         self._taken = False
         self._layers = 0
@@ -93,6 +94,11 @@ class AlignmentBuffer:
                 own.aligned_revision or (None if own.aligned else pair.aligned_revision),
             ]
         return Checkpoint(base, revisions[0]), Checkpoint(aligned, revisions[1])
+
+    @property
+    def taken(self) -> bool:
+        """Whether the frozen weights are W_aligned − γ·V now."""
+        return self._taken
 
     @property
     def resized(self) -> bool:
@@ -149,13 +155,15 @@ class AlignmentBuffer:
             summary = f"trained on W_aligned − {self.config.gamma:g}·V ({how}) in optimizer steps {self.first_step + 1} to {steps}; the adapter is for W_aligned"
         if self.first_step:
             summary += f"; steps 1 to {self.first_step} were trained without it"
+        if self.start_norm:
+            summary += f"; {came_with(self.start_norm)}"
         row = LayerReport(action="buffered" if acted else "left_alone", reason=None if acted else summary)
         return MethodReport(
             name=NAME,
             source=SOURCES[NAME],
             reconstruction=False,
-            settings=self.config.model_dump(),
-            acted=acted and self.first_step == 0,
+            settings={**self.config.model_dump(), "pair": self.exchange.identity if self.exchange else None},
+            acted=acted and self.first_step == 0 and not self.start_norm,
             summary=summary,
             steps=(self.first_step + 1, steps) if acted else None,
             layers={module.name: row for module in self._prepared.modules},

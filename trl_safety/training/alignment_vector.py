@@ -16,7 +16,7 @@ from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.files import new_folder
 from trl_safety.adapters.folder import COPIED_SUFFIXES, PEFT_PREFIX, WEIGHTS
 from trl_safety.adapters.names import strip_wrappers
-from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
+from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace, same_up_to_rounding, sample
 from trl_safety.config import AlignmentVectorConfig, validate
 from trl_safety.errors import CheckpointError, ConfigurationError, SubspaceError
 from trl_safety.linalg.low_rank import product_norm_squared, truncate_product
@@ -270,13 +270,16 @@ def add_vector(
 
     Raises:
         CheckpointError: one of the three cannot be read, is quantised, has another architecture, or no tensor is in all of them.
-        ConfigurationError: nothing would change, or the output cannot be written.
+        ConfigurationError: nothing would change, alignment would be taken out, or the output cannot be written.
     """
     if gamma == 0 and kappa == 1:
         raise ConfigurationError("gamma = 0 and kappa = 1: the model would stay as it is; set one of them")
     source, pair = Checkpoint(model), (Checkpoint(base), Checkpoint(aligned))
     stored = [{strip_wrappers(name): name for name in checkpoint.names} for checkpoint in pair]
+    if gamma < 0:
+        raise ConfigurationError(f"gamma = {gamma:g}: would take alignment out of the model; use 1, say")
     missing, differs = [], False
+    to_base = to_aligned = 0.0
     files: dict[str, list[str]] = {}
     for name in source.names:
         files.setdefault(source.file_of(name), []).append(name)
@@ -291,7 +294,12 @@ def add_vector(
                     tensors[name] = weight
                     continue
                 unaligned, before = (checkpoint.tensor(place) for checkpoint, place in zip(pair, places, strict=True) if place)
-                differs |= unaligned.shape != before.shape or not torch.equal(unaligned, before)
+                differs |= unaligned.shape != before.shape or not same_up_to_rounding(unaligned, before)
+                if weight.shape == unaligned.shape == before.shape:
+                    entries, *others = (sample(tensor).double() for tensor in (weight, unaligned, before))
+                    to_base, to_aligned = (
+                        total + float((entries - other).square().sum()) for total, other in zip((to_base, to_aligned), others, strict=True)
+                    )
                 tensors[name] = _added(name, weight, unaligned, before, gamma, kappa)
             save_file(tensors, str(folder / file), metadata={"format": "pt"})
         if len(missing) == len(source.names):
@@ -299,7 +307,12 @@ def add_vector(
                 f"none of {str(model)!r}'s tensors is in both {str(base)!r} and {str(aligned)!r}: name the pair of this model"
             )
         if not differs:
-            raise CheckpointError(f"base = {str(base)!r} and aligned = {str(aligned)!r} do not differ: V would be nothing")
+            raise CheckpointError(f"base = {str(base)!r} and aligned = {str(aligned)!r} do not differ by more than rounding: V would be nothing")
+        if to_base < to_aligned:
+            raise CheckpointError(
+                f"base = {str(base)!r} is nearer to the model than aligned = {str(aligned)!r}, so that alignment would be taken out: name the two in their "
+                "right places"
+            )
         local = Path(model)
         for path in local.iterdir() if local.is_dir() else ():
             if path.is_file() and path.suffix in COPIED_SUFFIXES:

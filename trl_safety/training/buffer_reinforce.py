@@ -36,7 +36,7 @@ from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.linalg.low_rank import product_norm_squared, truncate_product
 from trl_safety.methods import buffer_reinforce
 from trl_safety.training.correction import Prepared, carried_methods, on_host, update_config, working_factors
-from trl_safety.training.report import REPORT, SOURCES, LayerReport, MethodReport, SafetyReport, fingerprints, with_section
+from trl_safety.training.report import REPORT, SOURCES, LayerReport, MethodReport, SafetyReport, came_with, fingerprints, with_section
 from trl_safety.training.report_source import adapter_folder, report_source
 
 logger = logging.getLogger(__name__)
@@ -313,6 +313,7 @@ class BufferReinforce:
     def __init__(self, config: BufferReinforceConfig, trainer: Any, prepared: Prepared) -> None:
         self.config = config
         self.first_step = 0
+        self.start_norm = 0.0
         self._prepared = prepared
         if getattr(trainer.args, "torch_compile", False):
             raise ConfigurationError("torch_compile = True: a compiled model goes by the buffer; turn it off")
@@ -363,13 +364,15 @@ class BufferReinforce:
         )
         if self.first_step:
             summary += f"; steps 1 to {self.first_step} were trained without it"
+        if self.start_norm:
+            summary += f"; {came_with(self.start_norm)}"
         action = LayerReport(action="buffered" if acted else "left_alone", reason=None if acted else summary)
         return MethodReport(
             name=NAME,
             source=SOURCES[NAME],
             reconstruction=False,
             settings={**self.config.model_dump(), **self.sources},
-            acted=acted and self.first_step == 0 and self.reinforce is None,
+            acted=acted and self.first_step == 0 and not self.start_norm and self.reinforce is None,
             summary=summary + (PENDING if self.reinforce else ""),
             steps=(self.first_step + 1, steps) if acted else None,
             layers={module.name: action for module in self._prepared.modules},

@@ -62,6 +62,8 @@ logger = logging.getLogger(__name__)
 
 CORRECTED_COPY = Path("safety") / "corrected"
 """Two levels down: Transformers takes a folder with an adapter directly inside a checkpoint for a second adapter of the model."""
+RUN_CORRECTION = "trl_safety_correction"
+"""Attribute of a run's `TrainerState`: its correction callback."""
 BASE_LAYERS_SAMPLED = 8
 QUANTISED_LAYERS_SAMPLED = 64
 """Each tells little through the rounding."""
@@ -518,7 +520,8 @@ class CorrectionCallback(TrainerCallback):
         self.subspace = subspace if isinstance(subspace, AlignmentSubspace) else AlignmentSubspace.from_pretrained(subspace)
         self.correction = correction
         self.skip_modules = tuple(skip_modules)
-        self.other_methods: Callable[[], list[MethodReport]] = list
+        self._others: Callable[[], list[MethodReport]] = list
+        self._run: object = None
         self._adapter = ""
         self.result: SafetyReport | None = None
 
@@ -528,11 +531,18 @@ class CorrectionCallback(TrainerCallback):
         check_correction(model, self.subspace, self.correction, prepared, self.skip_modules)
         return prepared
 
+    def join(self, run: object, others: Callable[[], list[MethodReport]]) -> None:
+        """Report other methods, which act while training, in the run of this `TrainerState`."""
+        self._run, self._others = run, others
+
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Check, and have checkpoints say that they are uncorrected."""
         check_engine()
+        if self._run is not state:
+            # Of a run that was interrupted.
+            self._others = list
         # The state lives as long as one run, and all of the run's callbacks see it.
-        other = vars(state).setdefault("trl_safety_correction", self)
+        other = vars(state).setdefault(RUN_CORRECTION, self)
         if other is not self:
             raise ConfigurationError(
                 f"callbacks: {other.correction.name} and {self.correction.name} would both rewrite the trained adapter: keep one of them"
@@ -562,11 +572,8 @@ class CorrectionCallback(TrainerCallback):
         """Correct in memory the adapter that was checked at the start."""
         prepared = prepare(model, self.subspace, self.skip_modules, self._adapter)
         self.result = correct_model(model, self.subspace, self.correction, prepared, self._others(), self.skip_modules)
-        self.other_methods = list
+        self._others = list
         if state.is_world_process_zero:
             own = self.result.methods[-1]
             # At a level that is shown: a correction that erased most of an update is as worth knowing as one that did nothing.
             logger.warning("%s: %s", own.source, own.summary)
-
-    def _others(self) -> list[MethodReport]:
-        return self.other_methods()

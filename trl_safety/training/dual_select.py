@@ -21,14 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from trl_safety.adapters.files import replacing
-from trl_safety.adapters.lora import LoraModule, not_covered, unwrap
+from trl_safety.adapters.files import replacing, sha256
+from trl_safety.adapters.folder import WEIGHTS
+from trl_safety.adapters.lora import LoraModule, adapter_name, not_covered, unwrap
 from trl_safety.adapters.per_sample import Collect, Dots, FlatFactors, Total, per_sample_gradients
 from trl_safety.config import DualSelectConfig
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.methods import dual_select
 from trl_safety.training.data import load_rows
-from trl_safety.training.report import SOURCES, LayerReport, MethodReport
+from trl_safety.training.report import SOURCES, LayerReport, MethodReport, came_with
+from trl_safety.training.report_source import adapter_folder
 from trl_safety.training.selection import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
 
 logger = logging.getLogger(__name__)
@@ -148,6 +150,7 @@ class DualSelect:
         self._check()
         self.log = SelectionLog(Path(trainer.args.output_dir))
         self.first_step = 0
+        self.start_norm = 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -224,10 +227,8 @@ class DualSelect:
             raise ConfigurationError(
                 f"dual_select.keep = {self.config.keep} of a batch of {batch}: the training data has {rows} rows, of which all would be kept; use a smaller keep"
             )
-        found = checkpoint is not None and (checkpoint / STATE).is_file()
-        if checkpoint is not None and found:
-            self._load(checkpoint / STATE)
-        elif state.global_step and state.is_world_process_zero:
+        found = checkpoint is not None and (checkpoint / STATE).is_file() and self._load(checkpoint)
+        if not found and state.global_step and state.is_world_process_zero:
             logger.warning(
                 "dual_select: the checkpoint was trained without it up to step %s; it starts with a warm-up now", state.global_step
             )
@@ -530,6 +531,7 @@ class DualSelect:
             return
         facts = {
             "first_step": self.first_step,
+            "start_norm": self.start_norm,
             "last_refresh": self.last_refresh,
             "refresh_epoch": self._refresh_epoch,
             "fresh_position": self._fresh_position,
@@ -542,15 +544,24 @@ class DualSelect:
             "seen": self.seen,
             "pool": self._pool,
             "config": self._settings,
+            "adapter_sha256": self._adapter_of(checkpoint),
         }
         (checkpoint / STATE).parent.mkdir(parents=True, exist_ok=True)
         with replacing(checkpoint / STATE, error=ConfigurationError, setting="output_dir") as temporary:
             save_file({"task": self._task, "reference": self._reference}, temporary, metadata={"dual_select": json.dumps(facts)})
 
-    def _load(self, path: Path) -> None:
+    def _adapter_of(self, checkpoint: Path) -> str:
+        model = unwrap(self._trainer.model)
+        return sha256(adapter_folder(model, checkpoint, adapter_name(model)) / WEIGHTS)
+
+    def _load(self, checkpoint: Path) -> bool:
+        """Take up a checkpoint's state; False where another run has overwritten the adapter beside it."""
+        path = checkpoint / STATE
         with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()["dual_select"])
             task, reference = file.get_tensor("task"), file.get_tensor("reference")
+        if facts.get("adapter_sha256") != self._adapter_of(checkpoint):
+            return False
         if task.shape != (self._flat.size,) or facts["pool"] != self._pool:
             raise ConfigurationError(
                 f"{str(path)!r}: was written with {task.numel()} trainable entries and the references {facts['pool']}, this run has {self._flat.size} and "
@@ -567,6 +578,8 @@ class DualSelect:
         self._fused = facts["fused"]
         self._fresh_position, self._chosen, self._chosen_weights = facts["fresh_position"], facts["chosen"], facts["chosen_weights"]
         self.reference_loss, self.kept, self.seen = facts["reference_loss"], facts["kept"], facts["seen"]
+        self.start_norm = facts["start_norm"]
+        return True
 
     def finish(self, *, ended: bool) -> None:
         """When training ends, however it does: the log is whole, and the most-dropped rows' text lies beside it."""
@@ -597,12 +610,14 @@ class DualSelect:
             )
             if self.first_step:
                 summary += f"; steps 1 to {self.first_step} were trained without it"
+            if self.start_norm:
+                summary += f"; {came_with(self.start_norm)}"
         return MethodReport(
             name="dual_select",
             source=SOURCES["dual_select"],
             reconstruction=False,
             settings=self.config.model_dump(),
-            acted=acted and self.first_step == 0,
+            acted=acted and self.first_step == 0 and not self.start_norm,
             summary=summary,
             steps=(first + 1, steps) if acted else None,
             layers={

@@ -102,6 +102,11 @@ class SafetyState:
                 self.merge = ReinforceCallback(self.buffer, lambda: self._before_merge(trainer), self.prepared, subspace)
         self.first_step = 0
         self.start_norm = 0.0
+        self.acted: set[str] = set()
+        """What has acted since the last optimizer step."""
+        self.kept_step: int | None = None
+        """The step of the best checkpoint, where that was loaded in the end."""
+        self._went_by = ""
         self.correction = _correction_callback(config, subspace)
         if self.correction:
             self.correction.prepare(trainer.model)
@@ -122,6 +127,7 @@ class SafetyState:
     def begin(self, trainer: Any, checkpoint: Path | None) -> None:
         """Note where AsFT and the buffer start to act: at the first step, also of a run whose checkpoint they protected from there."""
         step = trainer.state.global_step
+        self.acted, self.kept_step, self._went_by = set(), None, ""
         asft = self.config.asft.model_dump() if self.config.asft else {}
         self.first_step = 0 if step == 0 or self._protected_until(checkpoint, "asft", asft) == step else step
         buffer = self.buffer or self.alignment_buffer
@@ -129,8 +135,29 @@ class SafetyState:
             own = buffer.report(0)
             buffer.first_step = 0 if step == 0 or self._protected_until(checkpoint, own.name, own.settings) == step else step
         self.start_norm = update_norm(self.prepared.covered) if step == 0 else 0.0
+        # Of a fresh adapter it is zero, unless it was to start at random.
+        fresh = adapter_config(trainer.model, self.prepared.adapter).init_lora_weights not in (True, "gaussian", "eva")
+        for method in (self.dual_select, self.buffer, self.alignment_buffer):
+            if method:
+                method.start_norm = 0.0 if fresh else self.start_norm
         if self.dual_select:
             self.dual_select.begin(checkpoint)
+
+    def check_step(self, trainer: Any) -> None:
+        """After an optimizer step, raise where a method did not act in it; the adapter is not reported as protected then."""
+        expected: dict[str, Any] = {"asft": self.asft and self.asft.config.weight > 0, "dual_select": self.dual_select}
+        expected |= {"dual_select's gradient": self.dual_select, "buffer_reinforce": self.buffer}
+        expected |= {"alignment_buffer": self.alignment_buffer and self.alignment_buffer.config.gamma > 0}
+        if self.alignment_buffer and self.alignment_buffer.taken:
+            self.acted.add("alignment_buffer")
+        idle = next((name for name, method in expected.items() if method and name not in self.acted), None)
+        self.acted = set()
+        if idle is not None:
+            self._went_by = f"{idle} did not act in optimizer step {trainer.state.global_step}"
+            raise ConfigurationError(
+                f"{self._went_by}: training goes by SafetyMixin: {type(trainer).__name__} has a compute_loss or training_step of its own that does not call "
+                "super()'s, one was assigned to it, SafetyMixin stands behind the Trainer among its bases, or the model is not in training mode; mend that"
+            )
 
     def _protected_until(self, checkpoint: Path | None, method: str, settings: Mapping[str, Any]) -> int | None:
         folder = adapter_folder(unwrap(self._model), checkpoint, self.prepared.adapter) if checkpoint else None
@@ -141,6 +168,9 @@ class SafetyState:
         # Settings are compared after a round through JSON, as the report's were.
         same = (found for found in acted if found.settings == json.loads(json.dumps(settings)))
         steps = next((found.steps for found in same), None)
+        identity = self.subspace.identity if self.subspace else None
+        if report.skipped != self.prepared.skipped or (report.subspace or {}).get("identity") != identity:
+            return None
         return steps[1] if steps and steps[0] == 1 and describes(report, folder) else None
 
     def _refuse_frozen(self) -> None:
@@ -174,11 +204,14 @@ class SafetyState:
 
     def _reports(self, trainer: Any) -> list[MethodReport]:
         """Of the methods that act while training."""
-        steps = trainer.state.global_step
+        steps = trainer.state.global_step if self.kept_step is None else self.kept_step
         reports = [self.alignment_buffer.report(steps)] if self.alignment_buffer else []
         reports += [self.dual_select.report(steps)] if self.dual_select else []
         reports += [self.asft.report(self.first_step, steps, self.start_norm)] if self.asft else []
-        return reports + ([self.buffer.report(steps)] if self.buffer else [])
+        reports += [self.buffer.report(steps)] if self.buffer else []
+        if self._went_by:
+            reports = [r.model_copy(update={"acted": False, "summary": f"{r.summary}; BUT {self._went_by}"}) for r in reports]
+        return reports
 
     def _before_merge(self, trainer: Any) -> list[MethodReport]:
         """Of the methods that acted until the training's end, the correction with them."""
@@ -199,8 +232,7 @@ class SafetyState:
         if given:
             self.correction = given[0]
         if self.correction and self.acts_in_training:
-            self.correction.other_methods = lambda: self._reports(trainer)
-
+            self.correction.join(trainer.state, lambda: self._reports(trainer))
 
     def check_evaluations(self, trainer: Any) -> None:
         """Have the user's own evaluation callbacks see the model as it will be used; refuse one that would stop for what is corrected."""
@@ -295,6 +327,7 @@ class SafetyMixin:
             return result
         term = self._safety.asft.loss(trainer, num_items_in_batch)
         loss = (result[0] if return_outputs else result) + term
+        self._safety.acted.add("asft")
         if not self._scaling_checked:
             self._combined_loss = loss.detach()
         return (loss, result[1]) if return_outputs else loss
@@ -313,6 +346,7 @@ class SafetyMixin:
             return compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None)
 
         loss = self._safety.dual_select.loss(model, inputs, own)
+        self._safety.acted.add("dual_select")
         return loss if trainer_divides_loss(trainer, num_items_in_batch) else loss / trainer.current_gradient_accumulation_steps
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -326,6 +360,10 @@ class SafetyMixin:
         with buffer.attached() if buffer else nullcontext():
             result = parent.training_step(model, inputs, num_items_in_batch)
         trainer: Any = self
+        if safety is not None and safety.buffer:
+            safety.acted.add("buffer_reinforce")
+        elif safety is not None and safety.alignment_buffer and safety.alignment_buffer.frozen:
+            safety.acted.add("alignment_buffer")
         if self._combined_loss is not None and trainer.current_gradient_accumulation_steps > 1:
             divisor = trainer.current_gradient_accumulation_steps if trainer_divides_loss(trainer, num_items_in_batch) else 1
             if not torch.allclose(self._combined_loss.mean() / divisor, result, rtol=1e-3, atol=1e-8, equal_nan=True):
@@ -336,6 +374,7 @@ class SafetyMixin:
             self._combined_loss, self._scaling_checked = None, True
         if self._safety is not None and self._safety.dual_select is not None and trainer.accelerator.sync_gradients:
             self._safety.dual_select.finish_step()
+            self._safety.acted.add("dual_select's gradient")
         return result
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -370,6 +409,14 @@ class SafetyMixin:
                     forget_report(trainer.model, safety.prepared.adapter)
             self._began = False
         return result
+
+    def _load_best_model(self) -> None:
+        """The parent's; what acted after that checkpoint did nothing to the adapter that is kept."""
+        parent: Any = super()
+        parent._load_best_model()
+        trainer: Any = self
+        if self._safety is not None:
+            self._safety.kept_step = int(Path(trainer.state.best_model_checkpoint).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
 
     def save_model(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's; what the report measures is gathered first where the factors are sharded, since one process saves."""
@@ -439,11 +486,18 @@ class _Start(TrainerCallback):
         trainer._began = True
         if safety.asft and safety.first_step > 0 and state.is_world_process_zero:
             logger.warning("asft: the checkpoint was trained without it up to step %s, and the report will say so", safety.first_step)
+        steering = safety.dual_select or safety.buffer or safety.alignment_buffer
+        if steering and steering.start_norm and state.is_world_process_zero:
+            logger.warning(
+                "the adapter comes with an update of norm %.3g that was trained before: the report will say that it is not protected",
+                steering.start_norm,
+            )
         if safety.correction is None:
             report_source(trainer.model, safety.prepared.adapter).live(lambda: safety.report(trainer, final=False))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         safety = self._trainer._safety
+        safety.check_step(self._trainer)
         if safety.dual_select and (control.should_save or control.should_training_stop):
             # What is saved next carries a report, which counts the samples of all processes.
             safety.dual_select.drain()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,6 +111,11 @@ class SafetyReport(BaseModel):
         return "\n".join(lines)
 
 
+def came_with(norm: float) -> str:
+    """Of an adapter that was trained before the run: what a method that acts on the training alone did not act on."""
+    return f"the adapter came with an update of norm {norm:.3g}, which was trained without it"
+
+
 def describe_subspace(subspace: AlignmentSubspace | None) -> dict[str, Any] | None:
     """A subspace's provenance as the report carries it."""
     if subspace is None:
@@ -135,13 +141,17 @@ def write_report(folder: Path, report: SafetyReport) -> None:
 def fingerprints(folder: Path) -> dict[str, str]:
     """The hashes by which a report knows its adapter: of the weights, and of the options that decide what they mean."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    meaning = {
-        key: sorted(value, key=str) if isinstance(value, list) else value
+    return {"adapter_sha256": sha256(folder / WEIGHTS), "config_sha256": hashlib.sha256(meaning(config).encode()).hexdigest()}
+
+
+def meaning(config: Mapping[str, Any]) -> str:
+    """The options of an adapter's configuration that decide what its weights mean, as text."""
+    options = {
+        key: sorted(value, key=str) if isinstance(value, list | set | tuple) else value
         for key, value in config.items()
         if key not in MEANINGLESS and value
     }
-    text = json.dumps(meaning, sort_keys=True)
-    return {"adapter_sha256": sha256(folder / WEIGHTS), "config_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return json.dumps(options, sort_keys=True, default=str)
 
 
 def describes(report: SafetyReport, folder: Path) -> bool:

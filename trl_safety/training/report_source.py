@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trl_safety.adapters.folder import WEIGHTS
-from trl_safety.adapters.lora import unwrap
+from trl_safety.adapters.lora import adapter_config, unwrap
 from trl_safety.adapters.shards import sharded
 from trl_safety.adapters.subspace import sample
 from trl_safety.errors import ReportError
-from trl_safety.training.report import SafetyReport, changed_since, write_report
+from trl_safety.training.report import SafetyReport, changed_since, meaning, write_report
 
 CAST_DIFFERENCE = 2**-8
 """A cast to bfloat16 moves an entry by at most 2⁻⁹ of itself; training moves the adapter farther."""
@@ -46,6 +46,7 @@ class ReportSource:
         self._live: Callable[[], SafetyReport] | None = None
         self._report: SafetyReport | None = None
         self._samples: dict[str, Tensor] = {}
+        self._meaning: str | None = None
 
     def live(self, provider: Callable[[], SafetyReport]) -> None:
         """Ask `provider` at every save, until `freeze`."""
@@ -54,6 +55,7 @@ class ReportSource:
     def freeze(self, model: Any, report: SafetyReport) -> None:
         """Report this from now on, as long as the adapter stays as it is."""
         self._live, self._report, self._samples = None, report, self._sample(model)
+        self._meaning = meaning(adapter_config(model, self.adapter).to_dict())
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -94,10 +96,11 @@ class ReportSource:
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle made in the middle of a run is of no known state: it is not reported as protected."""
         report = changed_since(self._live()) if self._live is not None else self._report
-        return {"adapter": self.adapter, "_live": None, "_report": report, "_samples": dict(self._samples)}
+        return {"adapter": self.adapter, "_live": None, "_report": report, "_samples": dict(self._samples), "_meaning": self._meaning}
 
     def _unchanged(self, model: Any, state: Mapping[str, Tensor] | None) -> bool:
-        return self._alike(self._sample(model, state))
+        same = meaning(adapter_config(model, self.adapter).to_dict()) == self._meaning
+        return same and self._alike(self._sample(model, state))
 
     def _alike(self, now: Mapping[str, Tensor]) -> bool:
         return now.keys() == self._samples.keys() and all(

@@ -35,7 +35,9 @@ class SafeLoraCorrection(Correction):
             rows.append(torch.stack(safe_lora.cosine(image, B, A)))
             projected.append(layer.cast(image, A)[0])
         measured = on_host(rows)
-        chosen = safe_lora.select(measured[:, 0], threshold=self.config.threshold, layers=self.config.layers).tolist()
+        # A layer without an update has nothing to correct: it is none of the K.
+        cosines = measured[:, 0].where(measured[:, 1] > 0, torch.inf) if self.config.layers is not None else measured[:, 0]
+        chosen = safe_lora.select(cosines, threshold=self.config.threshold, layers=self.config.layers).tolist()
         spared = "cosine above the threshold"
         if self.config.layers is not None:
             spared = f"not among the {self.config.layers} layers of smallest cosine"

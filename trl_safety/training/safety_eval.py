@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from trl_safety.adapters.lora import unwrap
 from trl_safety.config import SafetyEvalConfig
 from trl_safety.errors import ConfigurationError
+from trl_safety.training.correction import RUN_CORRECTION
 from trl_safety.training.scoring import Judge, KeywordJudge, Kind, Prompt, Scores, read_prompts, read_sets, score
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,15 @@ class SafetyEvalCallback(TrainerCallback):
         sets = read_sets(harmful=Path(config.harmful), benign=Path(config.benign) if config.benign else None, task=None)
         options = config.model_dump(exclude={"harmful", "benign"})
         return cls(dict(sets), tokenizer, around=around, **options)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step, when every callback has begun, refuse to stop for what a correction would mend."""
+        correction = vars(state).get(RUN_CORRECTION)
+        if self.stop_above is not None and correction is not None:
+            raise ConfigurationError(
+                f"stop_above = {self.stop_above:g} of a SafetyEvalCallback: measures the adapter as it trains, before {correction.correction.name} acts; remove one "
+                "of them"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Ask, and have the step logged."""

@@ -5,7 +5,8 @@ only file that imports trl.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -57,6 +58,23 @@ class SafeSFTConfig(SFTConfig):
         size: int = super().train_batch_size
         return size
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what a checkpoint keeps of it, is nobody's."""
+        return {name: value for name, value in vars(self).items() if name != "_taken"}
+
+
+@contextmanager
+def _served(args: Any) -> Iterator[None]:
+    """Within it a SafeSFTTrainer works with these arguments; any other trainer that does would ignore their block."""
+    if not isinstance(args, SafeSFTConfig) or args._taken:
+        yield
+        return
+    args._taken = True
+    try:
+        yield
+    finally:
+        args._taken = False
+
 
 class SafeSFTTrainer(SafetyMixin, SFTTrainer):
     """`trl.SFTTrainer` that keeps the model's safety.
@@ -97,13 +115,28 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         if in_args is not None:
             # A copy: the user's own arguments, given to another trainer, are refused by it.
             taken: Any = copy.copy(training_args)
-            taken._taken = True
             args, kwargs = (args, {**kwargs, "args": taken}) if "args" in kwargs else ((args[0], taken, *args[2:]), kwargs)
         references = self._references(config, reference_dataset)
         if references is not None:
             args, kwargs = _numbered(args, kwargs)
-        super().__init__(*args, **kwargs)
+        with _served(taken if in_args is not None else None):
+            super().__init__(*args, **kwargs)
         self.start_safety(config, subspace, self._prepared(references, kwargs.get("formatting_func")))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's."""
+        with _served(self.args):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's."""
+        with _served(self.args):
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's."""
+        with _served(self.args):
+            return super().predict(*args, **kwargs)
 
     @staticmethod
     def _references(config: SafetyConfig | None, given: Dataset | None) -> Dataset | None:
