@@ -76,20 +76,19 @@ class WeightExchange:
         heads = {id(parameter) for layer in ends for parameter in layer.parameters()}
         seen: set[int] = set()
         found: dict[str, tuple[nn.Module, str, Any]] = {}
-        parameters, modules = set(), {}
+        parameters, weights = set(), set()
         for path, module in model.named_modules():
             if UNTOUCHED & set(path.split(".")):
                 continue
-            modules[strip_wrappers(f"{path}.weight".replace(".original_module", "").replace(".token_adapter", ""))] = path
+            weights.add(_stored_name(f"{path}.weight"))
             for attribute, parameter in module.named_parameters(recurse=False):
-                # The wrappers of modules_to_save and trainable_token_indices, around the parameter as it was loaded.
-                name = strip_wrappers(f"{path}.{attribute}".replace(".original_module", "").replace(".token_adapter", ""))
+                name = _stored_name(f"{path}.{attribute}")
                 parameters.add(name)
                 if id(parameter) in seen or parameter.requires_grad or (id(parameter) in heads and not embeddings):
                     continue
                 seen.add(id(parameter))
                 found[name] = module, attribute, parameter
-        hidden = match([name for name in modules if name not in parameters], self._aligned.names)
+        hidden = match(sorted(weights - parameters), self._aligned.names)
         if packed := [name for name, stored in hidden.items() if stored is not None and len(self._aligned.shape(stored)) > 1]:
             raise AdapterError(
                 f"{self._setting}: the model keeps {packed[0]!r} in a form that is no parameter (GPTQ, AWQ, EETQ), which cannot be exchanged: load the model "
@@ -197,6 +196,11 @@ class WeightExchange:
             if gather or not _partial(place):
                 _write(place, self._aligned.tensor(place.aligned)[: place.rows])
             self._written.pop()
+
+
+def _stored_name(name: str) -> str:
+    """Without the wrappers of LoRA, modules_to_save and trainable_token_indices around the parameter as it was loaded."""
+    return strip_wrappers(name.replace(".original_module", "").replace(".token_adapter", ""))
 
 
 def _rows(parameter: Any) -> int:
