@@ -152,6 +152,7 @@ def test_example_is_valid_and_runs(path: Path, world: Path, tmp_path: Path, axol
             **text,
             "datasets": [{**text["datasets"][0], "path": str(world / "train.jsonl")}],
             "base_model": str(world / "aligned"),
+            "output_dir": str(tmp_path / "validated"),
             **CPU,
             "bf16": False,
         }
