@@ -135,11 +135,11 @@ class SafetyState:
             own = buffer.report(0)
             buffer.first_step = 0 if step == 0 or self._protected_until(checkpoint, own.name, own.settings) == step else step
         self.start_norm = update_norm(self.prepared.covered) if step == 0 else 0.0
-        # Of a fresh adapter it is zero, unless it was to start at random.
-        fresh = adapter_config(trainer.model, self.prepared.adapter).init_lora_weights not in (True, "gaussian", "eva")
+        # A fresh adapter has none, unless it was to start at random.
+        at_random = adapter_config(trainer.model, self.prepared.adapter).init_lora_weights not in (True, "gaussian", "eva")
         for method in (self.dual_select, self.buffer, self.alignment_buffer):
             if method:
-                method.start_norm = 0.0 if fresh else self.start_norm
+                method.start_norm = 0.0 if at_random else self.start_norm
         if self.dual_select:
             self.dual_select.begin(checkpoint)
 
