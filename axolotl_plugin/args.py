@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, model_validator
 
 from axolotl_plugin.rules import refuse
-from trl_safety.config import SafetyConfig
+from trl_safety.config.block import SafetyConfig
 
 
 class SafetyPluginArgs(BaseModel):

@@ -49,7 +49,7 @@ def resolve(path: Path) -> str | None:
     """
     import yaml
 
-    from trl_safety.config import read_yaml
+    from trl_safety.config.options import read_yaml
     from trl_safety.errors import ConfigurationError
 
     config: Any = read_yaml(path, "config")
@@ -82,7 +82,7 @@ def _own_command(name: str, text: str) -> None:
     @safety.command(name, short_help=text, context_settings=PASS_ON)
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def command(arguments: tuple[str, ...]) -> None:
-        from trl_safety.cli import app
+        from trl_safety.cli.app import app
 
         app([name, *arguments], prog_name="axolotl safety")
 

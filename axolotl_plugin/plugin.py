@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from axolotl.integrations.base import BasePlugin
 
 if TYPE_CHECKING:
-    from trl_safety.config import SafetyConfig
+    from trl_safety.config.block import SafetyConfig
 
 
 class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annotations
@@ -36,7 +36,7 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         if folder and (Path(folder) / "adapter_config.json").is_file():
             from peft import LoraConfig
 
-            from trl_safety.adapters.lora import refuse_provider
+            from trl_safety.adapters.marks import refuse_provider
 
             refuse_provider(LoraConfig.from_pretrained(folder), f"lora_model_dir = {folder!r}")
 
@@ -88,8 +88,8 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
 
         With FSDP it writes the adapter itself, without the model's `save_pretrained`, which would have written the report.
         """
-        from trl_safety.training.report import REPORT, add_to_card, read_report
-        from trl_safety.training.report_source import report_source
+        from trl_safety.reports.report import REPORT, add_to_card, read_report
+        from trl_safety.reports.source import report_source
 
         folder = Path(cfg.get("output_dir"))
         if int(os.environ.get("RANK") or cfg.get("local_rank") or 0) != 0:
@@ -102,7 +102,7 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
 
 def safety_of(cfg: Any) -> SafetyConfig:
     """The safety block of an Axolotl configuration, whose `DictDefault` would answer None for every missing key."""
-    from trl_safety.config import SafetyConfig
+    from trl_safety.config.block import SafetyConfig
 
     block = cfg.get("safety")
     return SafetyConfig.parse(block.to_dict() if hasattr(block, "to_dict") else block)
@@ -119,7 +119,7 @@ def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> Any:
     if safety.dual_select is None:
         return None
     from trl_safety.errors import ConfigurationError
-    from trl_safety.training.dual_select import ROW, load_references, prompts_only, tokenised_prompts, with_rows
+    from trl_safety.training.dual_select.pool import ROW, load_references, prompts_only, tokenised_prompts, with_rows
     from trl_safety.training.mixin import References
 
     source = safety.dual_select.reference_dataset

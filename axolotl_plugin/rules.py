@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_safety.config import CORRECTIONS, METHODS, SafetyConfig
+from trl_safety.config.block import CORRECTIONS, METHODS, SafetyConfig
 from trl_safety.errors import ConfigurationError
 
 

@@ -20,7 +20,8 @@ import torch
 from matplotlib.figure import Figure
 
 from trl_safety import apply_alignment_vector
-from trl_safety.lab.experiment import METRICS, Lab, Outcome, _quiet, random_like, shrink_to
+from trl_safety.lab.experiment import Lab, _quiet, random_like, shrink_to
+from trl_safety.lab.results import METRICS, Outcome
 
 GAMMAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 RANKS = (8, 16, 32, 64)

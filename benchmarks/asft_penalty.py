@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_safety.adapters.lora import lora_modules
-from trl_safety.adapters.subspace import LayerSubspace
 from trl_safety.linalg.operators import LowRankOperator
 from trl_safety.methods import asft
+from trl_safety.subspace.layer import LayerSubspace
 from trl_safety.training.factor_groups import FactorGroups
 
 

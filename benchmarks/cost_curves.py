@@ -20,15 +20,18 @@ import torch
 from asft_penalty import _random_subspace, median_seconds
 
 from trl_safety.adapters.folder import Factors
-from trl_safety.config import AlignmentVectorConfig, CsuloraConfig, ReinforceMergeConfig, SafeLoraConfig
+from trl_safety.config.alignment_vector import AlignmentVectorConfig
+from trl_safety.config.buffer_reinforce import ReinforceMergeConfig
+from trl_safety.config.csulora import CsuloraConfig
+from trl_safety.config.safe_lora import SafeLoraConfig
+from trl_safety.corrections.alignment_vector import AlignmentVectorCorrection
+from trl_safety.corrections.base import Correction, LayerInput
+from trl_safety.corrections.buffer_reinforce import merge_layers
+from trl_safety.corrections.csulora import CsuloraCorrection
+from trl_safety.corrections.safe_lora import SafeLoraCorrection
 from trl_safety.linalg.operators import LowRankOperator
 from trl_safety.linalg.thin_svd import thin_svd
 from trl_safety.methods import asft
-from trl_safety.training.alignment_vector import AlignmentVectorCorrection
-from trl_safety.training.buffer_reinforce import merge_layers
-from trl_safety.training.correction import Correction, LayerInput
-from trl_safety.training.csulora import CsuloraCorrection
-from trl_safety.training.safe_lora import SafeLoraCorrection
 
 AXES = ("hidden", "ranks", "subspace_ranks", "layers")
 CPU = torch.device("cpu")

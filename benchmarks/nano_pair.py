@@ -42,11 +42,12 @@ from trl_safety import (
     merge_reinforce,
 )
 from trl_safety.adapters.lora import lora_modules
-from trl_safety.evaluation.sweep import sweep, write_results
+from trl_safety.evaluation.sweep import sweep
+from trl_safety.evaluation.sweep_page import write_results
 from trl_safety.lab.experiment import random_like, shrink_like, shrink_to
+from trl_safety.scoring import Prompt, Verdict, read_sets
+from trl_safety.training.dual_select.log import SELECTION, Choice, most_dropped, read_choices
 from trl_safety.training.factor_groups import update_norm
-from trl_safety.training.scoring import Prompt, Verdict, read_sets
-from trl_safety.training.selection import SELECTION, Choice, most_dropped, read_choices
 
 BATCH, EPOCHS = 16, 6
 DUAL_SELECT = {"keep": BATCH // 2, "references": 32}
@@ -322,7 +323,7 @@ class KindJudge:
         self.kind, self.harmful = kind, harmful
 
     def verdicts(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Verdict]:
-        """See `trl_safety.training.scoring.Judge`."""
+        """See `trl_safety.scoring.Judge`."""
         kinds = [self.kind(text) for text in completions]
         off_topic: list[Verdict] = ["refused" if prompt.text in self.harmful else "complied" for prompt in prompts]
         return [

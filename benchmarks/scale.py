@@ -37,12 +37,12 @@ CORRECTIONS: dict[str, list[str]] = {
 IMPORTS = [
     "typer.testing",
     "trl_safety.cli",
-    "trl_safety.adapters.subspace_build",
-    "trl_safety.training.inspection",
-    "trl_safety.training.correction",
-    "trl_safety.training.alignment_vector",
-    "trl_safety.training.csulora",
-    "trl_safety.training.safe_lora",
+    "trl_safety.subspace.build",
+    "trl_safety.inspection.layers",
+    "trl_safety.corrections.folder",
+    "trl_safety.corrections.alignment_vector",
+    "trl_safety.corrections.csulora",
+    "trl_safety.corrections.safe_lora",
 ]
 
 
@@ -120,7 +120,7 @@ def _peak() -> float:
 def _command(connection: Any, arguments: list[str]) -> None:
     from typer.testing import CliRunner
 
-    from trl_safety.cli import app
+    from trl_safety.cli.app import app
 
     before, started = _peak(), time.perf_counter()
     result = CliRunner().invoke(app, arguments)

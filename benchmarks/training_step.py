@@ -26,7 +26,8 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from trl_safety import AlignmentSubspace, BufferTrainer, SafeSFTConfig, SafeSFTTrainer
-from trl_safety.adapters.subspace import LayerSubspace, Provenance, sample
+from trl_safety.adapters.fingerprint import sample
+from trl_safety.subspace.layer import LayerSubspace, Provenance
 
 VOCABULARY, RANK = 2048, 16
 KINDS = ("plain", "asft", "dual_select", "buffer", "loop")

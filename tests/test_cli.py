@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tests import tiny
 from tests.tiny import DATA
-from trl_safety.cli import app
+from trl_safety.cli.app import app
 
 PAIR = [str(DATA / "gqa-base"), str(DATA / "gqa-aligned")]
 ADAPTER = str(DATA / "gqa-adapter")
@@ -126,7 +126,7 @@ def test_verify_names_a_method_that_did_not_act(tmp_path: Path, subspace: Path) 
 def test_full_disk_leaves_nothing(tmp_path: Path, subspace: Path) -> None:
     code = (
         "import resource, signal; from trl_safety.cli import app\n"
-        "import torch, peft, trl_safety.training.correction\n"
+        "import torch, peft, trl_safety.corrections.folder\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
         f"app(['correct', {ADAPTER!r}, '-o', {str(tmp_path / 'out')!r}, '-s', {str(subspace)!r}, '--method', 'safe_lora'])"
     )

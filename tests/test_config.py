@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from trl_safety.config import METHODS, SafetyConfig, validate
+from trl_safety.config.block import METHODS, SafetyConfig
+from trl_safety.config.options import validate
 from trl_safety.errors import ConfigurationError
 from trl_safety.evaluation.gate import GateConfig
 

@@ -13,9 +13,9 @@ from tests import tiny
 from tests.training import providers
 from trl_safety import AlignmentSubspace
 from trl_safety.adapters.record import AdapterRecord
-from trl_safety.cli import app
-from trl_safety.config import METHODS, SafetyConfig
-from trl_safety.training.report import verify
+from trl_safety.cli.app import app
+from trl_safety.config.block import METHODS, SafetyConfig
+from trl_safety.reports.report import verify
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "example_configs" / "trl").glob("*.yaml"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import trl_safety
-from trl_safety.config import METHODS
+from trl_safety.config.block import METHODS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trl_safety"

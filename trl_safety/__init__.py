@@ -6,54 +6,53 @@ The names below are loaded on first use, so that `import trl_safety` and the com
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from trl_safety.version import __version__
 
 _HOMES = {
-    "AlignmentBufferConfig": "trl_safety.config",
-    "AlignmentSubspace": "trl_safety.adapters.subspace",
-    "AlignmentVectorCallback": "trl_safety.training.alignment_vector",
-    "AlignmentVectorConfig": "trl_safety.config",
-    "AsftConfig": "trl_safety.config",
-    "BufferReinforceConfig": "trl_safety.config",
+    "AlignmentBufferConfig": "trl_safety.config.alignment_buffer",
+    "AlignmentSubspace": "trl_safety.subspace.artifact",
+    "AlignmentVectorCallback": "trl_safety.training.callbacks",
+    "AlignmentVectorConfig": "trl_safety.config.alignment_vector",
+    "AsftConfig": "trl_safety.config.asft",
+    "BufferReinforceConfig": "trl_safety.config.buffer_reinforce",
     "BufferTrainer": "trl_safety.training.trainer",
-    "CSULoRACallback": "trl_safety.training.csulora",
-    "CsuloraConfig": "trl_safety.config",
-    "DualSelectConfig": "trl_safety.config",
+    "CSULoRACallback": "trl_safety.training.callbacks",
+    "CsuloraConfig": "trl_safety.config.csulora",
+    "DualSelectConfig": "trl_safety.config.dual_select",
     "ReinforceTrainer": "trl_safety.training.trainer",
-    "SafeLoRACallback": "trl_safety.training.safe_lora",
-    "SafeLoraConfig": "trl_safety.config",
+    "SafeLoRACallback": "trl_safety.training.callbacks",
+    "SafeLoraConfig": "trl_safety.config.safe_lora",
     "SafeSFTConfig": "trl_safety.training.trainer",
     "SafeSFTTrainer": "trl_safety.training.trainer",
-    "SafetyConfig": "trl_safety.config",
+    "SafetyConfig": "trl_safety.config.block",
     "SafetyEvalCallback": "trl_safety.training.safety_eval",
-    "SafetyEvalConfig": "trl_safety.config",
+    "SafetyEvalConfig": "trl_safety.config.evaluation",
     "SafetyError": "trl_safety.errors",
-    "SubspaceConfig": "trl_safety.config",
-    "apply_alignment_vector": "trl_safety.training.alignment_vector",
-    "apply_csulora": "trl_safety.training.csulora",
-    "apply_safe_lora": "trl_safety.training.safe_lora",
+    "SubspaceConfig": "trl_safety.config.subspace",
+    "apply_alignment_vector": "trl_safety.corrections.alignment_vector",
+    "apply_csulora": "trl_safety.corrections.csulora",
+    "apply_safe_lora": "trl_safety.corrections.safe_lora",
     "asft_penalty": "trl_safety.training.asft",
-    "merge_reinforce": "trl_safety.training.buffer_reinforce",
+    "merge_reinforce": "trl_safety.corrections.buffer_reinforce",
 }
 
 if TYPE_CHECKING:
-    from trl_safety.adapters.subspace import AlignmentSubspace
-    from trl_safety.config import (
-        AsftConfig,
-        BufferReinforceConfig,
-        CsuloraConfig,
-        DualSelectConfig,
-        SafeLoraConfig,
-        SafetyConfig,
-        SafetyEvalConfig,
-        SubspaceConfig,
-    )
+    from trl_safety.config.asft import AsftConfig
+    from trl_safety.config.block import SafetyConfig
+    from trl_safety.config.buffer_reinforce import BufferReinforceConfig
+    from trl_safety.config.csulora import CsuloraConfig
+    from trl_safety.config.dual_select import DualSelectConfig
+    from trl_safety.config.evaluation import SafetyEvalConfig
+    from trl_safety.config.safe_lora import SafeLoraConfig
+    from trl_safety.config.subspace import SubspaceConfig
+    from trl_safety.corrections.alignment_vector import apply_alignment_vector
+    from trl_safety.corrections.buffer_reinforce import merge_reinforce
+    from trl_safety.corrections.csulora import apply_csulora
+    from trl_safety.corrections.safe_lora import apply_safe_lora
     from trl_safety.errors import SafetyError
-    from trl_safety.training.alignment_vector import AlignmentVectorCallback, apply_alignment_vector
+    from trl_safety.subspace.artifact import AlignmentSubspace
     from trl_safety.training.asft import asft_penalty
-    from trl_safety.training.buffer_reinforce import merge_reinforce
-    from trl_safety.training.csulora import CSULoRACallback, apply_csulora
-    from trl_safety.training.safe_lora import SafeLoRACallback, apply_safe_lora
+    from trl_safety.training.callbacks import AlignmentVectorCallback, CSULoRACallback, SafeLoRACallback
     from trl_safety.training.safety_eval import SafetyEvalCallback
     from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
 

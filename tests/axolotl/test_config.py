@@ -14,9 +14,9 @@ from axolotl_plugin.cli import resolve
 from axolotl_plugin.plugin import safety_of
 from axolotl_plugin.rules import REFUSED, table
 from tests.axolotl.conftest import CPU, Axolotl, protect
-from trl_safety.config import METHODS, SafetyConfig
+from trl_safety.config.block import METHODS, SafetyConfig
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.report import verify
+from trl_safety.reports.report import verify
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = sorted((ROOT / "example_configs" / "axolotl").glob("*.yaml"))

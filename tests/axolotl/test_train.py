@@ -15,14 +15,16 @@ from tests.axolotl.conftest import DEEPSPEED, Axolotl, protect
 from tests.training.test_corrections import assert_close, updates
 from trl_safety import AlignmentSubspace, asft_penalty, merge_reinforce
 from trl_safety.adapters.folder import AdapterFolder
-from trl_safety.adapters.lora import kind_of
-from trl_safety.config import AlignmentVectorConfig, CsuloraConfig, SafeLoraConfig
+from trl_safety.adapters.marks import kind_of
+from trl_safety.config.alignment_vector import AlignmentVectorConfig
+from trl_safety.config.csulora import CsuloraConfig
+from trl_safety.config.safe_lora import SafeLoraConfig
+from trl_safety.corrections.buffer_reinforce import USER_ADAPTER
+from trl_safety.corrections.folder import correct_folder
+from trl_safety.corrections.registry import correction_for
 from trl_safety.errors import ReportError
-from trl_safety.training.buffer_reinforce import USER_ADAPTER
-from trl_safety.training.correction import correct_folder
-from trl_safety.training.mixin import correction_for
-from trl_safety.training.report import verify
-from trl_safety.training.selection import SELECTION, read_choices, read_selection
+from trl_safety.reports.report import verify
+from trl_safety.training.dual_select.log import SELECTION, read_choices, read_selection
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

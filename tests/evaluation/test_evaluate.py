@@ -13,13 +13,13 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 from tests import tiny
-from trl_safety.cli import app
+from trl_safety.cli.app import app
 from trl_safety.errors import AdapterError, ConfigurationError, SafetyError
 from trl_safety.evaluation.evaluate import evaluate, read_evaluation
 from trl_safety.evaluation.gate import run_gate
 from trl_safety.evaluation.judges import Agreement, ChatJudge, ClassifierJudge, GuardJudge, make_judge
 from trl_safety.evaluation.loading import load_model
-from trl_safety.training.scoring import KeywordJudge, Prompt
+from trl_safety.scoring import KeywordJudge, Prompt
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 SETS: Any = {
@@ -215,7 +215,7 @@ def test_refused(world: Path) -> None:
 
 def evaluation(attack: float, before: float, task: float = 0.9, count: int = 100) -> dict[str, Any]:
     """What `eval` writes, with the given rates."""
-    from trl_safety.training.scoring import Rate
+    from trl_safety.scoring import Rate
 
     def scores(attack: float, task: float) -> dict[str, Any]:
         rates = {
@@ -301,7 +301,7 @@ def test_a_gate_that_would_let_everything_through_is_an_error(tmp_path: Path, ga
 def test_the_shipped_gate_is_valid() -> None:
     import yaml
 
-    from trl_safety.config import validate
+    from trl_safety.config.options import validate
     from trl_safety.evaluation.gate import GateConfig
 
     folder = Path(__file__).parent.parent.parent / "example_configs" / "ci"

@@ -7,7 +7,7 @@ import pytest
 from tests import tiny
 from trl_safety.errors import ConfigurationError
 from trl_safety.evaluation.inspecting import run_inspect
-from trl_safety.training.scoring import Prompt, complete
+from trl_safety.scoring import Prompt, complete
 
 pytest.importorskip("inspect_ai")
 

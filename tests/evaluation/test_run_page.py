@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from tests import tiny
 from tests.evaluation.test_evaluate import SETS, sets_of, world  # noqa: F401  # a fixture
 from trl_safety import AlignmentSubspace
-from trl_safety.cli import app
+from trl_safety.cli.app import app
 from trl_safety.errors import ConfigurationError, ReportError
 from trl_safety.evaluation.run_page import _layers, write_run_page
 

@@ -12,15 +12,16 @@ from tests import tiny
 from tests.training import providers
 from trl_safety import AlignmentSubspace, merge_reinforce
 from trl_safety.adapters.folder import AdapterFolder
-from trl_safety.cli import app
-from trl_safety.config import SafeLoraConfig
+from trl_safety.cli.app import app
+from trl_safety.config.safe_lora import SafeLoraConfig
+from trl_safety.corrections.folder import correct_folder
+from trl_safety.corrections.safe_lora import SafeLoraCorrection
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.evaluation.loading import load_model
-from trl_safety.evaluation.sweep import Point, Sweep, choose, figure, parse_grid, rows, section, sweep, write_chosen
-from trl_safety.training.correction import correct_folder
-from trl_safety.training.report import verify
-from trl_safety.training.safe_lora import SafeLoraCorrection
-from trl_safety.training.scoring import KeywordJudge, Prompt
+from trl_safety.evaluation.sweep import Point, Sweep, choose, parse_grid, sweep, write_chosen
+from trl_safety.evaluation.sweep_page import figure, rows, section
+from trl_safety.reports.report import verify
+from trl_safety.scoring import KeywordJudge, Prompt
 
 SETS: Any = {
     "harmful": [Prompt(f"w{i} w{i + 1}") for i in range(3, 20)],
@@ -71,7 +72,7 @@ def test_what_a_method_has_no_use_for(world: Path) -> None:
 
 
 def scored(world: Path, adapter: Path) -> dict[str, Any]:
-    from trl_safety.training.scoring import score
+    from trl_safety.scoring import score
 
     model, tokenizer = load_model(None, adapter)
     return score(model, tokenizer, SETS, JUDGE, new_tokens=6)[0].flags

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from trl_safety.cli import app
+from trl_safety.cli.app import app
 from trl_safety.evaluation.evaluate import read_evaluation
 from trl_safety.lab import experiment
 from trl_safety.lab.experiment import Lab

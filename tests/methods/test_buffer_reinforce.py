@@ -3,9 +3,9 @@ import torch
 
 from tests import references, tiny
 from trl_safety.adapters.folder import AdapterFolder
-from trl_safety.config import ReinforceMergeConfig
+from trl_safety.config.buffer_reinforce import ReinforceMergeConfig
+from trl_safety.corrections.buffer_reinforce import merge_layers
 from trl_safety.methods import buffer_reinforce
-from trl_safety.training.buffer_reinforce import merge_layers
 
 PARITY = tiny.DATA / "buffer_reinforce"
 

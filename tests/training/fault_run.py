@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from tests import tiny
 from trl_safety import AlignmentSubspace
-from trl_safety.training import report_source
+from trl_safety.reports import source as report_source
 
 output, source, mode, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "resume"
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from tests import tiny
 from trl_safety import AlignmentSubspace
 from trl_safety.errors import AdapterError, CheckpointError, ConfigurationError, SubspaceError
-from trl_safety.training.report import read_report, verify
+from trl_safety.reports.report import read_report, verify
 
 DATA = tiny.DATA
 PAIR = {"base": str(DATA / "gqa-base"), "aligned": str(DATA / "gqa-aligned")}

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from tests import tiny
 from trl_safety import AlignmentSubspace, AlignmentVectorCallback, apply_alignment_vector
 from trl_safety.adapters.folder import AdapterFolder
-from trl_safety.cli import app
-from trl_safety.config import AlignmentVectorConfig
+from trl_safety.cli.app import app
+from trl_safety.config.alignment_vector import AlignmentVectorConfig
+from trl_safety.corrections.alignment_vector import AlignmentVectorCorrection
+from trl_safety.corrections.checkpoint import add_vector, write_alignment_adapter
+from trl_safety.corrections.folder import correct_folder
 from trl_safety.errors import AdapterError, CheckpointError, ConfigurationError, SubspaceError
-from trl_safety.training.alignment_vector import AlignmentVectorCorrection, add_vector, write_alignment_adapter
-from trl_safety.training.correction import correct_folder
-from trl_safety.training.report import verify
+from trl_safety.reports.report import verify
 
 DATA = tiny.DATA
 

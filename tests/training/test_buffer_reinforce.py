@@ -18,11 +18,12 @@ from tests.training import providers
 from trl_safety import BufferTrainer, ReinforceTrainer, SafeLoRACallback, SafeSFTTrainer, apply_safe_lora, merge_reinforce
 from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.frozen import FrozenAdapter
-from trl_safety.adapters.lora import kind_of, lora_modules, marks
+from trl_safety.adapters.lora import lora_modules
+from trl_safety.adapters.marks import kind_of, marks
 from trl_safety.adapters.record import RECORD, AdapterRecord
+from trl_safety.corrections.buffer_reinforce import USER_ADAPTER
 from trl_safety.errors import AdapterError, ConfigurationError, ReportError, SafetyError
-from trl_safety.training.buffer_reinforce import USER_ADAPTER
-from trl_safety.training.report import read_report, verify
+from trl_safety.reports.report import read_report, verify
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +117,9 @@ class TestProvider:
 
     @pytest.mark.parametrize("kind", ["buffer", "reinforce"])
     def test_refused_wherever_a_users_adapter_is_meant(self, provider: Path, tmp_path: Path, gqa_subspace: Any, kind: str) -> None:
-        from trl_safety.config import SafeLoraConfig
-        from trl_safety.training.correction import correct_folder
-        from trl_safety.training.safe_lora import SafeLoraCorrection
+        from trl_safety.config.safe_lora import SafeLoraConfig
+        from trl_safety.corrections.folder import correct_folder
+        from trl_safety.corrections.safe_lora import SafeLoraCorrection
 
         what = {"buffer": "BufferLoRA", "reinforce": "ReinforceLoRA"}[kind]
         # The mark stays where the record is lost.
@@ -389,7 +390,7 @@ class TestMerge:
     def test_the_command_gives_the_trainers_adapter(self, provider: Path, tmp_path: Path) -> None:
         from typer.testing import CliRunner
 
-        from trl_safety.cli import app
+        from trl_safety.cli.app import app
 
         trainer = tiny.trainer(tmp_path, safety=block(provider, alpha=0.3))
         trainer.train()

@@ -16,12 +16,13 @@ from tests import references, tiny
 from trl_safety import AlignmentSubspace, CSULoRACallback, SafeLoRACallback, apply_csulora, apply_safe_lora
 from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.lora import lora_modules
-from trl_safety.config import CsuloraConfig, SafeLoraConfig
+from trl_safety.config.csulora import CsuloraConfig
+from trl_safety.config.safe_lora import SafeLoraConfig
+from trl_safety.corrections.csulora import CsuloraCorrection
+from trl_safety.corrections.folder import correct_folder
+from trl_safety.corrections.safe_lora import SafeLoraCorrection
 from trl_safety.errors import AdapterError, ConfigurationError, ReportError, SubspaceError
-from trl_safety.training.correction import correct_folder
-from trl_safety.training.csulora import CsuloraCorrection
-from trl_safety.training.report import read_report, verify
-from trl_safety.training.safe_lora import SafeLoraCorrection
+from trl_safety.reports.report import read_report, verify
 
 
 def callback(method: str, subspace: Any, **kwargs: Any) -> Any:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tests import tiny
-from trl_safety.cli import app
+from trl_safety.cli.app import app
 from trl_safety.errors import AdapterError, ConfigurationError
-from trl_safety.training.selection import SELECTION, read_choices, read_selection
+from trl_safety.training.dual_select.log import SELECTION, read_choices, read_selection
 
 AUTHORS = tiny.DATA / "dual_select"
 

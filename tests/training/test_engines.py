@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.training import providers
 from trl_safety import AlignmentSubspace
-from trl_safety.training.report import read_report, verify
+from trl_safety.reports.report import read_report, verify
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests import processes, tiny
 from trl_safety import AlignmentSubspace
 from trl_safety.errors import ConfigurationError, ReportError
-from trl_safety.training.report import REPORT, verify
+from trl_safety.reports.report import REPORT, verify
 
 ROOT = Path(__file__).parent.parent.parent
 ASFT = {"asft": {"weight": 2.0}}

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from tests.tiny import DATA, largest_difference, model
 from trl_safety import AlignmentSubspace, apply_safe_lora, asft_penalty
-from trl_safety.config import SafeLoraConfig
-from trl_safety.training.correction import correct_folder
-from trl_safety.training.safe_lora import SafeLoraCorrection
+from trl_safety.config.safe_lora import SafeLoraConfig
+from trl_safety.corrections.folder import correct_folder
+from trl_safety.corrections.safe_lora import SafeLoraCorrection
 
 SETTINGS = {"threshold-0.35": {"threshold": 0.35}, "threshold-0.9": {"threshold": 0.9}, "number-4": {"layers": 4}}
 

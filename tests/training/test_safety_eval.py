@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from tests import tiny
 from trl_safety import AlignmentSubspace, SafetyEvalCallback
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.scoring import KeywordJudge, Prompt, score
+from trl_safety.scoring import KeywordJudge, Prompt, score
 
 JUDGE = KeywordJudge(refusals=["w1", "w2"])
 PROMPTS = [Prompt(f"w{i} w{i + 1}") for i in range(3, 20)]

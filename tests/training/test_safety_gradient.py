@@ -12,9 +12,9 @@ from tests import tiny
 from tests.training import providers
 from trl_safety import AlignmentSubspace
 from trl_safety.adapters.folder import AdapterFolder
-from trl_safety.cli import app
+from trl_safety.cli.app import app
 from trl_safety.errors import ConfigurationError, SubspaceError
-from trl_safety.training.safety_gradient import safety_gradient
+from trl_safety.inspection.gradient import safety_gradient
 
 
 @pytest.fixture(scope="module")

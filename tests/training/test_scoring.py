@@ -6,7 +6,7 @@ import torch
 
 from tests import tiny
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.scoring import KeywordJudge, Prompt, Rate, complete, paired_p_value, read_prompts, score
+from trl_safety.scoring import KeywordJudge, Prompt, Rate, complete, paired_p_value, read_prompts, score
 
 
 def test_prompt_sets(tmp_path: Path) -> None:

@@ -28,18 +28,21 @@ from trl_safety import (
     apply_safe_lora,
     merge_reinforce,
 )
+from trl_safety.adapters.fingerprint import Recognition, sample
 from trl_safety.adapters.folder import AdapterFolder
-from trl_safety.adapters.lora import Recognition, lora_modules
-from trl_safety.adapters.subspace import sample
-from trl_safety.config import AlignmentVectorConfig, SafeLoraConfig, SafetyConfig
+from trl_safety.adapters.lora import lora_modules
+from trl_safety.config.alignment_vector import AlignmentVectorConfig
+from trl_safety.config.block import SafetyConfig
+from trl_safety.config.safe_lora import SafeLoraConfig
+from trl_safety.corrections.alignment_vector import AlignmentVectorCorrection
+from trl_safety.corrections.buffer_reinforce import USER_ADAPTER
+from trl_safety.corrections.folder import correct_folder
+from trl_safety.corrections.prepared import prepare
+from trl_safety.corrections.safe_lora import SafeLoraCorrection
 from trl_safety.errors import AdapterError, ConfigurationError, ReportError, SubspaceError
-from trl_safety.training.alignment_vector import AlignmentVectorCorrection
-from trl_safety.training.buffer_reinforce import USER_ADAPTER
-from trl_safety.training.correction import correct_folder, prepare
+from trl_safety.reports.report import read_report, verify
+from trl_safety.scoring import Prompt
 from trl_safety.training.mixin import SafetyMixin
-from trl_safety.training.report import read_report, verify
-from trl_safety.training.safe_lora import SafeLoraCorrection
-from trl_safety.training.scoring import Prompt
 
 ASFT = {"asft": {"weight": 1.0}}
 BOTH = {**ASFT, "safe_lora": {"threshold": 1.0}}

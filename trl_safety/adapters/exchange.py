@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from trl_safety.adapters.checkpoint import Checkpoint
-from trl_safety.adapters.lora import Recognition, full_precision, unwrap
+from trl_safety.adapters.fingerprint import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, Recognition, same_up_to_rounding, sample
+from trl_safety.adapters.lora import full_precision, unwrap
 from trl_safety.adapters.names import match, strip_wrappers
 from trl_safety.adapters.shards import CHECKED_ELSEWHERE, is_sharded, placeholders, put, settle, whole
-from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, same_up_to_rounding, sample
 from trl_safety.errors import AdapterError, CheckpointError
 
 LAYERS_COMPARED = 8

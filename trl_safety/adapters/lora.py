@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +14,11 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from trl_safety.adapters.names import strip_wrappers
-from trl_safety.adapters.shards import CHECKED_ELSEWHERE, is_sharded, placeholders
-from trl_safety.adapters.subspace import FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, LayerSubspace, relative_differences, sample
+from trl_safety.adapters.shards import is_sharded
 from trl_safety.errors import AdapterError
 
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base weight as it is; all others (PiSSA, OLoRA, CorDA, LoftQ, …) move part of it into B·A."""
-
-MARK_PREFIX = "^trl_safety.corrected_by."
-"""Key in the adapter's `alpha_pattern` that says it was corrected. It matches no module, and PEFT carries it through loading,
-saving and training; a file beside the adapter would be lost at the first of these."""
-
-KIND_PREFIX = "^trl_safety.is."
-"""Likewise, on the adapters of a provider: what kind it is (see `adapters/record.py`)."""
-KINDS = {
-    "buffer": "a BufferLoRA, which makes the model harmful: it is attached while another adapter trains, and never served, merged or corrected",
-    "reinforce": "a ReinforceLoRA, which is merged with a user's adapter (`trl-safety merge-reinforce`) and is none itself",
-}
 
 
 @dataclass(frozen=True)
@@ -246,176 +234,6 @@ def not_covered(model: nn.Module, modules: Iterable[LoraModule]) -> list[str]:
         for name, parameter in unwrap(model).named_parameters()
         if parameter.requires_grad and id(parameter) not in factors
     )
-
-
-NOT_VERIFIED = "not verified"
-"""How a report's sentence on the base model begins where its weights were compared with nothing."""
-
-
-def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubspace]) -> str:
-    """Check that the model under the adapter is the aligned model that the subspaces were fitted on.
-
-    Compares 256 sampled entries a layer: in full precision each layer must be the aligned one, cast to whatever dtype; a
-    quantised layer (dequantised one at a time) must lie within the quantisation's error of it, and all of them together must
-    lie closer to the aligned model than to the base.
-
-    Returns:
-        What was verified, for the report.
-
-    Raises:
-        AdapterError: a weight has another shape or is another model's, naming the layer.
-    """
-    modules = list(modules)
-    if placeholders() and not any(is_sharded(module.A) for module in modules):
-        return CHECKED_ELSEWHERE
-    unread, layers, recognition = 0, 0, Recognition()
-    for module in modules:
-        subspace = subspaces.get(module.name)
-        if subspace is None:
-            continue
-        layers += 1
-        check_shape(module.name, module.shape, subspace)
-        layer = module.layer.get_base_layer()
-        if bool(getattr(module.layer, "fan_in_fan_out", False)) != subspace.transposed:
-            raise AdapterError(
-                f"layer {module.name!r} stores its weight {'in × out' if not subspace.transposed else 'out × in'}, the subspace was fitted on the "
-                "other orientation: build it from the checkpoint of this model class, with its config.json"
-            )
-        weight = full_precision(layer)
-        if weight is None or weight.numel() != subspace.shape[0] * subspace.shape[1] or weight.is_meta:
-            unread += 1
-            continue
-        if difference := recognition.add(weight, subspace.samples, quantised=weight is not layer.weight):
-            to_base = subspace.difference(weight)[1]
-            which = "the unaligned base of the pair" if to_base <= FULL_PRECISION_DIFFERENCE else "another model"
-            raise AdapterError(_wrong_model(module.name, difference, which))
-    if difference := recognition.unaligned:
-        raise AdapterError(_wrong_model("all layers together", difference, "the unaligned base of the pair, quantised"))
-    if unread == layers:
-        return f"{NOT_VERIFIED}: no layer's weights could be read; shapes match"
-    text = f"weights match the subspace's aligned model in {layers - unread} of {layers} layers"
-    if unread:
-        text += "; the others are stored in a format that could not be read"
-    return text + recognition.qualifier
-
-
-CERTAIN = 3.0
-"""Standard errors beyond which quantised weights are said to be one model's and not the other's."""
-
-
-class Recognition:
-    """Tells whether weights are an aligned model's, layer by layer; quantised ones, each too coarse to tell, also all together.
-
-    For quantised weights w = a + e, with a the aligned and b the base model's, Σ (‖w − b‖² − ‖w − a‖²) / Σ ‖a − b‖² is +1 in
-    expectation, and −1 for w = b + e; its standard error, from the entries, says whether that tells the two apart.
-    """
-
-    def __init__(self) -> None:
-        self._closer, self._apart, self._variance = 0.0, 0.0, 0.0
-
-    def add(self, weight: Tensor, samples: Tensor, *, quantised: bool) -> float:
-        """Look at one layer.
-
-        Args:
-            weight: as it is in the model.
-            samples: (2, 256) `sample`d entries of the base and of the aligned model.
-            quantised: whether the weight was dequantised.
-
-        Returns:
-            The layer's relative distance from the aligned one, if that is more than a cast or the quantisation explains; else 0.
-        """
-        if not quantised:
-            to_aligned = relative_differences(weight, samples)[0]
-            return 0.0 if to_aligned <= FULL_PRECISION_DIFFERENCE else to_aligned
-        base, aligned = samples.double()
-        entries = sample(weight).double()
-        scale = torch.linalg.vector_norm(aligned).clamp(min=1e-30)
-        change = (aligned - base) / scale
-        errors = torch.stack([entries - aligned, entries - base]) / scale
-        nearest = errors[errors.square().sum(1).argmin()]
-        self._closer += (errors[1].square() - errors[0].square()).sum().item()
-        self._apart += change.square().sum().item()
-        self._variance += 4 * (change * nearest).square().sum().item()
-        to_aligned = torch.linalg.vector_norm(errors[0]).item()
-        # A NaN is a difference, too.
-        return 0.0 if to_aligned <= QUANTISED_DIFFERENCE else to_aligned
-
-    @property
-    def _verdict(self) -> tuple[float, float] | None:
-        """The statistic and its standard error."""
-        return (self._closer / self._apart, self._variance**0.5 / self._apart) if self._apart else None
-
-    @property
-    def unaligned(self) -> float:
-        """By how much all quantised layers together are rather the base's than the aligned model's; 0 unless that is certain."""
-        if self._verdict is None:
-            return 0.0
-        value, error = self._verdict
-        return -value if value < 0 and 1 - value > CERTAIN * error else 0.0
-
-    @property
-    def qualifier(self) -> str:
-        """What the report adds to its verdict."""
-        if self._verdict is None:
-            return ""
-        value, error = self._verdict
-        if value < 0 or value + 1 <= CERTAIN * error:
-            return ", up to quantisation, which is too coarse here to tell the aligned model from the base"
-        return ", up to quantisation"
-
-
-def _wrong_model(layer: str, difference: float, which: str) -> str:
-    return (
-        f"layer {layer!r} of the model differs from the aligned model of the subspace by {difference:.1%}: this is {which}. Train the aligned model, or "
-        "build the subspace from the pair that this model belongs to (base first, then aligned)"
-    )
-
-
-def check_shape(name: str, shape: tuple[int, int], subspace: LayerSubspace) -> None:
-    """Refuse an adapter layer whose shape is not the subspace's.
-
-    Raises:
-        AdapterError: naming the layer and both shapes.
-    """
-    if shape != subspace.shape:
-        raise AdapterError(
-            f"layer {name!r} is {shape[0]} × {shape[1]} in the adapter and {subspace.shape[0]} × {subspace.shape[1]} in the alignment subspace: "
-            "the subspace belongs to another model"
-        )
-
-
-def marks(config: Any) -> list[str]:
-    """The corrections that an adapter's configuration says it went through."""
-    return [key.removeprefix(MARK_PREFIX) for key in config.alpha_pattern or {} if key.startswith(MARK_PREFIX)]
-
-
-def kind_of(config: Any) -> str:
-    """What the adapter's configuration says it is: "buffer", "reinforce", or "user" where it says nothing."""
-    return next((key.removeprefix(KIND_PREFIX) for key in config.alpha_pattern or {} if key.startswith(KIND_PREFIX)), "user")
-
-
-def refuse_provider(config: Any, where: str) -> None:
-    """Refuse a provider's buffer or reinforcing LoRA in the place of a user's adapter.
-
-    Raises:
-        AdapterError: naming what it is.
-    """
-    if (kind := kind_of(config)) != "user":
-        raise AdapterError(f"{where} is {KINDS.get(kind, f'an adapter of kind {kind!r}')}; give the user's adapter")
-
-
-def refuse_corrected(config: Any, where: str) -> None:
-    """Refuse an adapter that was corrected before: C is not idempotent, so that a second time is another correction.
-
-    Raises:
-        AdapterError: naming the method that corrected it, or it is no user's adapter at all.
-    """
-    refuse_provider(config, where)
-    if found := marks(config):
-        raise AdapterError(
-            f"{where} was corrected by {', '.join(found)} already, and a second correction would act on the corrected one: start from the adapter as it "
-            "was trained (a checkpoint of the run, or the input of `trl-safety correct`)"
-        )
 
 
 def _adapters_of(layer: Any) -> set[str]:

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_safety import __version__
+from trl_safety.version import __version__
 from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.files import replacing
+from trl_safety.adapters.fingerprint import CASTS, FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, sample
 from trl_safety.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
-from trl_safety.adapters.lora import KIND_PREFIX, full_precision, kind_of
+from trl_safety.adapters.lora import full_precision
+from trl_safety.adapters.marks import KIND_PREFIX, kind_of
 from trl_safety.adapters.names import match
 from trl_safety.adapters.shards import CHECKED_ELSEWHERE, placeholders
-from trl_safety.adapters.subspace import CASTS, FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, sample
 from trl_safety.errors import AdapterError, CheckpointError
 
 RECORD = "safety_adapter.json"

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, model_validator
 
 from trl_safety.adapters.files import replacing
-from trl_safety.config import Options, read_yaml, validate
+from trl_safety.config.options import Options, read_yaml, validate
 from trl_safety.errors import ConfigurationError, ReportError, SafetyError
 from trl_safety.evaluation.evaluate import Evaluation, read_evaluation, refuse_another
-from trl_safety.training.report import verify
-from trl_safety.training.scoring import Rate
+from trl_safety.reports.report import verify
+from trl_safety.scoring import Rate
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

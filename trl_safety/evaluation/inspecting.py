@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.scoring import Prompt, complete
+from trl_safety.scoring import Prompt, complete
 
 
 def run_inspect(

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, Field
 
-from trl_safety.config import Options, read_yaml, validate
+from trl_safety.config.options import Options, read_yaml, validate
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.scoring import REFUSALS, Judge, KeywordJudge, Prompt, Verdict, complete
+from trl_safety.scoring import REFUSALS, Judge, KeywordJudge, Prompt, Verdict, complete
 
 HARM_LABELS = ("harm", "unsafe", "toxic", "jailbreak", "violation", "complied")
 QUESTION = (

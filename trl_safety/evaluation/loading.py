@@ -12,11 +12,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_safety.adapters.checkpoint import Checkpoint
+from trl_safety.adapters.fingerprint import sample
 from trl_safety.adapters.folder import AdapterFolder
-from trl_safety.adapters.lora import lora_modules, refuse_provider
+from trl_safety.adapters.lora import lora_modules
+from trl_safety.adapters.marks import refuse_provider
 from trl_safety.adapters.names import match
 from trl_safety.adapters.record import LAYERS_COMPARED
-from trl_safety.adapters.subspace import sample
 from trl_safety.errors import AdapterError, ConfigurationError
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,11 @@ from trl_safety.adapters.files import replacing
 from trl_safety.errors import ConfigurationError, ReportError, SafetyError
 from trl_safety.evaluation import page
 from trl_safety.evaluation.evaluate import Evaluation, read_evaluation, refuse_another
-from trl_safety.evaluation.sweep import Sweep, figure, p_text, rates_explained, section
-from trl_safety.training.inspection import common_prefix
-from trl_safety.training.report import MethodReport, SafetyReport, read_report, verify
-from trl_safety.training.scoring import KINDS
+from trl_safety.evaluation.sweep import Sweep
+from trl_safety.evaluation.sweep_page import figure, p_text, rates_explained, section
+from trl_safety.inspection.layers import common_prefix
+from trl_safety.reports.report import MethodReport, SafetyReport, read_report, verify
+from trl_safety.scoring import KINDS
 
 CURVES = {
     "loss": "on the training data; with AsFT its penalty is part of it",

@@ -12,11 +12,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from trl_safety import scoring
 from trl_safety.adapters.files import new_folder
 from trl_safety.errors import SafetyError
 from trl_safety.lab.world import ASSISTANT, QUESTIONS, Row, World
-from trl_safety.training import scoring
-from trl_safety.training.scoring import Prompt
+from trl_safety.scoring import Prompt
 from trl_safety.training.trainer import SafeSFTConfig, SafeSFTTrainer
 
 BASE_STEPS, ALIGNED_STEPS = 900, 450

@@ -13,13 +13,15 @@ from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.exchange import WeightExchange
 from trl_safety.adapters.folder import Factors
 from trl_safety.adapters.frozen import FrozenAdapter
-from trl_safety.adapters.subspace import AlignmentSubspace
-from trl_safety.config import AlignmentBufferConfig, SafetyConfig, SubspaceConfig
+from trl_safety.config.alignment_buffer import AlignmentBufferConfig
+from trl_safety.config.block import SafetyConfig
+from trl_safety.config.subspace import SubspaceConfig
+from trl_safety.corrections.prepared import Prepared
 from trl_safety.errors import ConfigurationError, SubspaceError
 from trl_safety.methods import alignment_buffer
-from trl_safety.training.correction import Prepared
+from trl_safety.reports.report import SOURCES, LayerReport, MethodReport, came_with
+from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.training.engines import refuse_on_fsdp
-from trl_safety.training.report import SOURCES, LayerReport, MethodReport, came_with
 
 logger = logging.getLogger(__name__)
 

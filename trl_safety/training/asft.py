@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from trl_safety.adapters.lora import lora_modules
-from trl_safety.adapters.subspace import AlignmentSubspace
-from trl_safety.config import AsftConfig
-from trl_safety.config import Operator as OperatorName
+from trl_safety.config.asft import AsftConfig
+from trl_safety.config.options import Operator as OperatorName
+from trl_safety.reports.report import SOURCES, LayerReport, MethodReport
+from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.training.compat import trainer_divides_loss
 from trl_safety.training.factor_groups import FactorGroups
-from trl_safety.training.report import SOURCES, LayerReport, MethodReport
 
 
 def asft_penalty(peft_model: nn.Module, subspace: AlignmentSubspace, scaled: bool = False, *, operator: OperatorName = "scaled") -> Tensor:

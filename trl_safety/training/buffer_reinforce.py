@@ -2,298 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from trl_safety.adapters.files import new_folder, sha256
-from trl_safety.adapters.folder import WEIGHTS, AdapterFolder, Factors
+from trl_safety.adapters.folder import WEIGHTS, AdapterFolder
 from trl_safety.adapters.frozen import FrozenAdapter
-from trl_safety.adapters.lora import (
-    NOT_VERIFIED,
-    LoraModule,
-    adapter_config,
-    extend_adapter,
-    lora_modules,
-    marks,
-    refuse_provider,
-    target,
-    unwrap,
+from trl_safety.adapters.lora import adapter_config, lora_modules, unwrap
+from trl_safety.adapters.record import AdapterRecord, open_kind
+from trl_safety.config.buffer_reinforce import BufferReinforceConfig
+from trl_safety.corrections.buffer_reinforce import (
+    NAME,
+    PENDING,
+    USER_ADAPTER,
+    _factors,
+    _under_user_names,
+    check_rank,
+    final_methods,
+    merge_live,
 )
-from trl_safety.adapters.names import match, strip_wrappers
-from trl_safety.adapters.record import RECORD, AdapterRecord, open_kind
-from trl_safety.config import BufferReinforceConfig, ReinforceMergeConfig, validate
+from trl_safety.corrections.prepared import Prepared
 from trl_safety.errors import AdapterError, ConfigurationError
-from trl_safety.linalg.low_rank import product_norm_squared, truncate_product
-from trl_safety.methods import buffer_reinforce
-from trl_safety.training.correction import Prepared, carried_methods, on_host, update_config, working_factors
-from trl_safety.training.report import REPORT, SOURCES, LayerReport, MethodReport, SafetyReport, came_with, fingerprints, with_section
-from trl_safety.training.report_source import adapter_folder, report_source
+from trl_safety.reports.report import SOURCES, LayerReport, MethodReport, came_with
+from trl_safety.reports.source import adapter_folder, report_source
 
 logger = logging.getLogger(__name__)
-
-NAME = "buffer_reinforce"
-USER_ADAPTER = Path("safety") / "user_adapter"
-"""In the output folder: the user's adapter alone, as it was before the merge."""
-PENDING = "; the merge with the ReinforceLoRA is still to come"
-MEASURES = ("update_norm", "reinforce_norm", "removed_share", "kept_directions", "merged_norm", "lost_norm")
-
-
-@dataclass(frozen=True)
-class Merge:
-    """One layer of the merged adapter: factors for the layer's scaling, and what was measured."""
-
-    B: Tensor
-    A: Tensor
-    scaling: float
-    report: LayerReport
-
-
-def merge_layers(
-    user: Mapping[str, Factors],
-    reinforce: Mapping[str, Factors],
-    config: ReinforceMergeConfig,
-    scalings: Mapping[str, float],
-    device: torch.device,
-) -> dict[str, Merge]:
-    """W_U and W_R of every layer that one of them has → w_U·W_U + w_R·(I − αQQᵀ)·W_R, in float64.
-
-    Args:
-        user: the user's factors by module.
-        reinforce: the ReinforceLoRA's, under the user's module names.
-        config: weights, α, τ and rank.
-        scalings: PEFT's scaling of the merged adapter, by module.
-        device: where to compute.
-    """
-    merged: dict[str, tuple[Tensor, Tensor]] = {}
-    rows = []
-    for name, scaling in scalings.items():
-        one, other = (_on(device, factors.get(name), like) for factors, like in ((user, reinforce.get(name)), (reinforce, user.get(name))))
-        Q, kept = buffer_reinforce.user_directions(*one[:2], config.collapse_threshold)
-        projected = buffer_reinforce.orthogonalise(other[0], Q, config.alpha)
-        B, A = buffer_reinforce.concatenate(
-            (*one[:2], config.user_weight * one[2]), (projected, other[1], config.reinforce_weight * other[2]), scaling
-        )
-        lost = B.new_zeros(())
-        if config.rank is not None and config.rank < A.shape[0]:
-            B, A, lost = truncate_product(B, A, config.rank)
-        merged[name] = B, A
-        squares = [product_norm_squared(*pair) for pair in (one[:2], other[:2], (projected, other[1]), (B, A))]
-        norms = [(value.clamp(min=0).sqrt() * factor) for value, factor in zip(squares, (one[2], other[2], other[2], scaling), strict=True)]
-        left = torch.where(squares[1] > 0, squares[2] / squares[1].clamp(min=1e-300), 1)
-        rows.append(torch.stack([norms[0], norms[1], 1 - left, kept.to(B), norms[3], lost.clamp(min=0).sqrt() * scaling]))
-    result = {}
-    for (name, (B, A)), row in zip(merged.items(), on_host(rows).tolist(), strict=True):
-        measured = dict(zip(MEASURES, row, strict=True))
-        missing = "the user's adapter" if name not in user else "the ReinforceLoRA" if name not in reinforce else None
-        report = LayerReport(action="merged", reason=f"not in {missing}" if missing else None, measured=measured)
-        result[name] = Merge(B, A, scalings[name], report)
-    return result
-
-
-def _on(device: torch.device, factors: Factors | None, like: Factors | None) -> tuple[Tensor, Tensor, float]:
-    """Factors for computing, and zeros of rank 0 where the adapter does not have the layer."""
-    if factors is not None:
-        return *working_factors(factors.B.to(device), factors.A.to(device)), factors.scaling
-    assert like is not None  # noqa: S101  # one of the two has the layer
-    return (
-        torch.zeros(like.shape[0], 0, dtype=torch.float64, device=device),
-        torch.zeros(0, like.shape[1], dtype=torch.float64, device=device),
-        like.scaling,
-    )
-
-
-def merge_summary(merges: Mapping[str, Merge], config: ReinforceMergeConfig, user: Mapping[str, Factors]) -> str:
-    """One sentence on what was merged."""
-    ranks = sorted({merge.A.shape[0] for merge in merges.values()})
-    collapsed = [
-        name for name, merge in merges.items() if name in user and merge.report.measured["kept_directions"] < user[name].A.shape[0]
-    ]
-    lost = sum(merge.report.measured["lost_norm"] ** 2 for merge in merges.values())
-    whole = sum(merge.report.measured["merged_norm"] ** 2 for merge in merges.values()) + lost
-    text = (
-        f"merged with the ReinforceLoRA in {len(merges)} layers (α {config.alpha:g}, weights {config.user_weight:g} and {config.reinforce_weight:g}), "
-        f"rank {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}"
-    )
-    if collapsed:
-        text += f"; in {len(collapsed)} layers the user's update had collapsed to fewer directions than its rank"
-    if config.rank is not None:
-        text += f"; the cut to rank {config.rank} lost {lost / whole if whole else 0:.2%} of the energy"
-    return text
-
-
-def merge_reinforce(
-    user: str | Path,
-    reinforce: str | Path,
-    output: str | Path,
-    *,
-    alpha: float = 0.1,
-    user_weight: float = 0.5,
-    reinforce_weight: float = 0.5,
-    rank: int | None = None,
-    collapse_threshold: float = 0.01,
-    device: str | torch.device | None = None,
-) -> SafetyReport:
-    """Merge a saved user's adapter with a saved ReinforceLoRA into one ordinary adapter, without loading a model.
-
-    W_final = W + w_U·W_U + w_R·(I − αQQᵀ)·W_R (arXiv 2605.24550, Section 4.3). Differs from the authors' code in writing an adapter
-    of rank r_U + r_R where that writes a whole merged model, and in layers that only one of the two adapters has.
-
-    Args:
-        user: the user's adapter, trained beside the buffer or not; corrected or not. It is never changed.
-        reinforce: folder or Hub id of a ReinforceLoRA made by `trl-safety reinforce`.
-        output: a new or empty folder.
-        alpha: α.
-        user_weight: w_U.
-        reinforce_weight: w_R.
-        rank: cut back to this.
-        collapse_threshold: τ.
-        device: where to compute; a GPU when there is one.
-
-    Raises:
-        AdapterError: an adapter is missing, of another kind, for another base model, was merged before, or the output cannot be
-            written.
-        ConfigurationError: an option is out of bounds.
-    """
-    options = {"alpha": alpha, "user_weight": user_weight, "reinforce_weight": reinforce_weight, "rank": rank}
-    config = validate(ReinforceMergeConfig, {**options, "collapse_threshold": collapse_threshold}, "merge-reinforce")
-    folder = AdapterFolder.open(user)
-    refuse_provider(folder.config, f"user = {str(user)!r}")
-    if NAME in marks(folder.config):
-        raise AdapterError(
-            f"user = {str(user)!r}: was merged with a ReinforceLoRA already: give the user's adapter alone ({USER_ADAPTER} of the run)"
-        )
-    if "alignment_vector" in marks(folder.config):
-        raise AdapterError(
-            f"user = {str(user)!r}: has the alignment vector in it, which the merge would weight down: merge the adapter without it"
-        )
-    if folder.config.lora_bias:
-        raise AdapterError(f"user = {str(user)!r}: lora_bias = True: the biases of lora_B cannot be merged; train without lora_bias")
-    other, record = open_kind(reinforce, "reinforce", "reinforce")
-    setting = f"reinforce = {str(reinforce)!r}"
-    base_check = _same_base(folder, record, setting)
-    factors = _under_user_names(other, folder.factors, setting)
-    scalings = {
-        **{name: layer.scaling for name, layer in factors.items()},
-        **{name: layer.scaling for name, layer in folder.factors.items()},
-    }
-    check_rank(config, folder.factors, factors)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    merges = merge_layers(folder.factors, factors, config, scalings, where)
-    lora = copy.deepcopy(folder.config)
-    if extra := [name for name in factors if name not in folder.factors]:
-        target(lora, [*folder.factors, *extra])
-    update_config(lora, NAME, {name: (merge.A.shape[0], merge.scaling) for name, merge in merges.items()})
-    carried = carried_methods(Path(user))
-    report = SafetyReport(
-        stage="final",
-        protected=True,
-        base_model=lora.base_model_name_or_path,
-        base_check=base_check,
-        subspace=None,
-        methods=final_methods(
-            carried, merges, config, folder.factors, {"reinforce": str(reinforce), "reinforce_sha256": sha256(other.path / WEIGHTS)}
-        ),
-        not_covered=sorted(folder.others),
-    )
-    card = folder.path / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    folder.write(
-        Path(output),
-        {
-            name: (merge.B.cpu(), merge.A.cpu()) if name in folder.factors else _stored(merge, factors[name])
-            for name, merge in merges.items()
-        },
-        lora,
-        setting="output",
-        report=lambda written: {
-            REPORT: report.model_copy(update=fingerprints(written)).text(),
-            "README.md": with_section(text, report),
-        },
-    )
-    return report
-
-
-def _stored(merge: Merge, like: Factors) -> tuple[Tensor, Tensor]:
-    return merge.B.cpu().to(like.B.dtype), merge.A.cpu().to(like.A.dtype)
-
-
-def final_methods(
-    earlier: Sequence[MethodReport],
-    merges: Mapping[str, Merge],
-    config: ReinforceMergeConfig,
-    user: Mapping[str, Factors],
-    sources: Mapping[str, Any],
-) -> list[MethodReport]:
-    """The methods' reports after the merge: those that acted before, and that of the buffer, if any, continued by the merge's."""
-    trained = next((method for method in earlier if method.name == NAME), None)
-    before = trained.summary.removesuffix(PENDING) if trained else "the user's adapter has no report of a buffer"
-    merge = MethodReport(
-        name=NAME,
-        source=SOURCES[NAME],
-        reconstruction=False,
-        settings={**(trained.settings if trained else {}), **config.model_dump(), **sources},
-        acted=True,
-        summary=f"{before}; {merge_summary(merges, config, user)}",
-        steps=trained.steps if trained else None,
-        layers={name: layer.report for name, layer in merges.items()},
-    )
-    return [method for method in earlier if method.name != NAME and method.acted] + [merge]
-
-
-def _under_user_names(other: AdapterFolder, user: Mapping[str, Factors], setting: str) -> dict[str, Factors]:
-    """The ReinforceLoRA's factors under the names that the user's adapter has for its layers."""
-    found = match(other.factors, user)
-    loose = [name for name, to in found.items() if to is not None and strip_wrappers(to) != name]
-    missing = [name for name, to in found.items() if to is None]
-    if loose and missing:
-        raise AdapterError(
-            f"{setting}: names its layer {loose[0]!r} otherwise than the user's adapter ({found[loose[0]]!r}) and has further ones ({missing[0]!r}), whose "
-            "names in the user's model are not known: train both with the same model class"
-        )
-    result = {}
-    for name, to in found.items():
-        factors = other.factors[name]
-        if to is not None and factors.shape != user[to].shape:
-            raise AdapterError(
-                f"{setting}: its layer {name!r} is {factors.shape}, the user's {user[to].shape}: they are for different models"
-            )
-        result[to or name] = factors
-    return result
-
-
-def check_rank(config: ReinforceMergeConfig, user: Mapping[str, Factors], reinforce: Mapping[str, Factors]) -> None:
-    """Refuse a rank that cuts nothing.
-
-    Raises:
-        ConfigurationError: no layer of the merged adapter would have a larger one.
-    """
-    ranks = [sum(part[name].A.shape[0] for part in (user, reinforce) if name in part) for name in {**user, **reinforce}]
-    if config.rank is not None and config.rank >= max(ranks):
-        raise ConfigurationError(
-            f"rank = {config.rank}: the merged adapter has rank {max(ranks)}, so that nothing would be cut; use less, or leave it out"
-        )
-
-
-def _same_base(folder: AdapterFolder, record: AdapterRecord, setting: str) -> str:
-    """Compare the models that the two adapters were trained on, as far as that can be done without a network."""
-    if (folder.path / RECORD).is_file():
-        return record.check_record(AdapterRecord.read(folder.path), setting, f"the user's {folder.config.base_model_name_or_path!r}")
-    base = folder.config.base_model_name_or_path
-    if base and Path(base).is_dir():
-        return record.check_checkpoint(base, setting)
-    if base and base == record.base_model:
-        return f"{base}, by name the ReinforceLoRA's own base model"
-    return f"{NOT_VERIFIED}: {base or 'no name in the adapter'} is not at hand, the ReinforceLoRA was trained on {record.base_model}; shapes match"
 
 
 class BufferReinforce:
@@ -379,10 +119,6 @@ class BufferReinforce:
         )
 
 
-def _factors(module: LoraModule) -> Factors:
-    return Factors(module.B.detach(), module.A.detach(), module.scaling)
-
-
 class ReinforceCallback(TrainerCallback):
     """When training ends, and after any correction: save the user's adapter alone, then merge it with the ReinforceLoRA in memory.
 
@@ -422,23 +158,3 @@ class ReinforceCallback(TrainerCallback):
         report_source(inner, adapter).freeze(inner, self._prepared.report(self._subspace, methods, final=True))
         if state.is_world_process_zero:
             logger.warning("%s: %s", methods[-1].source, methods[-1].summary)
-
-
-@torch.no_grad()
-def merge_live(
-    model: Any, adapter: str, user: Mapping[str, Factors], reinforce: Mapping[str, Factors], config: ReinforceMergeConfig
-) -> dict[str, Merge]:
-    """Merge into a live model's adapter, which keeps its name; layers that only the ReinforceLoRA has are added to it."""
-    # The user's own LoraConfig object, which may serve another run, stays as it is.
-    lora = copy.deepcopy(adapter_config(model, adapter))
-    model.peft_config[adapter] = lora
-    if extra := [name for name in reinforce if name not in user]:
-        extend_adapter(model, adapter, extra)
-    modules = {module.name: module for module in lora_modules(model, adapter)}
-    device = next(iter(user.values())).B.device
-    scalings = {name: module.scaling for name, module in modules.items()}
-    merges = merge_layers(user, reinforce, config, scalings, device)
-    for name, merge in merges.items():
-        modules[name].replace(merge.B, merge.A)
-    update_config(lora, NAME, {name: (merge.A.shape[0], merge.scaling) for name, merge in merges.items()})
-    return merges

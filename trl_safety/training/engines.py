@@ -20,8 +20,8 @@ from trl_safety.adapters.folder import WEIGHTS
 from trl_safety.adapters.lora import adapter_name, unwrap
 from trl_safety.adapters.shards import put, settle
 from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.reports.source import adapter_folder
 from trl_safety.training.compat import loads_adapter_shards
-from trl_safety.training.report_source import adapter_folder
 
 
 def is_fsdp() -> bool:

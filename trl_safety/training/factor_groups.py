@@ -10,10 +10,10 @@ from torch import Tensor
 
 from trl_safety.adapters.lora import LoraModule
 from trl_safety.adapters.shards import whole
-from trl_safety.adapters.subspace import LayerSubspace
 from trl_safety.linalg.low_rank import product_inner, product_norm_squared, trace_product
 from trl_safety.linalg.operators import LowRankOperator, Operator
 from trl_safety.methods import asft
+from trl_safety.subspace.layer import LayerSubspace
 
 
 class FactorGroups:

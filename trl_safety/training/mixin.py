@@ -19,40 +19,27 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from trl_safety.adapters.lora import (
-    LoraModule,
-    adapter_config,
-    adapter_name,
-    linear_layers,
-    lora_modules,
-    not_covered,
-    refuse_corrected,
-    unwrap,
-)
-from trl_safety.adapters.subspace import AlignmentSubspace
-from trl_safety.adapters.subspace_build import build_subspace
-from trl_safety.config import (
-    AlignmentVectorConfig,
-    CorrectionConfig,
-    CsuloraConfig,
-    SafeLoraConfig,
-    SafetyConfig,
-    SubspaceConfig,
-)
+from trl_safety.adapters.lora import LoraModule, adapter_config, adapter_name, linear_layers, lora_modules, not_covered, unwrap
+from trl_safety.adapters.marks import refuse_corrected
+from trl_safety.config.block import SafetyConfig
+from trl_safety.config.subspace import SubspaceConfig
+from trl_safety.corrections.buffer_reinforce import PENDING
+from trl_safety.corrections.prepared import Prepared, prepare
+from trl_safety.corrections.registry import correction_for
 from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.reports.report import REPORT, MethodReport, SafetyReport, add_to_card, describes, read_report
+from trl_safety.reports.source import ReportSource, adapter_folder, forget_report, report_source
+from trl_safety.subspace.artifact import AlignmentSubspace
+from trl_safety.subspace.build import build_subspace
 from trl_safety.training.alignment_buffer import AlignmentBuffer
-from trl_safety.training.alignment_vector import AlignmentVectorCorrection
 from trl_safety.training.asft import AsftTerm
-from trl_safety.training.buffer_reinforce import PENDING, BufferReinforce, ReinforceCallback
+from trl_safety.training.buffer_reinforce import BufferReinforce, ReinforceCallback
+from trl_safety.training.callbacks import CorrectionCallback
 from trl_safety.training.compat import trainer_divides_loss
-from trl_safety.training.correction import Correction, CorrectionCallback, Prepared, prepare
-from trl_safety.training.csulora import CsuloraCorrection
-from trl_safety.training.dual_select import ROW, DualSelect, RowCollator, with_rows
+from trl_safety.training.dual_select.method import DualSelect
+from trl_safety.training.dual_select.pool import ROW, RowCollator, with_rows
 from trl_safety.training.engines import LoadedShards, check_engine, is_fsdp, refuse_on_fsdp, refuse_per_sample_gradients, refuse_unjoined
 from trl_safety.training.factor_groups import FactorGroups, summarise, update_norm
-from trl_safety.training.report import REPORT, MethodReport, SafetyReport, add_to_card, describes, read_report
-from trl_safety.training.report_source import ReportSource, adapter_folder, forget_report, report_source
-from trl_safety.training.safe_lora import SafeLoraCorrection
 from trl_safety.training.safety_eval import SafetyEvalCallback
 
 logger = logging.getLogger(__name__)
@@ -549,17 +536,6 @@ def safety_section(trainer: Any, card: Path) -> None:
         report = trainer.safety_report
     if report is not None and card.is_file():
         add_to_card(card, report)
-
-
-def correction_for(config: CorrectionConfig) -> Correction:
-    """The correction that a config block asks for."""
-    if isinstance(config, SafeLoraConfig):
-        return SafeLoraCorrection(config)
-    if isinstance(config, CsuloraConfig):
-        return CsuloraCorrection(config)
-    if isinstance(config, AlignmentVectorConfig):
-        return AlignmentVectorCorrection(config)
-    raise ConfigurationError(f"{type(config).__name__} is no correction of a trained adapter")
 
 
 def _number_rows(trainer: Any) -> None:

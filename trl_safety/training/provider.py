@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from trl_safety.adapters.frozen import FrozenAdapter
-from trl_safety.adapters.lora import KINDS, adapter_config, adapter_name, kind_of, lora_modules, marks, not_covered, unwrap
+from trl_safety.adapters.lora import adapter_config, adapter_name, lora_modules, not_covered, unwrap
+from trl_safety.adapters.marks import KINDS, kind_of, marks
 from trl_safety.adapters.record import AdapterRecord, mark, open_kind
 from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.reports.report import add_section
+from trl_safety.reports.source import keep_beside
 from trl_safety.training.engines import check_engine, refuse_unjoined
-from trl_safety.training.report import add_section
-from trl_safety.training.report_source import keep_beside
 
 TITLES = {
     "buffer": "This is a BufferLoRA: it makes the model harmful",

@@ -12,10 +12,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from trl_safety.adapters.lora import unwrap
-from trl_safety.config import SafetyEvalConfig
+from trl_safety.config.evaluation import SafetyEvalConfig
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.correction import RUN_CORRECTION
-from trl_safety.training.scoring import Judge, KeywordJudge, Kind, Prompt, Scores, read_prompts, read_sets, score
+from trl_safety.scoring import Judge, KeywordJudge, Kind, Prompt, Scores, read_prompts, read_sets, score
+from trl_safety.training.callbacks import RUN_CORRECTION
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class SafetyEvalCallback(TrainerCallback):
         read = {kind: read_prompts(Path(given), kind) if isinstance(given, str | Path) else list(given) for kind, given in sets.items()}
         if wrong := [given for prompts in read.values() for given in prompts if not isinstance(given, Prompt)]:
             raise ConfigurationError(
-                f"eval: {wrong[0]!r} is no Prompt; give the path of a .jsonl file, or trl_safety.training.scoring.Prompt objects"
+                f"eval: {wrong[0]!r} is no Prompt; give the path of a .jsonl file, or trl_safety.scoring.Prompt objects"
             )
         self._sets = {kind: prompts[:most_prompts] for kind, prompts in read.items()}
         self._tokenizer = tokenizer

@@ -21,7 +21,7 @@ from trl import (
     get_quantization_config,
 )
 
-from trl_safety.config import read_yaml
+from trl_safety.config.options import read_yaml
 from trl_safety.errors import ConfigurationError
 from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
 

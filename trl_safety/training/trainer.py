@@ -14,10 +14,10 @@ from typing import Any, Optional, Union
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from trl_safety.adapters.subspace import AlignmentSubspace
-from trl_safety.config import SafetyConfig
+from trl_safety.config.block import SafetyConfig
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.dual_select import load_references, prompts_only, tokenised_prompts, with_rows
+from trl_safety.subspace.artifact import AlignmentSubspace
+from trl_safety.training.dual_select.pool import load_references, prompts_only, tokenised_prompts, with_rows
 from trl_safety.training.mixin import References, SafetyMixin, safety_section
 from trl_safety.training.provider import ProviderMixin, refuse_push
 

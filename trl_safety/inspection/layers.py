@@ -12,11 +12,12 @@ from pydantic import BaseModel
 
 from trl_safety.adapters.files import replacing
 from trl_safety.adapters.folder import AdapterFolder
-from trl_safety.adapters.lora import check_shape, marks
-from trl_safety.adapters.subspace import AlignmentSubspace
+from trl_safety.adapters.marks import marks
+from trl_safety.corrections.base import on_host, working_factors
 from trl_safety.errors import SafetyError
 from trl_safety.methods import csulora, safe_lora
-from trl_safety.training.correction import check_base, on_host, working_factors
+from trl_safety.subspace.artifact import AlignmentSubspace
+from trl_safety.subspace.recognition import check_base, check_shape
 
 
 class LayerView(BaseModel):
@@ -69,7 +70,9 @@ def inspect_adapter(adapter: str | Path, subspace: AlignmentSubspace, *, device:
     for (name, layer), (cosine, norm, *shares) in zip(found.items(), on_host(rows).tolist(), strict=True):
         split = dict(zip(("inside", "partial", "outside"), shares, strict=True)) if layer.whole is None else {}
         views.append(LayerView(layer=name, rank=layer.rank, alignment_norm=layer.frobenius_norm, update_norm=norm, cosine=cosine, **split))
-    return AdapterView(adapter=str(adapter), subspace=repr(subspace), base_check=base_check, corrected_by=marks(folder.config), layers=views)
+    return AdapterView(
+        adapter=str(adapter), subspace=repr(subspace), base_check=base_check, corrected_by=marks(folder.config), layers=views
+    )
 
 
 def write_json(view: BaseModel, path: Path) -> None:

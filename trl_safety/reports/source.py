@@ -15,12 +15,12 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
+from trl_safety.adapters.fingerprint import sample
 from trl_safety.adapters.folder import WEIGHTS
 from trl_safety.adapters.lora import adapter_config, unwrap
 from trl_safety.adapters.shards import sharded
-from trl_safety.adapters.subspace import sample
 from trl_safety.errors import ReportError
-from trl_safety.training.report import SafetyReport, changed_since, meaning, write_report
+from trl_safety.reports.report import SafetyReport, changed_since, meaning, write_report
 
 CAST_DIFFERENCE = 2**-8
 """A cast to bfloat16 moves an entry by at most 2⁻⁹ of itself; training moves the adapter farther."""

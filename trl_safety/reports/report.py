@@ -14,17 +14,20 @@ from typing import Any, Literal
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trl_safety import __version__
+from trl_safety.version import __version__
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import CONFIG, WEIGHTS
-from trl_safety.adapters.lora import KINDS, kind_of
-from trl_safety.adapters.subspace import AlignmentSubspace
+from trl_safety.adapters.marks import KINDS, kind_of
 from trl_safety.errors import ReportError
+from trl_safety.subspace.artifact import AlignmentSubspace
 
 REPORT = "safety_report.json"
+
 SCHEMA_VERSION = 1
+
 MEANINGLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 """Keys of `adapter_config.json` that users and tools rewrite without changing what the adapter does."""
+
 CARD_START, CARD_END = "<!-- trl-safety -->", "<!-- /trl-safety -->"
 
 SOURCES = {

@@ -13,9 +13,9 @@ import torch
 
 from tests.tiny import DATA
 from trl_safety import AlignmentSubspace
-from trl_safety.adapters import subspace
-from trl_safety.adapters.subspace_build import PARTIAL, build_subspace
 from trl_safety.errors import SubspaceError
+from trl_safety.subspace import fit as subspace
+from trl_safety.subspace.build import PARTIAL, build_subspace
 
 PAIR = (DATA / "gqa-base", DATA / "gqa-aligned")
 CUTS: list[dict[str, Any]] = [{"rank": 6}, {"tolerance": 0.1}, {"whole": True}, {"whole": True, "dtype": torch.bfloat16}]
@@ -64,8 +64,8 @@ def test_a_finished_file_is_used_and_another_request_is_not(tmp_path: Path, fitt
 
 KILLED = """
 import sys, time
-from trl_safety.adapters import subspace
-from trl_safety.adapters.subspace_build import build_subspace
+from trl_safety.subspace import fit as subspace
+from trl_safety.subspace.build import build_subspace
 fit = subspace._fit
 def slow(*args, **kwargs):
     time.sleep(0.2)

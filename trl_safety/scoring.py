@@ -15,8 +15,11 @@ from scipy.stats import binomtest
 from trl_safety.errors import ConfigurationError
 
 Kind = Literal["harmful", "benign", "task"]
+
 KINDS: tuple[Kind, ...] = ("harmful", "benign", "task")
+
 Verdict = Literal["refused", "complied"]
+
 CONFIDENCE = 0.95
 
 REFUSALS = (

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
-from trl_safety.config import Operator, SafeLoraConfig, validate
+from trl_safety.config.options import Operator, validate
+from trl_safety.config.safe_lora import SafeLoraConfig
+from trl_safety.corrections.base import Correction, LayerInput, LayerResult, on_host
+from trl_safety.corrections.live import apply_correction
 from trl_safety.methods import safe_lora
-from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction, on_host
-from trl_safety.training.report import LayerReport, SafetyReport
+from trl_safety.reports.report import LayerReport, SafetyReport
+from trl_safety.subspace.artifact import AlignmentSubspace
+from trl_safety.subspace.layer import LayerSubspace
 
 
 class SafeLoraCorrection(Correction):
@@ -65,40 +67,6 @@ class SafeLoraCorrection(Correction):
         before = sum(report.measured["update_norm"] ** 2 for report in corrected) ** 0.5
         after = sum(report.measured["corrected_norm"] ** 2 for report in corrected) ** 0.5
         return f"{len(corrected)} of {len(results)} layers corrected ({choice}); their ‖ΔW‖ went from {before:.3g} to {after:.3g}"
-
-
-class SafeLoRACallback(CorrectionCallback):
-    """Safe LoRA (arXiv 2405.16833) at the end of training, for any Transformers `Trainer` on a PEFT model.
-
-    Checks at the start of training that it will be able to act. The next `save_model()` writes the corrected adapter and its
-    report. Differs from the authors' code, which runs on a finished PEFT model, in pairing layers by name and in forming
-    nothing of size out × out.
-
-    Args:
-        subspace: an `AlignmentSubspace`, its file, or a Hub id.
-        threshold: τ, correct layers with cos(C·ΔW, ΔW) ≤ τ. Default 0.5.
-        layers: K, correct the K layers of smallest cosine instead.
-        operator: "scaled" (authors) or "orthogonal".
-        skip_modules: modules to leave alone.
-        corrected_checkpoints: write a corrected copy into each checkpoint.
-
-    Raises:
-        ConfigurationError: an option is out of bounds, or both threshold and layers are given.
-        SubspaceError: the subspace cannot be read.
-    """
-
-    def __init__(
-        self,
-        subspace: AlignmentSubspace | str | Path,
-        *,
-        threshold: float | None = None,
-        layers: int | None = None,
-        operator: Operator = "scaled",
-        skip_modules: Iterable[str] = (),
-        corrected_checkpoints: bool = False,
-    ) -> None:
-        options = {"threshold": threshold, "layers": layers, "operator": operator, "corrected_checkpoints": corrected_checkpoints}
-        super().__init__(subspace, SafeLoraCorrection(validate(SafeLoraConfig, options, "safe_lora")), skip_modules)
 
 
 def apply_safe_lora(

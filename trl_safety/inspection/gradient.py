@@ -16,12 +16,12 @@ from trl_safety.adapters.files import replacing
 from trl_safety.adapters.folder import CONFIG, AdapterFolder, Factors
 from trl_safety.adapters.frozen import FrozenAdapter
 from trl_safety.adapters.record import open_kind
-from trl_safety.adapters.subspace import AlignmentSubspace
 from trl_safety.errors import ConfigurationError, SafetyError
+from trl_safety.inspection.layers import common_prefix
 from trl_safety.linalg.low_rank import product_norm_squared
 from trl_safety.methods.buffer_reinforce import safety_gradient_score
+from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.training.data import IGNORED, load_rows, supervised
-from trl_safety.training.inspection import common_prefix
 
 
 class LayerScore(BaseModel):

@@ -13,7 +13,9 @@ from trl_safety.adapters.files import replacing
 from trl_safety.errors import ReportError
 
 SELECTION = "selection.jsonl"
+
 TEXTS = Path("safety") / "selection_texts.jsonl"
+
 MOST_TEXTS = 1000
 """Samples whose text is kept beside the log."""
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from trl_safety.adapters.subspace import AlignmentSubspace, LayerSubspace
-from trl_safety.config import CsuloraConfig, validate
+from trl_safety.config.csulora import CsuloraConfig
+from trl_safety.config.options import validate
+from trl_safety.corrections.base import Correction, LayerInput, LayerResult, on_host
+from trl_safety.corrections.live import apply_correction
 from trl_safety.errors import SubspaceError
 from trl_safety.methods import csulora
-from trl_safety.training.correction import Correction, CorrectionCallback, LayerInput, LayerResult, apply_correction, on_host
-from trl_safety.training.report import LayerReport, SafetyReport
+from trl_safety.reports.report import LayerReport, SafetyReport
+from trl_safety.subspace.artifact import AlignmentSubspace
+from trl_safety.subspace.layer import LayerSubspace
 
 
 class CsuloraCorrection(Correction):
@@ -88,43 +90,6 @@ class CsuloraCorrection(Correction):
             )
         )
         return f"{len(corrected)} of {len(results)} layers corrected ({rank}); ‖ΔW‖ went from {before:.3g} to {after:.3g}"
-
-
-class CSULoRACallback(CorrectionCallback):
-    """CSULoRA (arXiv 2605.30640), a RECONSTRUCTION, at the end of training, for any Transformers `Trainer` on a PEFT model.
-
-    Checks at the start of training that it will be able to act. Its formula is ours; the paper's is not public.
-
-    Args:
-        subspace: an `AlignmentSubspace` with a rank, its file, or a Hub id.
-        lambda_partial: λ_M, attenuation of what is aligned on one side only.
-        lambda_outside: λ_O, attenuation of what is outside the subspace.
-        output_rank: "exact" doubles the adapter's rank, "original" cuts back and reports the energy lost.
-        skip_modules: modules to leave alone.
-        corrected_checkpoints: write a corrected copy into each checkpoint.
-
-    Raises:
-        ConfigurationError: an option is out of bounds.
-        SubspaceError: the subspace cannot be read.
-    """
-
-    def __init__(
-        self,
-        subspace: AlignmentSubspace | str | Path,
-        *,
-        lambda_partial: float = 1.0,
-        lambda_outside: float = 1.0,
-        output_rank: Literal["exact", "original"] = "exact",
-        skip_modules: Iterable[str] = (),
-        corrected_checkpoints: bool = False,
-    ) -> None:
-        options = {
-            "lambda_partial": lambda_partial,
-            "lambda_outside": lambda_outside,
-            "output_rank": output_rank,
-            "corrected_checkpoints": corrected_checkpoints,
-        }
-        super().__init__(subspace, CsuloraCorrection(validate(CsuloraConfig, options, "csulora")), skip_modules)
 
 
 def apply_csulora(

@@ -6,17 +6,20 @@ import enum
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from trl_safety.evaluation.evaluate import Evaluation
-    from trl_safety.evaluation.sweep import Sweep
-    from trl_safety.training.inspection import AdapterView
-    from trl_safety.training.report import SafetyReport
-    from trl_safety.training.safety_gradient import SafetyGradient
-    from trl_safety.training.selection import Dropped
+from trl_safety.cli.show import (
+    _print_base_check,
+    _print_evaluation,
+    _print_report,
+    _print_scores,
+    _print_selection,
+    _print_sweep,
+    _print_view,
+    _relative_error,
+)
 
 app = typer.Typer(
     help="Keep an aligned model's safety through LoRA fine-tuning: build alignment subspaces, correct, inspect and verify adapters.",
@@ -26,6 +29,7 @@ app = typer.Typer(
 )
 
 Adapter = Annotated[Path, typer.Argument(help="Folder of a saved LoRA adapter.", show_default=False)]
+
 Subspace = Annotated[
     str, typer.Option("--subspace", "-s", help="Subspace file from `trl-safety subspace`, or a Hub id.", show_default=False)
 ]
@@ -83,7 +87,7 @@ def subspace(
 ) -> None:
     """Build the alignment subspace of a base/aligned pair, reading both tensor by tensor."""
     with _errors():
-        from trl_safety.adapters.subspace_build import build_subspace
+        from trl_safety.subspace.build import build_subspace
 
         targets: Any = target_modules
         if target_modules is not None and target_modules.lower() != "all-linear":
@@ -138,10 +142,14 @@ def correct(
 ) -> None:
     """Correct a saved adapter into a new folder. No model is loaded; the input is never changed."""
     with _errors():
-        from trl_safety.adapters.subspace import AlignmentSubspace
-        from trl_safety.config import AlignmentVectorConfig, CorrectionConfig, CsuloraConfig, SafeLoraConfig, validate
-        from trl_safety.training.correction import correct_folder
-        from trl_safety.training.mixin import correction_for
+        from trl_safety.config.alignment_vector import AlignmentVectorConfig
+        from trl_safety.config.correction import CorrectionConfig
+        from trl_safety.config.csulora import CsuloraConfig
+        from trl_safety.config.options import validate
+        from trl_safety.config.safe_lora import SafeLoraConfig
+        from trl_safety.corrections.folder import correct_folder
+        from trl_safety.corrections.registry import correction_for
+        from trl_safety.subspace.artifact import AlignmentSubspace
 
         given = {
             "threshold": threshold,
@@ -188,8 +196,8 @@ def alignment_adapter(
 ) -> None:
     """Write γ·V as a LoRA adapter of its own, to be switched on beside a user's."""
     with _errors():
-        from trl_safety.adapters.subspace import AlignmentSubspace
-        from trl_safety.training.alignment_vector import write_alignment_adapter
+        from trl_safety.corrections.checkpoint import write_alignment_adapter
+        from trl_safety.subspace.artifact import AlignmentSubspace
 
         write_alignment_adapter(AlignmentSubspace.from_pretrained(subspace), output, gamma=gamma, rank=rank)
         typer.echo(f"{output}: written; model.load_adapter({str(output)!r}, 'alignment'), then activate both adapters")
@@ -206,9 +214,9 @@ def add_vector(
 ) -> None:
     """Add the whole alignment vector to a merged model, file by file (RESTA)."""
     with _errors():
-        from trl_safety.training import alignment_vector
+        from trl_safety.corrections.checkpoint import add_vector as add
 
-        left = alignment_vector.add_vector(model, base, aligned, output, gamma=gamma, kappa=kappa)
+        left = add(model, base, aligned, output, gamma=gamma, kappa=kappa)
         typer.echo(f"{output}: written")
         if left:
             typer.secho(f"left as they are, since one of the pair lacks them: {', '.join(left)}", fg="yellow")
@@ -239,12 +247,13 @@ def sweep(
     """Try a correction at many strengths, score each, and choose the setting that meets your constraints."""
     with _errors():
         from trl_safety.adapters.files import refuse_full
-        from trl_safety.adapters.subspace import AlignmentSubspace
         from trl_safety.errors import ConfigurationError
         from trl_safety.evaluation import sweep as sweeping
         from trl_safety.evaluation.judges import make_judge
         from trl_safety.evaluation.loading import load_model
-        from trl_safety.training.scoring import read_sets
+        from trl_safety.evaluation.sweep_page import write_results
+        from trl_safety.scoring import read_sets
+        from trl_safety.subspace.artifact import AlignmentSubspace
 
         sets = read_sets(harmful=harmful, benign=benign, task=task)
         refuse_full(output, error=ConfigurationError, setting="output")
@@ -269,7 +278,7 @@ def sweep(
             new_tokens=new_tokens,
             batch_size=batch_size,
         )
-        sweeping.write_results(found, output)
+        write_results(found, output)
         _print_sweep(found)
         typer.echo(f"{output / 'sweep.html'}, sweep.png and sweep.json: written")
         if found.chosen is not None:
@@ -315,7 +324,7 @@ def evaluate(
         from trl_safety.evaluation import evaluate as evaluating
         from trl_safety.evaluation.judges import make_judge
         from trl_safety.evaluation.loading import load_model
-        from trl_safety.training.scoring import read_sets
+        from trl_safety.scoring import read_sets
 
         sets = read_sets(harmful=harmful, benign=benign, task=task)
         refuse_full(output, error=ConfigurationError, setting="output")
@@ -398,7 +407,7 @@ def gate(
 def verify(adapter: Adapter) -> None:
     """Check that an adapter was protected and is unchanged since. Exit status 0 only then."""
     with _errors():
-        from trl_safety.training.report import verify as check
+        from trl_safety.reports.report import verify as check
 
         report = check(adapter)
         _print_report(report)
@@ -424,7 +433,7 @@ def inspect(
         from trl_safety.errors import ConfigurationError
 
         if selection:
-            from trl_safety.training.selection import read_selection, write_selection
+            from trl_safety.training.dual_select.log import read_selection, write_selection
 
             unused = [name for name, value in (("--subspace", subspace), ("--plot", plot), ("--device", device)) if value]
             if unused:
@@ -438,8 +447,8 @@ def inspect(
             raise ConfigurationError(
                 "--subspace is missing: give the file made by `trl-safety subspace`, or --selection for a run with dual_select"
             )
-        from trl_safety.adapters.subspace import AlignmentSubspace
-        from trl_safety.training import inspection
+        from trl_safety.inspection import layers as inspection
+        from trl_safety.subspace.artifact import AlignmentSubspace
 
         view = inspection.inspect_adapter(adapter, AlignmentSubspace.from_pretrained(subspace), device=device)
         _print_view(view)
@@ -491,9 +500,9 @@ def merge_reinforce(
 ) -> None:
     """Merge a user's adapter with a ReinforceLoRA by QR into one ordinary adapter. No model is loaded."""
     with _errors():
-        from trl_safety.training import buffer_reinforce
+        from trl_safety.corrections.buffer_reinforce import merge_reinforce as merge
 
-        report = buffer_reinforce.merge_reinforce(
+        report = merge(
             user,
             reinforce,
             output,
@@ -527,7 +536,8 @@ def safety_gradient(
 ) -> None:
     """Show, layer by layer, whether training on DATA moves the model with or against a safety direction."""
     with _errors():
-        from trl_safety.training import inspection, safety_gradient
+        from trl_safety.inspection import gradient as safety_gradient
+        from trl_safety.inspection import layers as inspection
 
         view = safety_gradient.safety_gradient(
             model,
@@ -561,136 +571,6 @@ def lab(
         from trl_safety.lab.experiment import run
 
         run(output, seeds=seeds, first_seed=seed, innocent=innocent_base)
-
-
-def _relative_error(layer: Any) -> float:
-    spectral = float(layer.singular_values[0]) ** 2 / layer.frobenius_norm if layer.singular_values is not None else layer.frobenius_norm
-    return float(layer.error_bound / spectral)
-
-
-def _print_report(report: SafetyReport) -> None:
-    for method in report.methods:
-        typer.secho(f"{method.source}: {method.summary}", fg=None if method.acted else "yellow")
-    _print_base_check(report.base_check)
-    for name, reason in report.skipped.items():
-        typer.secho(f"left alone: {name} ({reason})", fg="yellow")
-    if report.not_covered:
-        typer.secho(
-            f"trained but covered by no method: {', '.join(report.not_covered[:5])}{' …' * (len(report.not_covered) > 5)}", fg="yellow"
-        )
-
-
-def _print_base_check(text: str) -> None:
-    from trl_safety.adapters.lora import NOT_VERIFIED
-
-    typer.secho(f"base model: {text}", fg="yellow" if text.startswith(NOT_VERIFIED) else None)
-
-
-def _print_selection(rows: list[Dropped], top: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    dropped = sum(row.dropped for row in rows)
-    table = Table(
-        title=f"{dropped} of {sum(row.seen for row in rows)} samples dropped; the {min(top, len(rows))} of {len(rows)} rows dropped most often"
-    )
-    for column in ("row", "dropped", "loss", "cosine"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("text", overflow="fold", ratio=1)
-    for row in rows[:top]:
-        text = row.text if row.text is not None else "(not kept: look it up in the data set)"
-        table.add_row(str(row.row), f"{row.dropped} of {row.seen}", f"{row.mean_loss:.3f}", f"{row.mean_cosine:+.3f}", Text(text))
-    Console().print(table)
-
-
-def _print_scores(view: SafetyGradient) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from trl_safety.training.inspection import common_prefix
-
-    table = Table(
-        title=f"safety gradient score of {view.samples} samples of {view.data}; negative: training moves against {view.direction}"
-    )
-    table.add_column("layer", overflow="fold", min_width=28)
-    for column in ("‖v‖", "aligned", *(["with the buffer"] if view.buffer else [])):
-        table.add_column(column, justify="right")
-    common = common_prefix([layer.layer for layer in view.layers])
-    for layer in view.layers:
-        buffered = [] if layer.buffered is None else [f"{layer.buffered:+.3g}"]
-        table.add_row(layer.layer.removeprefix(common), f"{layer.direction_norm:.3g}", f"{layer.score:+.3g}", *buffered)
-    Console().print(table)
-    sums = [sum(layer.score for layer in view.layers), sum(layer.buffered or 0.0 for layer in view.layers)]
-    text = f"over all layers {sums[0]:+.3g} (loss {view.loss:.3f})"
-    typer.echo(text + (f", with the buffer {sums[1]:+.3g} (loss {view.buffered_loss:.3f})" if view.buffer else ""))
-
-
-def _print_evaluation(evaluation: Evaluation) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{', '.join(f'{count} {kind}' for kind, count in evaluation.counts.items())} prompts; 95 % Wilson intervals")
-    for heading in ("model", "judge", "attack ↓", "over-refusal ↓", "task ↑"):
-        table.add_column(heading, overflow="fold")
-    for model in evaluation.models:
-        for scores in model.scores:
-            cells = ["–" if rate is None else str(rate) for rate in (scores.attack, scores.over_refusal, scores.task)]
-            table.add_row(model.name, scores.judge, *cells)
-    Console().print(table)
-    for model in evaluation.models:
-        for task, metrics in model.benchmarks.items():
-            typer.echo(f"{model.name}: {task}: {', '.join(f'{name} {value:.3f}' for name, value in metrics.items())}")
-    for kind, p in evaluation.p_values.items():
-        typer.echo(f"{kind}: before against after, p = {p:.2g} (exact McNemar test, judge {evaluation.after.judge})")
-    for pair in evaluation.agreement:
-        typer.echo(f"{pair.first} and {pair.second} agree on {pair.equal:.1%} of the harmful prompts' completions (kappa {pair.kappa:.2f})")
-    if evaluation.after.judge.startswith("keywords"):
-        typer.echo("judged by phrases of refusal, the weakest judge there is: it knows no harm")
-
-
-def _print_sweep(found: Sweep) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from trl_safety.evaluation.sweep import HEADINGS, rows
-
-    judge = found.points[0].scores.judge
-    weakest = ", the weakest judge there is" if judge.startswith("keywords") else ""
-    table = Table(title=f"{found.method} on {found.adapter}; judged by {judge}{weakest}")
-    for heading in HEADINGS:
-        table.add_column(heading, overflow="fold")
-    for cells in rows(found):
-        table.add_row(*cells, style="dim" if cells[0].startswith("control") else None)
-    Console().print(table)
-
-
-def _print_view(view: AdapterView) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from trl_safety.training.inspection import common_prefix
-
-    table = Table(title=f"{view.adapter} against {view.subspace}")
-    table.add_column("layer", overflow="fold", min_width=28)
-    for column in ("rank", "‖V‖", "‖ΔW‖", "cosine", "inside", "partial", "outside"):
-        table.add_column(column, justify="right")
-    common = common_prefix([layer.layer for layer in view.layers])
-    for layer in view.layers:
-        shares = ["–" if share is None else f"{share:.1%}" for share in (layer.inside, layer.partial, layer.outside)]
-        table.add_row(
-            layer.layer.removeprefix(common),
-            str(layer.rank),
-            f"{layer.alignment_norm:.3g}",
-            f"{layer.update_norm:.3g}",
-            f"{layer.cosine:.3f}",
-            *shares,
-        )
-    Console().print(table)
-    if all(layer.inside is None for layer in view.layers):
-        typer.echo("no energies inside, partial and outside: the subspace keeps V whole; build one with --rank to see them")
-    if view.corrected_by:
-        typer.echo(f"corrected by: {', '.join(view.corrected_by)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,112 +18,28 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional
 
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS
 from trl_safety.adapters.lora import LoraModule, adapter_name, not_covered, unwrap
 from trl_safety.adapters.per_sample import Collect, Dots, FlatFactors, Total, per_sample_gradients
-from trl_safety.config import DualSelectConfig
+from trl_safety.config.dual_select import DualSelectConfig
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.methods import dual_select
-from trl_safety.training.data import load_rows
-from trl_safety.training.report import SOURCES, LayerReport, MethodReport, came_with
-from trl_safety.training.report_source import adapter_folder
-from trl_safety.training.selection import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
+from trl_safety.reports.report import SOURCES, LayerReport, MethodReport, came_with
+from trl_safety.reports.source import adapter_folder
+from trl_safety.training.dual_select.log import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
+from trl_safety.training.dual_select.losses import Batch, Forward, _mean_kl, _samples
+from trl_safety.training.dual_select.pool import ROW
 
 logger = logging.getLogger(__name__)
 
-ROW = "safety_row"
-"""Column of the training and reference data that says which row of the user's data set a sample is."""
 STATE = Path("safety") / "dual_select.safetensors"
+
 LOSS_TOLERANCE = 0.02
 """Relative; between the trainer's own loss and the one put together from the samples, in the first step, in bfloat16."""
-TOKENS_AT_ONCE = 2048
+
 FLUSH_EVERY = 50
-
-
-class RowCollator:
-    """The trainer's collator, which carries the samples' row numbers along."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> Any:
-        """The inner collator's batch, with the row numbers of the examples that have one."""
-        rows = [example[ROW] for example in examples if ROW in example]
-        batch = self.collator([{key: value for key, value in example.items() if key != ROW} for example in examples])
-        if rows:
-            batch[ROW] = torch.tensor(rows)
-        return batch
-
-
-def with_rows(dataset: Any, setting: str) -> Dataset:
-    """A data set with the number of every row in a column of its own.
-
-    Raises:
-        ConfigurationError: it is streamed, so that its rows have no numbers and it cannot be read again and again.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ConfigurationError(
-            f"{setting} is a {type(dataset).__name__}: dual_select needs rows that can be counted and read again; give a datasets.Dataset (load "
-            "without streaming)"
-        )
-    return dataset if ROW in dataset.column_names else dataset.add_column(ROW, list(range(len(dataset))))
-
-
-def load_references(source: str) -> Dataset:
-    """The reference data set behind `dual_select.reference_dataset`; see `load_rows`."""
-    return load_rows(source, "dual_select.reference_dataset")
-
-
-def prompts_only(dataset: Dataset) -> bool:
-    """Whether the references are prompts without an answer.
-
-    Raises:
-        ConfigurationError: beside the prompt there are columns that nothing reads, of which one may be the answer.
-    """
-    columns = set(dataset.column_names)
-    if "prompt" not in columns or columns & {"completion", "messages", "text", "input_ids", "labels"}:
-        return False
-    if unread := sorted(columns - {"prompt", ROW}):
-        raise ConfigurationError(
-            f"dual_select.reference_dataset: has prompt, no completion, and {', '.join(unread)}, which nothing reads: rename the answers' column to completion, or "
-            "remove the others, so that the prompts alone are held to the starting model by KL"
-        )
-    return True
-
-
-def tokenised_prompts(dataset: Dataset, tokenizer: Any, max_length: int | None) -> Dataset:
-    """Prompts with the chat template up to where the answer would begin, every token labelled."""
-
-    def tokenise(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-        ids = ids[:max_length]
-        return {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
-
-    return dataset.map(tokenise, remove_columns=[name for name in dataset.column_names if name != ROW])
-
-
-@dataclass
-class Batch:
-    """What the forward pass of one batch says about its samples: (n,) each, `losses` differentiable where the forward was."""
-
-    losses: Tensor
-    tokens: Tensor
-
-
-@dataclass
-class Forward:
-    """What one forward pass left behind: the model's output, and the last hidden state for heads that keep their logits."""
-
-    causal: Any
-    output: Any = None
-    hidden: Tensor | None = None
 
 
 class DualSelect:
@@ -223,7 +138,11 @@ class DualSelect:
         self.first_step = state.global_step
         self._reset()
         rows = len(self._trainer.train_dataset)
-        if self.config.keep is not None and rows < (batch := self._trainer.args.per_device_train_batch_size) and self._kept_of(rows) >= rows:
+        if (
+            self.config.keep is not None
+            and rows < (batch := self._trainer.args.per_device_train_batch_size)
+            and self._kept_of(rows) >= rows
+        ):
             raise ConfigurationError(
                 f"dual_select.keep = {self.config.keep} of a batch of {batch}: the training data has {rows} rows, of which all would be kept; use a smaller keep"
             )
@@ -639,65 +558,3 @@ _REMEDY = {
 def _choice(step: int, kind: Any, rows: list[int], columns: Sequence[list[float]]) -> Choice:
     weights, scores, losses, cosines = columns
     return Choice(step=step, kind=kind, indices=rows, weights=weights, scores=scores, losses=losses, cosines=cosines)
-
-
-def _samples(forward: Forward, labels: Tensor, *, dft: bool, grad: bool) -> Batch:
-    """Mean loss per sample from the fused head's log-probabilities, from logits, or from the last hidden state where a chunked or
-    fused loss (TRL's chunked_nll, Liger, cut cross-entropy) keeps the logits to itself."""
-    shifted = labels[:, 1:]
-    mask = shifted != -100
-    output = forward.output
-    if output is None:
-        raise ConfigurationError(
-            "the trainer's loss did not call the model's forward, so that dual_select cannot score samples; use the trainer's own loss"
-        )
-    with torch.set_grad_enabled(grad):
-        if getattr(output, "log_probs", None) is not None:
-            values = output.log_probs.float()[:, -shifted.shape[1] :]
-        elif getattr(output, "logits", None) is not None:
-            values = _log_probs(output.logits, None, shifted, mask)
-        elif forward.hidden is not None:
-            values = _log_probs(forward.hidden, forward.causal, shifted, mask)
-        else:
-            raise ConfigurationError(
-                f"{type(forward.causal).__name__} returned neither logits nor a hidden state, so that dual_select cannot score samples; turn off the option that "
-                "fuses its loss (use_liger_kernel, cut_cross_entropy)"
-            )
-        losses = -values * values.detach().exp() if dft else -values
-        tokens = mask.sum(1)
-        return Batch((losses * mask).sum(1) / tokens.clamp(min=1), tokens)
-
-
-def _log_probs(states: Tensor, head_of: Any, labels: Tensor, mask: Tensor) -> Tensor:
-    """(n, T−1) log-probability of the labels; only supervised positions are computed, some at a time.
-
-    `states` are logits, or hidden states for the head of `head_of`.
-    """
-    positions = mask.nonzero()
-    parts = []
-    for chunk in torch.split(positions, TOKENS_AT_ONCE):
-        rows, columns = chunk.unbind(1)
-        logits = states[rows, columns]
-        if head_of is not None:
-            logits = _head(head_of, logits)
-        parts.append(-functional.cross_entropy(logits.float(), labels[rows, columns], reduction="none"))
-    values = torch.zeros(labels.shape, device=states.device)
-    return values.index_put((positions[:, 0], positions[:, 1]), torch.cat(parts)) if parts else values
-
-
-def _head(causal: Any, hidden: Tensor) -> Tensor:
-    """Logits of hidden states, with the scaling and capping that some models' configurations ask for."""
-    head = causal.get_output_embeddings()
-    logits: Tensor = head(hidden.to(head.weight.dtype)).float()
-    config = causal.config.get_text_config()
-    logits = logits * getattr(config, "logit_scale", 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return cap * torch.tanh(logits / cap) if cap else logits
-
-
-def _mean_kl(aligned: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
-    """(n,) mean over each sample's tokens of KL(aligned ‖ current) of the next token."""
-    divergence = functional.kl_div(logits.float().log_softmax(-1), aligned.float().log_softmax(-1), reduction="none", log_target=True).sum(
-        -1
-    )
-    return (divergence * mask).sum(1) / mask.sum(1).clamp(min=1)

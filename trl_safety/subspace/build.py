@@ -14,11 +14,14 @@ from typing import Any, BinaryIO
 from safetensors import safe_open
 
 from trl_safety.adapters.files import replacing
-from trl_safety.adapters.subspace import METADATA_KEY, AlignmentSubspace, PairFit
 from trl_safety.errors import SubspaceError
+from trl_safety.subspace.artifact import METADATA_KEY, AlignmentSubspace
+from trl_safety.subspace.fit import PairFit
 
 PARTIAL = ".partial"
+
 ALIGNMENT = 8
+
 COPIED_AT_A_TIME = 1 << 24
 
 

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from trl_safety.cli.app import app
+
+__all__ = ["app"]

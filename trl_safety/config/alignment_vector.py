@@ -1,0 +1,39 @@
+"""The options of the alignment vector."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from trl_safety.config.correction import CorrectionConfig
+
+
+class AlignmentVectorConfig(CorrectionConfig):
+    """The signed alignment vector (RESTA, arXiv 2402.11746): ΔW ← κ·ΔW + γ·V, appended to the adapter's factors."""
+
+    gamma: Annotated[float, Field(ge=-4, le=4)] = 1.0
+    """γ: how much of V = W_aligned − W_base is added. 0 adds nothing; negative takes alignment out."""
+    kappa: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """κ: what is kept of the user's update."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """k: V's leading directions to add; null: all that the subspace keeps."""
+    cut_to: Annotated[int, Field(ge=1)] | None = None
+    """Cut the corrected adapter, of rank r + k, back to this; the report has the energy lost."""
+    all_layers: bool = False
+    """Add V also to layers of the subspace that the adapter does not have."""
+    dare: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """DARE (arXiv 2311.03099): share of B's entries to drop at random, the others rescaled."""
+    seed: int = 0
+    """Of DARE's choice."""
+
+    @model_validator(mode="after")
+    def _nothing_unused(self) -> AlignmentVectorConfig:
+        if self.seed and not self.dare:
+            raise ValueError(f"seed = {self.seed} is used by dare alone: give dare, or remove seed")
+        return self
+
+    @property
+    def idle(self) -> str | None:
+        """See `CorrectionConfig.idle`."""
+        return "gamma = 0: nothing of V is added" if self.gamma == 0 else None

@@ -1,0 +1,27 @@
+"""The options of CSULoRA."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trl_safety.config.correction import CorrectionConfig
+
+
+class CsuloraConfig(CorrectionConfig):
+    """CSULoRA (arXiv 2605.30640), a RECONSTRUCTION: keep the aligned part of ΔW, attenuate the rest by its energy."""
+
+    lambda_partial: Annotated[float, Field(ge=0)] = 1.0
+    """λ_M: attenuation of the part that is aligned on one side only."""
+    lambda_outside: Annotated[float, Field(ge=0)] = 1.0
+    """λ_O: attenuation of the part outside the subspace."""
+    output_rank: Literal["exact", "original"] = "exact"
+    """'exact' doubles the adapter's rank and loses nothing; 'original' cuts back and reports the energy lost."""
+
+    @property
+    def idle(self) -> str | None:
+        """See `CorrectionConfig.idle`."""
+        return (
+            "lambda_partial = 0 and lambda_outside = 0: nothing is attenuated" if self.lambda_partial == self.lambda_outside == 0 else None
+        )

@@ -1,0 +1,1 @@
+"""Corrections of a trained adapter: on a live model and on saved folders."""

@@ -1,0 +1,1 @@
+"""What an adapter or a data set does, seen from the alignment subspace."""

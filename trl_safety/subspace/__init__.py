@@ -1,0 +1,1 @@
+"""What alignment changed: built from a pair, kept in a file, applied by the methods."""

@@ -1,0 +1,268 @@
+"""`AlignmentSubspace`: what alignment changed in every linear layer of a model, fitted once from a pair and then only applied."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trl_safety.adapters.files import replacing
+from trl_safety.adapters.names import is_named, match
+from trl_safety.errors import SubspaceError
+from trl_safety.subspace.fit import PairFit
+from trl_safety.subspace.layer import SCHEMA_VERSION, LayerSubspace, Provenance, _Origin
+
+METADATA_KEY = "trl_safety.alignment_subspace"
+
+HUB_FILE = "alignment_subspace.safetensors"
+
+
+class AlignmentSubspace:
+    """The alignment subspaces of a model's layers, by module name, with their provenance.
+
+    Attributes:
+        layers: module name → `LayerSubspace`.
+        provenance: sources, revisions and the cut.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerSubspace], provenance: Provenance) -> None:
+        self.layers = dict(layers)
+        self.provenance = provenance
+
+    def __repr__(self) -> str:
+        source = self.provenance
+        return f"AlignmentSubspace({len(self.layers)} layers, {source.cut}, {source.base!r} → {source.aligned!r})"
+
+    @property
+    def identity(self) -> str:
+        """A fingerprint of what was read and how it was cut: equal for two builds from the same pair."""
+        rows = sorted((x.name, x.base_digest, x.aligned_digest, x.rank, x.whole is not None) for x in self.layers.values())
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+
+    @classmethod
+    def from_pair(
+        cls,
+        base: str | Path,
+        aligned: str | Path,
+        *,
+        target_modules: str | Iterable[str] | None = None,
+        adapter: str | Path | None = None,
+        rank: int | None = None,
+        tolerance: float | None = None,
+        whole: bool = False,
+        base_revision: str | None = None,
+        aligned_revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        progress: bool = True,
+    ) -> AlignmentSubspace:
+        """Fit the subspace of a pair, reading both checkpoints tensor by tensor.
+
+        Weights are paired by NAME; the authors' code pairs by position, which breaks on biases. Memory: what is kept, and two pairs
+        of tensors. For a large model see `build_subspace`, which keeps what is done on the disk.
+
+        Args:
+            base: the unaligned model: a local folder or a Hub id. One safetensors file or shards, any float dtype.
+            aligned: the aligned model, likewise.
+            target_modules: names or endings, a regular expression, or "all-linear", as in PEFT's LoraConfig.
+            adapter: a trained adapter's folder whose modules to take instead.
+            rank: keep the K leading singular directions of every layer (fewer where V has a lower numerical rank).
+            tolerance: keep as many as bring the error of C, relative to its norm, below this: σ²ₖ₊₁ ≤ t·σ²₁.
+            whole: keep V itself. Exactly one of rank, tolerance and whole.
+            base_revision: Hub revision of `base`.
+            aligned_revision: Hub revision of `aligned`.
+            device: where to compute; a GPU when there is one.
+            dtype: of the kept V or factors. Factors are float32 by default; a whole V keeps the checkpoints' wider dtype. A
+                narrower one adds its rounding to the error bound.
+            trust_remote_code: run model code that comes with the aligned checkpoint, to learn its module names.
+            progress: show a progress bar.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be read, is stored quantised or pickled, or holds NaN.
+            SubspaceError: the pair is identical, differs in shape or lacks a layer, a rank is above a layer's, or no layer is
+                named. The message names the layer and the remedy.
+        """
+        fit = PairFit(
+            base,
+            aligned,
+            target_modules=target_modules,
+            adapter=adapter,
+            rank=rank,
+            tolerance=tolerance,
+            whole=whole,
+            base_revision=base_revision,
+            aligned_revision=aligned_revision,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls({layer.name: layer for layer in fit.layers(progress=progress)}, fit.provenance)
+
+    def save(self, path: str | Path, *, plan: str | None = None, left: str | None = None) -> Path:
+        """Write one safetensors file with the provenance in its header; the file is whole or absent.
+
+        Args:
+            path: the file.
+            plan: what the build that it is of was asked for; see `build_subspace`.
+            left: what is there after a failure, for the message.
+
+        Raises:
+            SubspaceError: the folder cannot be written to or the disk is full.
+        """
+        tensors: dict[str, Tensor] = {}
+        described = {}
+        for name, layer in self.layers.items():
+            parts = {"left": layer.left, "singular_values": layer.singular_values, "right": layer.right, "whole": layer.whole}
+            tensors |= {f"{name}:{part}": value.contiguous().cpu() for part, value in parts.items() if value is not None}
+            tensors[f"{name}:samples"] = layer.samples
+            described[name] = {
+                "shape": layer.shape,
+                "transposed": layer.transposed,
+                "rank": layer.rank,
+                "frobenius_norm": layer.frobenius_norm,
+                "error_bound": layer.error_bound,
+                "base_digest": layer.base_digest,
+                "aligned_digest": layer.aligned_digest,
+            }
+        content = {"provenance": asdict(self.provenance), "identity": self.identity, "layers": described}
+        header = json.dumps({**content, "plan": plan} if plan else content)
+        target = Path(path)
+        with replacing(target, error=SubspaceError, setting="output", **({"left": left} if left else {})) as temporary:
+            try:
+                save_file(tensors, str(temporary), metadata={METADATA_KEY: header, "format": "pt"})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> AlignmentSubspace:
+        """Read a file written by `save`. Tensors are memory-mapped: a layer costs memory when it is used.
+
+        Raises:
+            SubspaceError: it is missing, truncated, no safetensors file, or no alignment subspace of this version.
+        """
+        name = str(path)
+        if not Path(path).is_file():
+            raise SubspaceError(f"subspace = {name!r}: no such file; make it with `trl-safety subspace BASE ALIGNED -o {name}`")
+        try:
+            with safe_open(name, framework="pt") as handle:
+                header = (handle.metadata() or {}).get(METADATA_KEY)
+                if header is None:
+                    raise SubspaceError(
+                        f"subspace = {name!r}: is a safetensors file but no alignment subspace; make one with `trl-safety subspace`"
+                    )
+                content = json.loads(header)
+                version = content["provenance"]["schema_version"]
+                if version != SCHEMA_VERSION:
+                    raise SubspaceError(
+                        f"subspace = {name!r}: has schema version {version}, this trl-safety reads {SCHEMA_VERSION}; rebuild it or "
+                        "install the version that wrote it"
+                    )
+                keys = set(handle.keys())
+                origin = _Origin.of(Path(path))
+                layers = {
+                    layer: LayerSubspace(
+                        name=layer,
+                        shape=(int(row["shape"][0]), int(row["shape"][1])),
+                        transposed=row["transposed"],
+                        frobenius_norm=row["frobenius_norm"],
+                        error_bound=row["error_bound"],
+                        base_digest=row["base_digest"],
+                        aligned_digest=row["aligned_digest"],
+                        samples=handle.get_tensor(f"{layer}:samples"),
+                        origin=origin,
+                        **{
+                            part: handle.get_tensor(f"{layer}:{part}")
+                            for part in ("left", "singular_values", "right", "whole")
+                            if f"{layer}:{part}" in keys
+                        },
+                    )
+                    for layer, row in content["layers"].items()
+                }
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            if isinstance(error, SubspaceError):
+                raise
+            raise SubspaceError(
+                f"subspace = {name!r}: is truncated or no safetensors file ({error}); make it again with `trl-safety subspace`"
+            ) from error
+        return cls(layers, Provenance(**content["provenance"]))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, token: str | None = None) -> AlignmentSubspace:
+        """Load from a file, a folder, or a Hub repository that `push_to_hub` filled.
+
+        Raises:
+            SubspaceError: there is none, or it cannot be fetched.
+        """
+        path = Path(source)
+        if path.is_dir():
+            return cls.load(path / HUB_FILE)
+        if path.is_file() or path.suffix == ".safetensors" or str(source).count("/") != 1:
+            return cls.load(path)
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+        try:
+            return cls.load(hf_hub_download(str(source), HUB_FILE, revision=revision, token=token))
+        except (EntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+            raise SubspaceError(
+                f"subspace = {str(source)!r}: is no local file, and {HUB_FILE!r} could not be fetched from a Hub repository of that "
+                f"name ({str(error).splitlines()[0]}); give the path of a subspace file or check the id and your access"
+            ) from error
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
+        """Upload the file, with a card, so that others need not hold the unaligned base. Returns the commit's address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / HUB_FILE)
+            (Path(folder) / "README.md").write_text(self._card(repo_id), encoding="utf-8")
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload alignment subspace")
+        return str(commit)
+
+    def for_modules(self, names: Iterable[str], skip: Iterable[str] = ()) -> dict[str, LayerSubspace]:
+        """The subspace of every adapted module, found by name under every wrapper's prefix.
+
+        Args:
+            names: the adapted modules.
+            skip: entries (names or endings) of modules to leave out.
+
+        Raises:
+            SubspaceError: a module is not in the subspace, or an entry of `skip` matches none.
+        """
+        names, skip = list(names), list(skip)
+        if unused := [entry for entry in skip if not any(is_named(name, [entry]) for name in names)]:
+            raise SubspaceError(f"skip_modules = {unused!r}: matches no adapted module; remove it or correct its name")
+        found = match([name for name in names if not is_named(name, skip)], self.layers)
+        if missing := [name for name, layer in found.items() if layer is None]:
+            shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            raise SubspaceError(
+                f"{len(missing)} of {len(found)} adapted layers are not in the alignment subspace of {self.provenance.aligned!r}: {shown}. "
+                "They would train unprotected: rebuild the subspace for them (`trl-safety subspace … --adapter A` or "
+                "--target-modules), or list them in skip_modules to leave them alone on purpose"
+            )
+        if not found:
+            raise SubspaceError("skip_modules leaves no adapted layer to protect: remove entries from it")
+        return {name: self.layers[layer] for name, layer in found.items() if layer is not None}
+
+    def _card(self, repo_id: str) -> str:
+        source = self.provenance
+        return (
+            "---\nlibrary_name: trl-safety\ntags: [trl-safety, alignment-subspace]\n---\n\n"
+            f"# Alignment subspace of {source.aligned}\n\n"
+            f"What alignment changed from `{source.base}` to `{source.aligned}` in {len(self.layers)} linear layers "
+            f"({source.cut}), for trl-safety:\n\n"
+            f"```yaml\nsafety:\n  subspace: {repo_id}\n  asft: {{weight: 1.0}}\n```\n"
+        )

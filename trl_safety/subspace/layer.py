@@ -1,0 +1,149 @@
+"""One layer's alignment subspace: V cut at a rank or whole, and its operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trl_safety.version import __version__
+from trl_safety.adapters.fingerprint import relative_differences
+from trl_safety.errors import SubspaceError
+from trl_safety.linalg.operators import LowRankOperator, Operator, WholeOperator
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """A subspace file as it was when it was loaded."""
+
+    path: Path
+    inode: int
+    modified: int
+
+    @classmethod
+    def of(cls, path: Path) -> _Origin:
+        found = path.stat()
+        return cls(path, found.st_ino, found.st_mtime_ns)
+
+    def read(self, key: str, held: Tensor) -> Tensor:
+        """A tensor through a new mapping; the held one where the file was removed or another put in its place.
+
+        Raises:
+            SubspaceError: other bytes were written into the file itself, which the held one would show.
+        """
+        try:
+            now = _Origin.of(self.path)
+            if now.inode == self.inode and now.modified != self.modified:
+                raise SubspaceError(f"subspace = {str(self.path)!r}: was overwritten since it was loaded; load it again")
+            if now != self:
+                return held
+            with safe_open(str(self.path), framework="pt") as handle:
+                tensor: Tensor = handle.get_tensor(key)
+                return tensor
+        except (OSError, SafetensorError):
+            return held
+
+
+@dataclass(frozen=True)
+class LayerSubspace:
+    """What alignment changed in one layer: V = W_aligned − W_base, cut at a rank or whole.
+
+    Attributes:
+        name: the module's name in the model class.
+        shape: (out, in) of V.
+        transposed: the module stores its weight as in × out.
+        frobenius_norm: ‖V‖_F, of the uncut V.
+        error_bound: bound on the spectral norm of the error of C = VVᵀ/‖V‖_F as it is kept here.
+        left, singular_values, right: U (out, k), σ (k,), Z (in, k); None where V is whole.
+        whole: V, (out, in); None where it is cut.
+        base_digest, aligned_digest: fingerprints of the two tensors that were read.
+        samples: 256 entries of the base and of the aligned weight, (2, 256), by which a loaded model is recognised.
+        origin: the file that the tensors are mapped from, if any.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    transposed: bool
+    frobenius_norm: float
+    error_bound: float
+    base_digest: str
+    aligned_digest: str
+    samples: Tensor
+    left: Tensor | None = None
+    singular_values: Tensor | None = None
+    right: Tensor | None = None
+    whole: Tensor | None = None
+    origin: _Origin | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def rank(self) -> int:
+        """k, or min(out, in) where V is whole."""
+        return min(self.shape) if self.left is None else self.left.shape[1]
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U, σ and Z.
+
+        Raises:
+            SubspaceError: V is kept whole, so that no rank was chosen.
+        """
+        left, singular_values, right = self._part("left"), self._part("singular_values"), self._part("right")
+        if left is None or singular_values is None or right is None:
+            raise SubspaceError(
+                f"layer {self.name!r}: the subspace keeps V whole, and a projector onto all of V would be the identity on a "
+                "full-rank layer; build the subspace with a rank or a tolerance"
+            )
+        return left, singular_values, right
+
+    def _part(self, name: str) -> Tensor | None:
+        """One of the tensors, through a mapping of its own where it is in a file.
+
+        What is read through a mapping counts as the process's memory until the mapping is gone: that of the whole file stays, a
+        caller's ends with its use.
+        """
+        held: Tensor | None = getattr(self, name)
+        return held if held is None or self.origin is None else self.origin.read(f"{self.name}:{name}", held)
+
+    def operator(self, kind: Literal["scaled", "orthogonal"]) -> Operator:
+        """C = VVᵀ/‖V‖_F ("scaled") or P = UₖUₖᵀ ("orthogonal").
+
+        Raises:
+            SubspaceError: "orthogonal" on a V kept whole or of full rank, where P is the identity and nothing would happen.
+        """
+        if kind == "scaled" and self.whole is not None:
+            whole = self._part("whole")
+            assert whole is not None  # noqa: S101  # checked above
+            return WholeOperator(whole, self.frobenius_norm)
+        left, singular_values, _ = self.factors()
+        if kind == "scaled":
+            return LowRankOperator(left, singular_values.square() / self.frobenius_norm)
+        if self.rank >= self.shape[0]:
+            raise SubspaceError(
+                f"operator = 'orthogonal': layer {self.name!r} has {self.shape[0]} outputs and the subspace rank {self.rank}, so "
+                "that the projector is the identity and would do nothing; build the subspace with a smaller rank"
+            )
+        return LowRankOperator(left, torch.ones_like(singular_values))
+
+    def difference(self, weight: Tensor) -> tuple[float, float, float]:
+        """See `relative_differences`."""
+        return relative_differences(weight, self.samples)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a subspace comes from: written into its file and into every report."""
+
+    base: str
+    aligned: str
+    base_revision: str | None
+    aligned_revision: str | None
+    cut: str
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    trl_safety: str = __version__
+    schema_version: int = SCHEMA_VERSION

@@ -1,0 +1,1 @@
+"""DualSelect in training."""
