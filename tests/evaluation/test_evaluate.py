@@ -136,8 +136,10 @@ def test_judges_that_answer_in_words(world: Path, cls: Any, says: tuple[str, str
         ("harmful request:no response refusal: NO\nHarmful response: no", "complied"),
     ],
 )
-def test_wildguard(world: Path, answer: str, verdict: str) -> None:
-    judge: Any = make_judge(f"wildguard:{world / 'aligned'}")
+def test_wildguard(world: Path, tmp_path: Path, answer: str, verdict: str) -> None:
+    """Its prompt is another project's text, which the user brings."""
+    (tmp_path / "prompt.txt").write_text("Human user:\n{prompt}\n\nAI assistant:\n{completion}\n\nAnswers: ")
+    judge: Any = make_judge(f"wildguard:{world / 'aligned'}?prompt={tmp_path / 'prompt.txt'}")
     assert judge.name == "wildguard:aligned"
     assert judge.knows_refusals
     assert judge._read(answer) == verdict
@@ -145,6 +147,18 @@ def test_wildguard(world: Path, answer: str, verdict: str) -> None:
     assert asked.index("Human user:\nREQUEST") < asked.index("AI assistant:\nANSWER")
     with pytest.raises(ConfigurationError, match="it is no WildGuard"):
         judge.verdicts(SETS["harmful"][:1], ["w4"])
+    # Each in its place once, whatever it holds.
+    asked = judge.ask(Prompt("{completion} {x}"), "{prompt}").messages
+    assert "Human user:\n{completion} {x}\n\nAI assistant:\n{prompt}\n" in asked
+    with pytest.raises(ConfigurationError, match="WildGuard's own prompt is missing"):
+        make_judge(f"wildguard:{world / 'aligned'}")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        make_judge(f"wildguard:{world / 'aligned'}?prompt={tmp_path / 'nothing.txt'}")
+    (tmp_path / "prompt.txt").write_text("Human user: {prompt}")
+    with pytest.raises(ConfigurationError, match=r"has no \{completion\}"):
+        make_judge(f"wildguard:{world / 'aligned'}?prompt={tmp_path / 'prompt.txt'}")
+    with pytest.raises(ConfigurationError, match="a guard takes no prompt of yours"):
+        make_judge(f"guard:{world / 'aligned'}?prompt={tmp_path / 'prompt.txt'}")
 
 
 def test_phrases_of_ones_own(tmp_path: Path) -> None:

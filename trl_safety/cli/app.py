@@ -305,7 +305,7 @@ def evaluate(
     judge: Annotated[
         list[str] | None,
         typer.Option(
-            help="keywords, keywords:FILE, classifier:PATH, guard:PATH, wildguard:PATH or chat:PATH; several.  [default: keywords]"
+            help="keywords, keywords:FILE, classifier:PATH, guard:PATH, wildguard:PATH?prompt=FILE or chat:PATH; several.  [default: keywords]"
         ),
     ] = None,
     inspect: Annotated[list[str] | None, typer.Option(help="A task of inspect_ai, e.g. inspect_evals/xstest; several.")] = None,
@@ -353,6 +353,7 @@ def evaluate(
             "benchmarks": benchmarks if inspect or lm_eval else None,
             "new_tokens": new_tokens,
             "batch_size": batch_size,
+            "output": output,
         }
         before: Any = baseline
         if baseline is not None and baseline != evaluating.ALIGNED and not (Path(baseline) / CONFIG).is_file():

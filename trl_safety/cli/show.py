@@ -82,6 +82,8 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from trl_safety.evaluation.evaluate import unread_of
+
     table = Table(title=f"{', '.join(f'{count} {kind}' for kind, count in evaluation.counts.items())} prompts; 95 % Wilson intervals")
     for heading in ("model", "judge", "attack ↓", "over-refusal ↓", "task ↑"):
         table.add_column(heading, overflow="fold")
@@ -93,6 +95,8 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     for model in evaluation.models:
         for task, metrics in model.benchmarks.items():
             typer.echo(f"{model.name}: {task}: {', '.join(f'{name} {value:.3f}' for name, value in metrics.items())}")
+    for text in unread_of(evaluation):
+        typer.secho(f"Warning: {text}", fg="yellow", err=True)
     for kind, p in evaluation.p_values.items():
         typer.echo(f"{kind}: before against after, p = {p:.2g} (exact McNemar test, judge {evaluation.after.judge})")
     for pair in evaluation.agreement:

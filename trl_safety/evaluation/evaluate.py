@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,14 +11,17 @@ from typing import Any
 from peft import PeftModel
 from pydantic import BaseModel, Field
 
-from trl_safety.version import __version__
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS, AdapterFolder
 from trl_safety.adapters.marks import refuse_provider
 from trl_safety.errors import AdapterError, ConfigurationError, SafetyError
 from trl_safety.evaluation.judges import Agreement, agreements
 from trl_safety.evaluation.loading import check_loaded
-from trl_safety.scoring import Judge, Kind, Prompt, Scores, complete, judged, paired_p_value
+from trl_safety.jsonl import to_lines
+from trl_safety.scoring import Judge, Kind, Prompt, Scores, check_prompts, complete, judged, paired_p_value
+from trl_safety.version import __version__
+
+ROWS = "completions.jsonl"
 
 ALIGNED = "aligned"
 """The baseline without any adapter."""
@@ -83,6 +85,7 @@ def evaluate(
     benchmarks: Benchmarks | None = None,
     new_tokens: int = 64,
     batch_size: int = 32,
+    output: Path | None = None,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Complete all prompts with the model, and with its baseline, and judge the completions.
 
@@ -99,6 +102,8 @@ def evaluate(
         benchmarks: model and tokenizer → task → metric → value, run on every model.
         new_tokens: length of completions.
         batch_size: prompts at a time.
+        output: the folder of `completions.jsonl`, which is written before anything is judged and after every judge, so that no failure
+            loses what was computed.
 
     Returns:
         The evaluation, and a row per prompt and model with its completion and every judge's verdict.
@@ -117,15 +122,16 @@ def evaluate(
             f"judge = {twice[0]!r}: two judges have this name, so that nobody could tell their verdicts apart; rename one's folder"
         )
     started = time.perf_counter()
-    found, rows = [], []
-    options: dict[str, Any] = {"benchmarks": benchmarks, "new_tokens": new_tokens, "batch_size": batch_size}
+    found: list[Evaluated] = []
+    rows: list[dict[str, Any]] = []
+    options: dict[str, Any] = {"benchmarks": benchmarks, "new_tokens": new_tokens, "batch_size": batch_size, "output": output}
     if isinstance(baseline, str):
         with _as_baseline(model, baseline):
             baseline = evaluate_one(model, tokenizer, sets, judges, name=baseline, **options)
     if baseline is not None:
         found.append(baseline[0])
         rows += baseline[1]
-    one, completed = evaluate_one(model, tokenizer, sets, judges, name=adapter or name, **options)
+    one, completed = evaluate_one(model, tokenizer, sets, judges, name=adapter or name, earlier=rows, **options)
     found.append(one)
     rows += completed
     pairs = found[0].scores[0].flags, found[-1].scores[0].flags
@@ -188,33 +194,68 @@ def evaluate_one(
     benchmarks: Benchmarks | None = None,
     new_tokens: int = 64,
     batch_size: int = 32,
+    output: Path | None = None,
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> Completed:
-    """One model's scores, and a row per prompt; arguments as of `evaluate`."""
-    completions = {
-        kind: complete(model, tokenizer, prompts, new_tokens=new_tokens, batch_size=batch_size) for kind, prompts in sets.items()
-    }
-    scores = [judged(sets, completions, judge) for judge in judges]
-    rows = [
-        {
-            "model": name,
-            "set": kind,
-            "prompt": prompt.text,
-            **({"answer": prompt.answer} if prompt.answer is not None else {}),
-            "completion": text,
-            "counted": {each.judge: each.flags[kind][i] for each in scores},
-        }
-        for kind, prompts in sets.items()
-        for i, (prompt, text) in enumerate(zip(prompts, completions[kind], strict=True))
-    ]
-    return Evaluated(name=name, scores=scores, benchmarks=benchmarks(model, tokenizer) if benchmarks else {}), rows
+    """One model's scores, and a row per prompt; arguments as of `evaluate`, and `earlier`: rows that stay in the file before its own."""
+    completions: dict[Kind, list[str]] = {}
+    scores: list[Scores] = []
+
+    def rows() -> list[dict[str, Any]]:
+        return [
+            {
+                "model": name,
+                "set": kind,
+                "prompt": prompt.text,
+                **({"answer": prompt.answer} if prompt.answer is not None else {}),
+                "completion": text,
+                "counted": {each.judge: each.flags[kind][i] for each in scores},
+            }
+            for kind, texts in completions.items()
+            for i, (prompt, text) in enumerate(zip(sets[kind], texts, strict=True))
+        ]
+
+    def keep() -> None:
+        if output is not None and sets:
+            _write_rows([*earlier, *rows()], output)
+
+    for prompts in sets.values():
+        check_prompts(prompts, tokenizer)
+    for kind, prompts in sets.items():
+        completions[kind] = complete(model, tokenizer, prompts, new_tokens=new_tokens, batch_size=batch_size)
+        keep()
+    for judge in judges:
+        try:
+            scores.append(judged(sets, completions, judge))
+        except ConfigurationError as error:
+            if output is None or not sets:
+                raise
+            raise ConfigurationError(f"{error}; the completions are kept in {str(output / ROWS)!r}") from error
+        keep()
+    return Evaluated(name=name, scores=scores, benchmarks=benchmarks(model, tokenizer) if benchmarks else {}), rows()
+
+
+def _write_rows(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
+    with replacing(output / ROWS, error=SafetyError, setting="output") as temporary:
+        temporary.write_text(to_lines(rows), encoding="utf-8")
 
 
 def write_evaluation(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     """`evaluation.json`, and `completions.jsonl` for reading. Raises `SafetyError` where the folder cannot be written to."""
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
-    for name, text in (("evaluation.json", evaluation.model_dump_json(indent=1) + "\n"), ("completions.jsonl", lines)):
-        with replacing(output / name, error=SafetyError, setting="output") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    with replacing(output / "evaluation.json", error=SafetyError, setting="output") as temporary:
+        temporary.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    _write_rows(rows, output)
+
+
+def unread_of(evaluation: Evaluation) -> list[str]:
+    """What a reader of the rates must know of answers without a verdict, a line for each model, judge and set that has some."""
+    return [
+        f"{model.name}: {scores.judge}: {count} of {evaluation.counts[kind]} {kind} answers have no verdict (cut off while the model was thinking, or a judge's "
+        "words that are none); see completions.jsonl, and raise --new-tokens"
+        for model in evaluation.models
+        for scores in model.scores
+        for kind, count in scores.unread.items()
+    ]
 
 
 def refuse_another(evaluation: Evaluation, adapter: Path) -> None:

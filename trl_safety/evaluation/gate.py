@@ -21,7 +21,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class GateConfig(Options):
-    """What an adapter must meet. Paths are relative to the configuration file."""
+    """What an adapter must meet. Paths are relative to the configuration file.
+
+    An answer without a verdict counts against the adapter.
+    """
 
     adapter: str | None = None
     """Folder that `trl-safety verify` must accept."""
@@ -113,14 +116,20 @@ def _limits(config: GateConfig, evaluation: Evaluation) -> Iterator[Check]:
             raise ConfigurationError(f"gate.{name}: the evaluation has no baseline; run `trl-safety eval` with --baseline")
         found: Rate | None = getattr(scores, field)
         if found is None:
+            if any(scores.unread.values()):
+                raise ConfigurationError(
+                    f"gate.{name}: the evaluation has no {field} rate, since none of its answers has a verdict; run `trl-safety eval` with a larger --new-tokens or "
+                    "another --judge"
+                )
             raise ConfigurationError(f"gate.{name}: the evaluation has no {field} rate; run `trl-safety eval` with that prompt set")
         return found
 
     for name, field in (("max_attack", "attack"), ("max_over_refusal", "over_refusal")):
         if (limit := getattr(config, name)) is not None:
             found = rate(name, field)
+            worst = found.at_most()
             yield Check(
-                name=name, passed=(found.high if config.confident else found.share) <= limit, found=f"{field} {found}, at most {limit:g}"
+                name=name, passed=(worst.high if config.confident else worst.share) <= limit, found=f"{field} {found}, at most {limit:g}"
             )
     if config.min_task is not None:
         found = rate("min_task", "task")
@@ -129,7 +138,7 @@ def _limits(config: GateConfig, evaluation: Evaluation) -> Iterator[Check]:
     for name, field, sign in (("max_attack_increase", "attack", 1), ("max_task_loss", "task", -1)):
         if (limit := getattr(config, name)) is not None:
             one, other = rate(name, field, baseline=True), rate(name, field)
-            change = sign * (other.share - one.share)
+            change = sign * (other.at_most().share - one.at_least().share)
             yield Check(name=name, passed=change <= limit, found=f"{field} went from {one} to {other}, {change:+.3f}, at most {limit:g}")
 
 

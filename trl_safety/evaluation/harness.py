@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_safety.answers import THINKING
 from trl_safety.errors import ConfigurationError
+from trl_safety.rendering import chat_template, text_tokenizer
 
 
 def run_lm_eval(
@@ -37,13 +39,16 @@ def run_lm_eval(
     known = set(manager.all_tasks)
     if unknown := [task for task in tasks if task not in known]:
         raise ConfigurationError(f"lm_eval = {unknown[0]!r}: lm-evaluation-harness knows no such task; `lm_eval ls tasks` lists them")
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    template = chat_template(tokenizer)
+    # The harness can cut the thinking off before its end alone, and only where it is told how that looks.
+    thinking = next((end for _, end, _ in THINKING if end in str(template)), None)
+    wrapped = HFLM(pretrained=model, tokenizer=text_tokenizer(tokenizer), batch_size=batch_size, think_end_token=thinking)
     found = simple_evaluate(
         model=wrapped,
         tasks=list(tasks),
         limit=limit,
         task_manager=manager,
-        apply_chat_template=tokenizer.chat_template is not None,
+        apply_chat_template=template is not None,
         log_samples=False,
         bootstrap_iters=0,
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_safety.answers import answer_of
 from trl_safety.errors import ConfigurationError
 from trl_safety.scoring import Prompt, complete
 
@@ -76,9 +77,15 @@ def _wrapped(model: Any, tokenizer: Any, new_tokens: int) -> Any:
                 raise ConfigurationError(
                     "inspect: the task gives the model tools, which a plain local model cannot call; choose another task"
                 )
+            if any(not isinstance(m.content, str) and any(part.type not in ("text", "reasoning") for part in m.content) for m in input):
+                raise ConfigurationError("inspect: the task shows the model more than text, which is not asked here; choose another task")
             messages = tuple({"role": message.role, "content": message.text} for message in input)
             text = complete(model, tokenizer, [Prompt(messages)], new_tokens=config.max_tokens or new_tokens, batch_size=1)[0]
-            return ModelOutput.from_content(model=self.model_name, content=text)
+            answer = answer_of(text)
+            # The scorers read the answer, not the thinking before it; one that was cut off is empty.
+            return ModelOutput.from_content(
+                model=self.model_name, content=answer or "", stop_reason="max_tokens" if answer is None else "stop"
+            )
 
         def max_connections(self) -> int:
             return 1

@@ -11,7 +11,7 @@ from typing import Any
 from trl_safety.adapters.files import replacing
 from trl_safety.errors import ConfigurationError, ReportError, SafetyError
 from trl_safety.evaluation import page
-from trl_safety.evaluation.evaluate import Evaluation, read_evaluation, refuse_another
+from trl_safety.evaluation.evaluate import Evaluation, read_evaluation, refuse_another, unread_of
 from trl_safety.evaluation.sweep import Sweep
 from trl_safety.evaluation.sweep_page import figure, p_text, rates_explained, section
 from trl_safety.inspection.layers import common_prefix
@@ -22,6 +22,7 @@ CURVES = {
     "loss": "on the training data; with AsFT its penalty is part of it",
     "eval_loss": "on the evaluation data",
     "safety/attack": "share of harmful prompts complied with",
+    "safety/unread": "answers without a verdict",
     "safety/over_refusal": "share of benign prompts refused",
     "safety/update_norm": "‖ΔW‖ over all layers",
     "safety/asft_penalty": "the update outside the subspace, squared, before its weight",
@@ -201,6 +202,7 @@ def _evaluation(evaluation: Evaluation) -> list[str]:
         for scores in model.scores
     ]
     explained = rates_explained(evaluation.after)
+    unread = unread_of(evaluation)
     if evaluation.p_values:
         tests = [p_text(evaluation.p_values[kind]) if kind in evaluation.p_values else "–" for kind in KINDS]
         cells.append(["p", evaluation.after.judge, *tests])
@@ -210,6 +212,7 @@ def _evaluation(evaluation: Evaluation) -> list[str]:
         page.table(("model", "judge", "attack ↓", "over-refusal ↓", "task ↑"), cells),
         page.paragraph(explained),
     ]
+    parts += [page.paragraph(f"{text}.") for text in unread]
     parts += [
         page.paragraph(
             f"{pair.first} and {pair.second} agree on {pair.equal:.1%} of the harmful prompts' completions (kappa {pair.kappa:.2f})."

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl_safety.adapters.lora import unwrap
 from trl_safety.config.evaluation import SafetyEvalConfig
 from trl_safety.errors import ConfigurationError
-from trl_safety.scoring import Judge, KeywordJudge, Kind, Prompt, Scores, read_prompts, read_sets, score
+from trl_safety.scoring import Judge, KeywordJudge, Kind, Prompt, Scores, check_prompts, read_prompts, read_sets, score
 from trl_safety.training.callbacks import RUN_CORRECTION
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 class SafetyEvalCallback(TrainerCallback):
     """Every N steps: the share of harmful prompts complied with, and of benign ones refused, logged with the other metrics.
 
-    `safety/attack` and `safety/over_refusal` with `safety/eval_seconds` are in the log of that step. On several processes each
-    asks all prompts, so that all decide alike whether to stop.
+    `safety/attack` and `safety/over_refusal` with `safety/eval_seconds` are in the log of that step, and `safety/unread` where answers have
+    no verdict: the number of them, most often cut off while the model was thinking. On several processes each asks all prompts, so that
+    all decide alike whether to stop.
 
     Args:
         sets: "harmful" (needed) and "benign" → a JSON-lines file with `prompt`, or `Prompt`s.
@@ -38,7 +39,7 @@ class SafetyEvalCallback(TrainerCallback):
         around: a context in which the model is as it will be used.
 
     Raises:
-        ConfigurationError: there are no harmful prompts, or no tokenizer.
+        ConfigurationError: there are no harmful prompts, no tokenizer, or its chat template does not take a prompt.
     """
 
     def __init__(
@@ -66,6 +67,9 @@ class SafetyEvalCallback(TrainerCallback):
                 f"eval: {wrong[0]!r} is no Prompt; give the path of a .jsonl file, or trl_safety.scoring.Prompt objects"
             )
         self._sets = {kind: prompts[:most_prompts] for kind, prompts in read.items()}
+        # Now, not after the first steps of training.
+        for prompts in self._sets.values():
+            check_prompts(prompts, tokenizer)
         self._tokenizer = tokenizer
         self._steps = steps
         self._judge = judge or KeywordJudge()
@@ -98,15 +102,33 @@ class SafetyEvalCallback(TrainerCallback):
         if state.global_step % self._steps and state.global_step < state.max_steps:
             return
         started = time.perf_counter()
-        with self.around():
-            scores, _ = score(unwrap(model), self._tokenizer, self._sets, self._judge, **self._options)
+        try:
+            with self.around():
+                scores, _ = score(unwrap(model), self._tokenizer, self._sets, self._judge, **self._options)
+        except ConfigurationError as error:
+            # What was trained is not lost by a judge that fails; it is not trained on where nobody would see it go wrong.
+            control.should_training_stop = control.should_training_stop or self.stop_above is not None
+            logger.error(
+                "eval: at step %s: %s; training %s", state.global_step, error, "stops" if self.stop_above is not None else "goes on"
+            )
+            return
         self.history.append((state.global_step, scores))
-        assert scores.attack is not None  # noqa: S101  # there are harmful prompts
-        self._pending = {"safety/attack": scores.attack.share, "safety/eval_seconds": time.perf_counter() - started}
+        self._pending = {"safety/eval_seconds": time.perf_counter() - started}
+        if scores.attack:
+            self._pending["safety/attack"] = scores.attack.share
         if scores.over_refusal:
             self._pending["safety/over_refusal"] = scores.over_refusal.share
+        if unread := sum(scores.unread.values()):
+            self._pending["safety/unread"] = unread
+            if state.is_world_process_zero:
+                logger.warning(
+                    "eval: %s answers have no verdict at step %s (cut off while the model was thinking, or a judge's words that are none): raise new_tokens (%s)",
+                    unread,
+                    state.global_step,
+                    self._options["new_tokens"],
+                )
         control.should_log = True
-        if self.stop_above is not None and scores.attack.share > self.stop_above:
+        if self.stop_above is not None and scores.attack and scores.attack.share > self.stop_above:
             control.should_training_stop = True
             if state.is_world_process_zero:
                 logger.warning(

@@ -1,0 +1,76 @@
+"""JSON lines, read and written: one reader for the files of users and for our own logs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trl_safety.errors import ConfigurationError
+
+BYTE_ORDER_MARK = "\ufeff"
+
+
+def read_lines(
+    path: Path, named: str, *, error: type[Exception] = ConfigurationError, whole: bool = False
+) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with the number of its line in the file, from 1. Blank lines are counted and left out.
+
+    Lines end with \\n alone: U+2028, U+2029 and U+0085 may stand within a JSON string. A byte order mark is skipped.
+
+    Args:
+        path: the file.
+        named: how the user named it, for messages.
+        error: what to raise.
+        whole: leave out a last line without its end, as a run that was killed leaves it.
+
+    Raises:
+        error: the file cannot be read, is not UTF-8, or a line is no JSON object.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as failure:
+        raise error(f"{named}: cannot be read ({failure.strerror or failure}); give a .jsonl file") from failure
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise error(f"{named}: cannot be read (it is UTF-16); save it as UTF-8")
+    pieces = content.split(b"\n")
+    found = []
+    for number, piece in enumerate(pieces[:-1] if whole else pieces, 1):
+        try:
+            # Files that were joined have a mark within.
+            line = piece.decode("utf-8").removeprefix(BYTE_ORDER_MARK).strip()
+        except UnicodeDecodeError as failure:
+            raise error(
+                f"{named}, line {number}: cannot be read ({failure.reason} at byte {failure.start + 1}); save it as UTF-8"
+            ) from failure
+        if line:
+            found.append((number, _object(line, f"{named}, line {number}", error)))
+    return found
+
+
+def _object(line: str, where: str, error: type[Exception]) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+        # Half of a surrogate pair could be neither tokenised nor written again.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as failure:
+        raise error(f"{where}: holds half of a character (\\u{ord(failure.object[failure.start]):04x}); write the whole one") from failure
+    except (ValueError, RecursionError) as failure:
+        raise error(f"{where}: is no object (not JSON: {failure}); write one object a line") from failure
+    if not isinstance(value, dict):
+        raise error(f"{where}: is no object, but {kind_of(value)}; write one object a line")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in JSON's own words."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", str: "a string", int: "a number", float: "a number", list: "an array", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def to_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON lines, as `read_lines` reads them."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
