@@ -111,7 +111,8 @@ def safety_of(cfg: Any) -> SafetyConfig:
 def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> Any:
     """DualSelect's pool, prepared as Axolotl prepares the training data; None where the block has no `dual_select`.
 
-    A path takes the format of the first entry of `datasets`; an entry of its own names all that `datasets` can.
+    A path takes the format of the first entry of `datasets`, or where that is plain text or tokens, the pool's own prompt and completion or
+    messages; an entry of its own names all that `datasets` can. Of what is a conversation the answers alone are supervised.
 
     Raises:
         ConfigurationError: no pool is named, or Axolotl dropped all of its rows.
@@ -119,7 +120,7 @@ def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> Any:
     if safety.dual_select is None:
         return None
     from trl_safety.errors import ConfigurationError
-    from trl_safety.training.dual_select.pool import ROW, load_references, prompts_only, tokenised_prompts, with_rows
+    from trl_safety.training.dual_select.pool import ROW, load_references, prompts_only, tokenised_answers, tokenised_prompts, with_rows
     from trl_safety.training.mixin import References
 
     source = safety.dual_select.reference_dataset
@@ -130,6 +131,14 @@ def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> Any:
         if prompts_only(raw):
             return References(tokenised_prompts(raw, trainer.processing_class, cfg.get("sequence_len")), kl=True)
         first = cfg.get("datasets")[0]
+        if _has_answers_of_its_own(raw.column_names, first):
+            rows = tokenised_answers(raw, trainer.processing_class, cfg.get("sequence_len"))
+            if len(rows) < len(raw):
+                raise ConfigurationError(
+                    f"dual_select.reference_dataset = {source!r}: {len(raw) - len(rows)} of {len(raw)} references have no answer within sequence_len = "
+                    f"{cfg.get('sequence_len')}: raise it, or remove those rows"
+                )
+            return References(rows, kl=False)
         source = {**first, "path": source, "split": "train"}
         source["ds_type"] = {".jsonl": "json"}.get(suffix := Path(source["path"]).suffix, suffix.removeprefix(".")) or first.get("ds_type")
         source.pop("data_files", None)
@@ -139,7 +148,15 @@ def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> Any:
     own = DictDefault(cfg.to_dict())
     own.update(
         DictDefault(
-            {"datasets": [source], "test_datasets": None, "val_set_size": 0, "sample_packing": False, "shuffle_merged_datasets": False}
+            {
+                "datasets": [source],
+                "test_datasets": None,
+                "val_set_size": 0,
+                "sample_packing": False,
+                "shuffle_merged_datasets": False,
+                # It would supervise the references' requests as well.
+                "train_on_inputs": False,
+            }
         )
     )
     prepared, _, _, _ = prepare_datasets(own, trainer.processing_class)
@@ -148,6 +165,15 @@ def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> Any:
     return References(
         with_rows(prepared.remove_columns([ROW] if ROW in prepared.column_names else []), "dual_select.reference_dataset"), kl=False
     )
+
+
+def _has_answers_of_its_own(columns: list[str], first: Any) -> bool:
+    """Whether references are a conversation that the first entry of `datasets` would not read, or read as one text."""
+    from trl_safety.training.data import splittable
+
+    kind = str(first.get("type") or "completion")
+    conversation = kind.startswith("chat_template") and (first.get("field_messages") or "messages") not in columns
+    return splittable(columns) and "input_ids" not in columns and (kind == "completion" or kind.startswith("completion:") or conversation)
 
 
 @cache

@@ -13,7 +13,7 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_lines(
-    path: Path, named: str, *, error: type[Exception] = ConfigurationError, whole: bool = False
+    path: Path, named: str, *, error: type[Exception] = ConfigurationError, whole: bool = False, remedy: str = "give a .jsonl file"
 ) -> list[tuple[int, dict[str, Any]]]:
     """The objects of a JSON-lines file, each with the number of its line in the file, from 1. Blank lines are counted and left out.
 
@@ -24,6 +24,7 @@ def read_lines(
         named: how the user named it, for messages.
         error: what to raise.
         whole: leave out a last line without its end, as a run that was killed leaves it.
+        remedy: what to do where there is no such file.
 
     Raises:
         error: the file cannot be read, is not UTF-8, or a line is no JSON object.
@@ -31,7 +32,7 @@ def read_lines(
     try:
         content = path.read_bytes()
     except OSError as failure:
-        raise error(f"{named}: cannot be read ({failure.strerror or failure}); give a .jsonl file") from failure
+        raise error(f"{named}: cannot be read ({failure.strerror or failure}); {remedy}") from failure
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise error(f"{named}: cannot be read (it is UTF-16); save it as UTF-8")
     pieces = content.split(b"\n")

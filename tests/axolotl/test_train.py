@@ -195,6 +195,30 @@ def test_dual_select_with_qlora_and_prompts_alone(world: Path, config: dict[str,
     assert "by KL to the starting model" in verify(tmp_path / "out").methods[0].summary
 
 
+def test_a_pool_of_another_format_trains_its_answers_alone(world: Path, config: dict[str, Any], tmp_path: Path) -> None:
+    """The training data is plain text; the pool is conversations."""
+    from types import SimpleNamespace
+
+    from axolotl.utils.dict import DictDefault
+
+    from axolotl_plugin.plugin import references
+    from trl_safety.config.block import SafetyConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(world / "aligned")
+    trainer: Any = SimpleNamespace(processing_class=tokenizer)
+    pool = [{"prompt": f"w{i} w{i + 1} ", "completion": "w50 w51"} for i in range(4)]
+    (tmp_path / "pool.jsonl").write_text("\n".join(json.dumps(row) for row in pool))
+    for source, answers in (
+        (tmp_path / "pool.jsonl", {"w50 w51 </s>"}),
+        (world / "train.jsonl", {f"w2 {row['completion']} </s>" for row in tiny.rows(64)}),
+    ):
+        block = SafetyConfig.parse({"dual_select": {"keep": 4, "references": 2, "reference_dataset": str(source)}})
+        found = references(DictDefault(config), block, trainer)
+        said = {tokenizer.decode([label for label in labels if label != -100]) for labels in found.rows["labels"]}
+        assert said == answers
+        assert all(-100 in labels for labels in found.rows["labels"])
+
+
 def test_dual_select_on_two_processes(
     world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

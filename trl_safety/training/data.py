@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 
 from trl_safety.errors import ConfigurationError
+from trl_safety.jsonl import kind_of, read_lines
+from trl_safety.messages import WHOLE, ShapeError, conversation, text_of
+from trl_safety.rendering import render, text_tokenizer, token_ids
 
 IGNORED = -100
+
+FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def load_rows(source: str, setting: str) -> Dataset:
@@ -22,46 +31,196 @@ def load_rows(source: str, setting: str) -> Dataset:
     Raises:
         ConfigurationError: it cannot be found or read, or has no rows.
     """
-    named = f"{setting} = {source!r}"
-    path = Path(source)
-    try:
-        if path.is_dir():
-            loaded = load_from_disk(source) if (path / "state.json").is_file() else load_dataset(source, split="train")
-        elif path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
-            loaded = load_dataset(path.suffix.removeprefix(".").replace("jsonl", "json"), data_files=source, split="train")
-        else:
-            loaded = load_dataset(source, split="train")
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{named}: cannot be read ({str(error).splitlines()[0]}); give a .jsonl, .csv or .parquet file, a dataset folder or a Hub id with a train split"
-        ) from error
+    loaded = _load(source, f"{setting} = {source!r}", split="train")
     if isinstance(loaded, DatasetDict) or not len(loaded):
-        raise ConfigurationError(f"{named}: has no rows of its own; give one split with at least one row")
+        raise ConfigurationError(f"{setting} = {source!r}: has no rows of its own; give one split with at least one row")
     return loaded
 
 
-def supervised(row: dict[str, Any], tokenizer: Any, max_length: int) -> tuple[list[int], list[int]]:
+def load_splits(source: str, setting: str, *, name: str | None = None, streaming: bool = False) -> Mapping[str, Any]:
+    """The splits of a data set, by name; a local file is a split called train.
+
+    Args:
+        source: as `load_rows` takes it.
+        setting: the option that names it, for messages.
+        name: the configuration of a data set that has several.
+        streaming: do not download it whole.
+
+    Raises:
+        ConfigurationError: it cannot be found or read, or is a file and a configuration is named.
+    """
+    loaded = _load(source, f"{setting} = {source!r}", name=name, streaming=streaming)
+    if isinstance(loaded, Dataset):
+        if name is not None:
+            raise ConfigurationError(f"dataset_config = {name!r}: {setting} = {source!r} has no configurations; remove it")
+        loaded = {"train": loaded.to_iterable_dataset() if streaming else loaded}
+    found: Mapping[str, Any] = loaded
+    return found
+
+
+def _load(source: str, named: str, **options: Any) -> Any:
+    path = Path(source)
+    try:
+        if path.is_dir():
+            if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+                saved = load_from_disk(source)
+                return saved.get("train", saved) if isinstance(saved, DatasetDict) and options.get("split") else saved
+        elif path.suffix == ".jsonl" or (path.suffix == ".json" and _is_lines(path)):
+            return _from_lines(path, named)
+        elif path.suffix in FILES:
+            return load_dataset(path.suffix.removeprefix("."), data_files=source, split="train")
+        return load_dataset(source, **options)
+    except ConfigurationError:
+        raise
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ConfigurationError(
+            f"{named}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); give a .jsonl, .csv or .parquet file, a dataset folder or a Hub id "
+            "with a train split"
+        ) from error
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether a .json file holds one object a line, not an array of them."""
+    with path.open("rb") as file:
+        return not file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _from_lines(path: Path, named: str) -> Dataset:
+    """A JSON-lines file's rows; every row is looked at, so that what is wrong is named by its line."""
+    kinds: dict[str, tuple[str, int]] = {}
+    rows = []
+    for number, row in read_lines(path, named):
+        for key, value in row.items():
+            kind, first = kinds.setdefault(key, (kind_of(value), number)) if value is not None else ("null", number)
+            if value is not None and kind != kind_of(value):
+                raise ConfigurationError(
+                    f"{named}, line {number}: `{key}` is {kind_of(value)}, and {kind} in line {first}; a column holds one kind of value"
+                )
+        try:
+            _check_shape(row)
+        except ShapeError as error:
+            raise ConfigurationError(f"{named}, line {number}: {error}") from error
+        rows.append(row)
+    # A column need not be in the first row.
+    keys = dict.fromkeys(key for row in rows for key in row)
+    try:
+        return Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ConfigurationError(
+            f"{named}: its rows make no table ({str(error).splitlines()[0]}); give every row the same shape"
+        ) from error
+
+
+def _check_shape(row: Mapping[str, Any]) -> None:
+    """Whether what conversations are read from looks like one, without a word on what the messages hold."""
+    for name in ("prompt", "completion", *WHOLE):
+        value = row.get(name)
+        if value is None or (isinstance(value, str) and name not in WHOLE):
+            continue
+        if not isinstance(value, list) or not value:
+            raise ShapeError(f"`{name}` is {'an empty list' if value == [] else kind_of(value)}, where text or messages were expected")
+        for index, message in enumerate(value):
+            if not isinstance(message, dict) or not ({"role", "from"} & message.keys()):
+                found = ", ".join(message) if isinstance(message, dict) else kind_of(message)
+                raise ShapeError(f"`{name}`[{index}] is {found or 'empty'}, where a message with role and content was expected")
+    if (
+        isinstance(row.get("prompt"), str | list)
+        and row.get("completion") is not None
+        and type(row["prompt"]) is not type(row["completion"])
+    ):
+        raise ShapeError("prompt and completion are not of one kind: give both as text, or both as messages")
+
+
+def check_columns(columns: Sequence[str] | None, named: str, text: str = "text") -> None:
+    """See that a data set has what a row is trained from.
+
+    Args:
+        columns: its columns; None where they are not known yet.
+        named: how the user named it, for messages.
+        text: the column of plain text.
+
+    Raises:
+        ConfigurationError: it has none of them.
+    """
+    if columns is None or {"prompt", "completion"} <= set(columns) or {"input_ids", text, *WHOLE} & set(columns):
+        return
+    raise ConfigurationError(
+        f"{named}: has the columns {', '.join(columns) or 'of nothing'}: give prompt and completion, messages, conversations, {text}, or input_ids with labels"
+    )
+
+
+def splittable(columns: Sequence[str]) -> bool:
+    """Whether request and answer of a row can be told apart."""
+    return {"prompt", "completion"} <= set(columns) or bool(set(WHOLE) & set(columns))
+
+
+def supervised(
+    row: Mapping[str, Any], tokenizer: Any, max_length: int | None, *, keep_end: bool = False, chat_template: str | None = None
+) -> tuple[list[int], list[int]]:
     """A row's tokens, and its labels: those of the answer, −100 elsewhere.
 
     Args:
-        row: `prompt` and `completion` (texts, or messages), `messages` (the last one is the answer), or `text` (all of it is).
-        tokenizer: with a chat template where the row has messages.
+        row: `prompt` and `completion` (texts, or messages), `messages` or `conversations` (the last turn is the answer), or `text` (all of it is).
+        tokenizer: with a chat template where the row has messages; or a processor.
         max_length: what is beyond is cut off.
+        keep_end: cut off the beginning instead.
+        chat_template: in place of the tokenizer's.
 
     Raises:
-        ConfigurationError: the row has none of these columns.
+        ConfigurationError: the row has none of these columns, or the template does not take it.
     """
-    if isinstance(row.get("messages"), list):
-        row = {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
-    if isinstance(row.get("prompt"), list):
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False)
-        ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=True, return_dict=False)
-    elif "prompt" in row and "completion" in row:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = prompt + tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    words = text_tokenizer(tokenizer)
+    if any(row.get(name) is not None for name in ("prompt", *WHOLE)):
+        try:
+            prompt, answer = conversation(row)
+        except ShapeError as error:
+            raise ConfigurationError(f"the data: {error}") from error
+        if answer is None:
+            raise ConfigurationError(
+                f"the data has the columns {', '.join(row)} and a row without an answer: give prompt and completion, or messages"
+            )
+        if isinstance(prompt, str) or isinstance(answer, str):
+            begin, whole = str(prompt), f"{prompt}{answer}"
+            if words.eos_token and not whole.endswith(words.eos_token):
+                whole += words.eos_token
+            before, ids = words(begin)["input_ids"], words(whole)["input_ids"]
+        else:
+            options = _template_options(row, chat_template)
+            whole = render((*prompt, *answer), tokenizer, generation=False, **options)
+            begin = whole[: _answer_begins(prompt, text_of(answer[0]["content"]), whole, tokenizer, options)]
+            before, ids = token_ids(begin, tokenizer), token_ids(whole, tokenizer)
+        # A token that reaches over the border belongs to the answer.
+        start = _common(before, ids)
     elif isinstance(row.get("text"), str):
-        prompt, ids = [], tokenizer(row["text"])["input_ids"]
+        start, ids = 0, words(row["text"])["input_ids"]
     else:
         raise ConfigurationError(f"the data has the columns {', '.join(row)}: give prompt and completion, messages, or text")
-    labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
-    return ids[:max_length], labels[:max_length]
+    labels = [IGNORED] * start + ids[start:]
+    kept = slice(-max_length, None) if keep_end and max_length is not None else slice(max_length)
+    return ids[kept], labels[kept]
+
+
+def _template_options(row: Mapping[str, Any], chat_template: str | None) -> dict[str, Any]:
+    tools = row.get("tools")
+    own = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    options = {"chat_template": chat_template, "tools": json.loads(tools) if isinstance(tools, str) else tools}
+    return {**{key: value for key, value in options.items() if value}, **own}
+
+
+def _answer_begins(prompt: Any, answer: str, whole: str, tokenizer: Any, options: Mapping[str, Any]) -> int:
+    """Where the answer begins in a rendered conversation.
+
+    That is where the prompt ends as it is rendered for generation. Some templates write more there than before an answer that is known
+    (an empty block of thinking): then it is where the two part, and not after the answer's first character.
+    """
+    asked = render(prompt, tokenizer, **options)
+    if whole.startswith(asked):
+        return len(asked)
+    earliest = _common(render(prompt, tokenizer, generation=False, **options), whole)
+    found = whole.find(answer.strip(), earliest)
+    return min(_common(asked, whole), found) if found >= 0 else earliest
+
+
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many of the first elements are equal."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -22,7 +24,8 @@ from trl import (
 )
 
 from trl_safety.config.options import read_yaml
-from trl_safety.errors import ConfigurationError
+from trl_safety.errors import ConfigurationError, SafetyError
+from trl_safety.training.data import check_columns, load_splits
 from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
 
 
@@ -77,7 +80,9 @@ def _parse(arguments: Sequence[str], command: str, kinds: tuple[Any, ...]) -> An
 def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: Any, **kwargs: Any) -> None:
     if not model.use_peft:
         raise ConfigurationError("use_peft = False: the safety methods act on LoRA; set use_peft: true")
-    datasets = _datasets(script, mixture)
+    evaluated = training.eval_strategy != "no"
+    datasets = _datasets(script, mixture, evaluated=evaluated)
+    check_columns(datasets[script.dataset_train_split].column_names, _named(script, mixture), training.dataset_text_field)
     given = training.model_init_kwargs or {}
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -86,15 +91,21 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         "dtype": model.dtype,
         **given,
     }
-    trainer = trainer_class(
-        model=model.model_name_or_path,
-        args=training,
-        train_dataset=datasets[script.dataset_train_split],
-        eval_dataset=datasets[script.dataset_test_split] if training.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-        **kwargs,
-    )
+    try:
+        trainer = trainer_class(
+            model=model.model_name_or_path,
+            args=training,
+            train_dataset=datasets[script.dataset_train_split],
+            eval_dataset=datasets[script.dataset_test_split] if evaluated else None,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+            **kwargs,
+        )
+    except SafetyError:
+        raise
+    except (ValueError, OSError, TemplateError) as error:
+        # What TRL, PEFT and Transformers say of a user's arguments, and the chat template of the data.
+        raise ConfigurationError(f"the run cannot begin: {error}") from error
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
     if training.push_to_hub:
@@ -111,11 +122,33 @@ def _explain(message: str, parser: Any) -> str:
     return "--config: " + "; ".join(f"{key}: unknown key" + (f", did you mean {close[0]!r}?" if close else "") for key, close in guesses)
 
 
-def _datasets(script: Any, mixture: Any) -> Any:
-    if mixture.datasets:
-        return get_dataset(mixture)
-    if not script.dataset_name:
-        raise ConfigurationError("dataset_name and datasets are both missing: name the training data")
-    from datasets import load_dataset
+def _named(script: Any, mixture: Any) -> str:
+    """The training data as the user named it."""
+    return (
+        f"datasets = {', '.join(str(one.path) for one in mixture.datasets)}"
+        if mixture.datasets
+        else f"dataset_name = {script.dataset_name!r}"
+    )
 
-    return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+def _datasets(script: Any, mixture: Any, *, evaluated: bool) -> Any:
+    """The data set's splits, with those that the run needs."""
+    named = _named(script, mixture)
+    if mixture.datasets:
+        try:
+            found = get_dataset(mixture)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise ConfigurationError(f"{named}: cannot be loaded ({str(error).splitlines()[0]}); check path, split and columns") from error
+    elif script.dataset_name:
+        found = load_splits(script.dataset_name, "dataset_name", name=script.dataset_config, streaming=script.dataset_streaming)
+    else:
+        raise ConfigurationError("dataset_name and datasets are both missing: name the training data")
+    splits = ", ".join(found)
+    if script.dataset_train_split not in found:
+        raise ConfigurationError(f"dataset_train_split = {script.dataset_train_split!r}: {named} has the splits {splits}; name one of them")
+    if evaluated and script.dataset_test_split not in found:
+        raise ConfigurationError(
+            f"dataset_test_split = {script.dataset_test_split!r}: {named} has the splits {splits}, and eval_strategy asks for one to evaluate on; name one of "
+            "them, or set eval_strategy to no"
+        )
+    return found

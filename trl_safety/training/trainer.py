@@ -17,7 +17,15 @@ from trl import SFTConfig, SFTTrainer
 from trl_safety.config.block import SafetyConfig
 from trl_safety.errors import ConfigurationError
 from trl_safety.subspace.artifact import AlignmentSubspace
-from trl_safety.training.dual_select.pool import load_references, prompts_only, tokenised_prompts, with_rows
+from trl_safety.training.data import splittable
+from trl_safety.training.dual_select.pool import (
+    check_format,
+    load_references,
+    prompts_only,
+    tokenised_answers,
+    tokenised_prompts,
+    with_rows,
+)
 from trl_safety.training.mixin import References, SafetyMixin, safety_section
 from trl_safety.training.provider import ProviderMixin, refuse_push
 
@@ -164,14 +172,29 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         return with_rows(load_references(source) if isinstance(source, str) else source, "reference_dataset")
 
     def _prepared(self, references: Dataset | None, formatting_func: Any) -> References | None:
-        """The pool, tokenised by the parent as it tokenises the training data."""
+        """The pool's tokens, of which the answers' alone are supervised, whatever the format of the training data."""
         if references is None:
             return None
         kl = prompts_only(references)
         if kl:
             rows = tokenised_prompts(references, self.processing_class, self.args.max_length)
+        elif splittable(references.column_names) and "input_ids" not in references.column_names:
+            rows = tokenised_answers(
+                references,
+                self.processing_class,
+                self.args.max_length,
+                keep_end=getattr(self.args, "truncation_mode", "keep_start") == "keep_end",
+                chat_template=self.chat_template,
+            )
         else:
-            rows = self._prepare_dataset(references, self.processing_class, self.args, False, formatting_func, "reference")
+            check_format(references, self.args.dataset_text_field if formatting_func is None else None)
+            # The parent took this from the training data.
+            own = getattr(self, "completion_only_loss")  # noqa: B009  # the parent is unknown to the type check
+            self.completion_only_loss = True
+            try:
+                rows = self._prepare_dataset(references, self.processing_class, self.args, False, formatting_func, "reference")
+            finally:
+                self.completion_only_loss = own
         if len(rows) < len(references):
             raise ConfigurationError(
                 f"dual_select.reference_dataset: {len(references) - len(rows)} of {len(references)} references have no answer within max_length = "

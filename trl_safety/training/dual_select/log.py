@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trl_safety.adapters.files import replacing
 from trl_safety.errors import ReportError
+from trl_safety.jsonl import read_lines, to_lines
 
 SELECTION = "selection.jsonl"
 
@@ -87,13 +88,15 @@ def read_choices(path: Path) -> list[Choice]:
     Raises:
         ReportError: the file cannot be read, or is no selection log.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [Choice.model_validate_json(line) for line in lines if line.endswith("\n")]
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise ReportError(
-            f"{str(path)!r}: is no selection log that can be read ({str(error).splitlines()[0]}); give the output folder of a run with dual_select"
-        ) from error
+    named = f"{str(path)!r}: is no selection log that can be read"
+    choices = []
+    remedy = "give the output folder of a run with dual_select"
+    for number, row in read_lines(path, named, error=ReportError, whole=True, remedy=remedy):
+        try:
+            choices.append(Choice.model_validate(row))
+        except ValidationError as error:
+            raise ReportError(f"{named} (line {number}: {str(error).splitlines()[0]}); {remedy}") from error
+    return choices
 
 
 def most_dropped(choices: Iterable[Choice], texts: Mapping[int, str] | None = None) -> list[Dropped]:
@@ -124,9 +127,7 @@ def write_texts(folder: Path, texts: Mapping[int, str]) -> None:
     """Keep the text of training rows beside the log."""
     (folder / TEXTS).parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder / TEXTS, error=ReportError, setting="output_dir") as temporary:
-        temporary.write_text(
-            "".join(json.dumps({"row": row, "text": text}, ensure_ascii=False) + "\n" for row, text in texts.items()), encoding="utf-8"
-        )
+        temporary.write_text(to_lines({"row": row, "text": text} for row, text in texts.items()), encoding="utf-8")
 
 
 def read_selection(folder: str | Path) -> list[Dropped]:
@@ -139,8 +140,13 @@ def read_selection(folder: str | Path) -> list[Dropped]:
     choices = read_choices(folder / SELECTION)
     texts: dict[int, str] = {}
     if (folder / TEXTS).is_file():
-        entries: list[dict[str, Any]] = [json.loads(line) for line in (folder / TEXTS).read_text(encoding="utf-8").splitlines()]
-        texts = {int(entry["row"]): str(entry["text"]) for entry in entries}
+        named = f"{str(folder / TEXTS)!r}"
+        for number, entry in read_lines(folder / TEXTS, named, error=ReportError):
+            if not isinstance(entry.get("row"), int) or not isinstance(entry.get("text"), str):
+                raise ReportError(
+                    f"{named}, line {number}: has no row and text; remove the file, and the rows are shown without their text"
+                )
+            texts[entry["row"]] = entry["text"]
     table = most_dropped(choices, texts)
     if not table:
         raise ReportError(f"{str(folder / SELECTION)!r}: no sample was scored; the run ended in its warm-up")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,13 @@ import torch
 from datasets import Dataset
 
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.data import load_rows
+from trl_safety.messages import ShapeError, conversation
+from trl_safety.rendering import render, text_tokenizer, token_ids
+from trl_safety.training.data import IGNORED, load_rows, splittable, supervised
+
+logger = logging.getLogger(__name__)
+
+POOL = "dual_select.reference_dataset"
 
 ROW = "safety_row"
 """Column of the training and reference data that says which row of the user's data set a sample is."""
@@ -46,7 +53,7 @@ def with_rows(dataset: Any, setting: str) -> Dataset:
 
 def load_references(source: str) -> Dataset:
     """The reference data set behind `dual_select.reference_dataset`; see `load_rows`."""
-    return load_rows(source, "dual_select.reference_dataset")
+    return load_rows(source, POOL)
 
 
 def prompts_only(dataset: Dataset) -> bool:
@@ -56,7 +63,7 @@ def prompts_only(dataset: Dataset) -> bool:
         ConfigurationError: beside the prompt there are columns that nothing reads, of which one may be the answer.
     """
     columns = set(dataset.column_names)
-    if "prompt" not in columns or columns & {"completion", "messages", "text", "input_ids", "labels"}:
+    if "prompt" not in columns or columns & {"completion", "messages", "conversations", "text", "input_ids", "labels"}:
         return False
     if unread := sorted(columns - {"prompt", ROW}):
         raise ConfigurationError(
@@ -67,15 +74,74 @@ def prompts_only(dataset: Dataset) -> bool:
 
 
 def tokenised_prompts(dataset: Dataset, tokenizer: Any, max_length: int | None) -> Dataset:
-    """Prompts with the chat template up to where the answer would begin, every token labelled."""
+    """Prompts with the chat template up to where the answer would begin, every token labelled.
+
+    Raises:
+        ConfigurationError: a row is no prompt, or the template does not take it.
+    """
 
     def tokenise(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-        ids = ids[:max_length]
+        try:
+            prompt, _ = conversation(row)
+        except ShapeError as error:
+            raise ConfigurationError(f"{POOL}: {error}") from error
+        text = isinstance(prompt, str)
+        ids = (text_tokenizer(tokenizer)(prompt)["input_ids"] if text else token_ids(render(prompt, tokenizer), tokenizer))[:max_length]
         return {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
 
+    return _mapped(dataset, tokenise)
+
+
+def tokenised_answers(
+    dataset: Dataset, tokenizer: Any, max_length: int | None, *, keep_end: bool = False, chat_template: str | None = None
+) -> Dataset:
+    """References with the answer's tokens labelled and no other, whatever the format of the training data; see `supervised`.
+
+    Raises:
+        ConfigurationError: a row has no answer, or none within `max_length`, or the template does not take it.
+    """
+
+    def tokenise(row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            ids, labels = supervised(row, tokenizer, max_length, keep_end=keep_end, chat_template=chat_template)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{POOL}, row {row[ROW]}: {error}") from error
+        return {"input_ids": ids, "labels": labels}
+
+    return _mapped(dataset, tokenise).filter(lambda row: any(label != IGNORED for label in row["labels"]))
+
+
+def check_format(dataset: Dataset, text: str | None) -> None:
+    """See that references can be read, and say where their requests are supervised as well.
+
+    Args:
+        dataset: the references.
+        text: the column of plain text; None where a function makes the text.
+
+    Raises:
+        ConfigurationError: they have no column that references are read from, or are tokens of which nobody knows which are the answer's.
+    """
+    columns = [name for name in dataset.column_names if name != ROW]
+    if splittable(columns):
+        return
+    if "input_ids" in columns:
+        if not {"labels", "completion_mask", "assistant_masks"} & set(columns):
+            raise ConfigurationError(
+                f"{POOL}: has input_ids without labels, so that its requests would be trained as well: add labels with -100 where the answer is not, or give prompt "
+                "and completion"
+            )
+        return
+    if text is not None and text not in columns:
+        raise ConfigurationError(
+            f"{POOL}: has the columns {', '.join(columns)}, of which references are read from none: give prompt and completion, messages, conversations, prompt "
+            f"alone, or {text}, whatever the format of the training data"
+        )
+    logger.warning(
+        "%s: holds plain text, in which request and answer cannot be told apart: the requests are supervised as well; give prompt and completion to train the "
+        "answers alone",
+        POOL,
+    )
+
+
+def _mapped(dataset: Dataset, tokenise: Any) -> Dataset:
     return dataset.map(tokenise, remove_columns=[name for name in dataset.column_names if name != ROW])
