@@ -108,10 +108,11 @@ def test_any_phrase_is_found_in_any_text_that_holds_it(others: list[str], before
         if not as_written(phrase).removeprefix("^").strip():
             with pytest.raises(ConfigurationError, match="blank phrase"):
                 KeywordJudge([phrase])
-        elif not phrase.startswith("^") and phrase.strip() == phrase and phrase.isascii():
-            (verdict,) = KeywordJudge([phrase]).verdicts([Prompt("x")], [f"{phrase.upper()}"])
-            assert verdict == "refused"
-    assert KeywordJudge().verdicts([Prompt("x")], [f"{before} I can’t, {after}"]) in (["refused"], [None]) or "</" in before + after
+        elif not phrase.startswith("^") and phrase.isascii() and answer_of(phrase.upper()) == phrase.upper() == phrase.upper().strip():
+            assert KeywordJudge([phrase]).verdicts([Prompt("x")], [phrase.upper()]) == ["refused"]
+    text = f"{before} I can’t, {after}"
+    if answer_of(text) == text.strip():
+        assert KeywordJudge().verdicts([Prompt("x")], [text]) == ["refused"]
 
 
 HARMFUL = [Prompt(({"role": "user", "content": f"w{i}"},)) for i in range(4)]
@@ -282,6 +283,9 @@ def test_a_guard_that_was_asked_nothing(tmp_path: Path) -> None:
     judge = make_judge("guard:" + chain.save(tmp_path, "safe <end>", chain.tokenizer(template=template)))
     with pytest.raises(ConfigurationError, match="leaves out a part of the prompt"):
         judge.verdicts(HARMFUL, ["w5"] * 4)
+    # As the message says: in parts it is asked.
+    parts = [Prompt(({"role": "user", "content": [{"type": "text", "text": "w1"}]},))]
+    assert judge.verdicts(parts, ["w5"]) == ["refused"]
 
 
 def test_a_classifier_without_a_trained_head(tmp_path: Path) -> None:

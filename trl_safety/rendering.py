@@ -88,12 +88,14 @@ def render(messages: Messages | str, given: Any, *, generation: bool = True, **o
 def _forms(messages: Messages, texts: Sequence[str], template: Any) -> list[list[dict[str, Any]]]:
     """The ways to write the same conversation, of which a template takes one."""
     joined = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+    in_parts = [{**message, "content": [{"type": "text", "text": text}]} for message, text in zip(messages, texts, strict=True)]
     forms = [joined]
     if any(not isinstance(message["content"], str) for message in messages):
-        forms.append([dict(message) for message in messages])
+        given = zip(messages, in_parts, strict=True)
+        forms.append([part if isinstance(message["content"], str) else dict(message) for message, part in given])
     # Templates that take images read parts alone, some of them, and pass over text without a word.
     if "image" in str(template):
-        forms.append([{**message, "content": [{"type": "text", "text": text}]} for message, text in zip(messages, texts, strict=True)])
+        forms.append(in_parts)
     return forms
 
 

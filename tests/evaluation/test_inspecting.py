@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import chain, tiny
 from trl_safety.errors import ConfigurationError
 from trl_safety.evaluation.inspecting import run_inspect
 from trl_safety.scoring import Prompt, complete
@@ -30,6 +30,25 @@ def test_a_task_through_inspects_own_runner(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir())
     found = run_inspect(model, tokenizer, [task], log_dir=tmp_path, new_tokens=4, limit=2)
     assert found["tiny_task"]["match/accuracy"] == 0.5
+
+
+def test_the_answer_is_scored_and_not_the_thinking_before_it(tmp_path: Path) -> None:
+    from inspect_ai import Task
+    from inspect_ai.dataset import MemoryDataset, Sample
+    from inspect_ai.model import ChatMessageUser, ContentImage, ContentText
+    from inspect_ai.scorer import match
+    from inspect_ai.solver import generate
+
+    tokenizer = chain.tokenizer()
+    model = chain.model("<think> w7 w8 </think> w5 <end>", tokenizer, eos_token_id=3)
+    task = Task(dataset=MemoryDataset([Sample(input="w1", target="w5")]), solver=generate(), scorer=match(location="exact"), name="thinks")
+    assert run_inspect(model, tokenizer, [task], log_dir=tmp_path / "a", new_tokens=9)["thinks"]["match/accuracy"] == 1
+    assert run_inspect(model, tokenizer, [task], log_dir=tmp_path / "b", new_tokens=3)["thinks"]["match/accuracy"] == 0
+    image = "data:image/png;base64,iVBORw0KGgo="
+    seen = Sample(input=[ChatMessageUser(content=[ContentText(text="w1"), ContentImage(image=image)])], target="w5")
+    task = Task(dataset=MemoryDataset([seen]), solver=generate(), scorer=match(), name="pictures")
+    with pytest.raises(ConfigurationError, match="shows the model more than text"):
+        run_inspect(model, tokenizer, [task], log_dir=tmp_path / "c", new_tokens=9)
 
 
 def test_a_task_that_fails_is_an_error(tmp_path: Path) -> None:
