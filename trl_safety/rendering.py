@@ -1,4 +1,4 @@
-"""Prompts as a model reads them: through its chat template, or as they are; and the tokens of one row, of which the answer's are trained."""
+"""Prompts as a model reads them: through its chat template, or as they are."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from jinja2 import TemplateError
 from trl_safety.answers import answer_of
 from trl_safety.errors import ConfigurationError
 from trl_safety.messages import Messages, ShapeError, texts_of
-
-IGNORED = -100
 
 
 def text_tokenizer(given: Any) -> Any:
