@@ -37,7 +37,7 @@ for name, value, message in (
     trainer = made()
     plugin = trainer.accelerator.state.fsdp_plugin
     setattr(plugin, name, value)
-    from trl_safety.training.engines import check_engine
+    from trl_safety.adapters.engine import check_engine
 
     with pytest.raises(SafetyError, match=message):
         check_engine()

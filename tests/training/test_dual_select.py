@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tests import tiny
 from trl_safety.cli.app import app
 from trl_safety.errors import AdapterError, ConfigurationError
-from trl_safety.training.dual_select.log import SELECTION, read_choices, read_selection
+from trl_safety.reports.selection import SELECTION, read_choices, read_selection
 
 AUTHORS = tiny.DATA / "dual_select"
 

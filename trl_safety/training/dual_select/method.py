@@ -14,23 +14,24 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS
-from trl_safety.adapters.lora import LoraModule, adapter_name, not_covered, unwrap
+from trl_safety.adapters.lora import adapter_name, unwrap
 from trl_safety.adapters.per_sample import Collect, Dots, FlatFactors, Total, per_sample_gradients
+from trl_safety.config.block import SafetyConfig
 from trl_safety.config.dual_select import DualSelectConfig
-from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.errors import ConfigurationError
 from trl_safety.methods import dual_select
-from trl_safety.reports.report import SOURCES, LayerReport, MethodReport, came_with
+from trl_safety.reports.selection import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
 from trl_safety.reports.source import adapter_folder
-from trl_safety.training.dual_select.log import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
+from trl_safety.training.compat import trainer_divides_loss
 from trl_safety.training.dual_select.losses import Batch, Forward, _mean_kl, _samples
-from trl_safety.training.dual_select.pool import ROW
+from trl_safety.training.method import Context, Inner, TrainingMethod
+from trl_safety.training.references import ROW, References, number_rows
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ LOSS_TOLERANCE = 0.02
 FLUSH_EVERY = 50
 
 
-class DualSelect:
+class DualSelect(TrainingMethod):
     """One protected run's choice of references and samples.
 
     Every optimizer step applies `mean over its batches of Σ wᵢ gᵢ / Σ wᵢ, plus ρ·g_ref`: the mean over the accumulated batches
@@ -50,11 +51,17 @@ class DualSelect:
     through DistributedDataParallel; one all-reduce of the flat vector does its work.
     """
 
-    def __init__(self, config: DualSelectConfig, trainer: Any, modules: Sequence[LoraModule], references: Dataset, *, kl: bool) -> None:
-        self.config = config
-        self.kl = kl
+    name = "dual_select"
+    action = "steered"
+    config: DualSelectConfig
+
+    def __init__(self, config: DualSelectConfig, context: Context) -> None:
+        super().__init__(config, context)
+        trainer, pool = context.trainer, context.references
+        references = pool.rows
+        self.kl = pool.kl
         self._trainer = trainer
-        self._modules = list(modules)
+        self._modules = list(context.prepared.modules)
         self._rows = references[ROW]
         self._references = trainer._remove_unused_columns(references.remove_columns(ROW), description="reference")
         self._lengths = [len(ids) for ids in references["input_ids"]]
@@ -62,11 +69,31 @@ class DualSelect:
         self._checked = False
         self._fused = False
         self._count = config.references or math.ceil((config.reference_share or 0) * len(references))
-        self._check()
+        if self._count > len(self._references):
+            raise ConfigurationError(
+                f"dual_select.references = {self._count}: the pool has {len(self._references)}; use at most as many, or reference_share"
+            )
         self.log = SelectionLog(Path(trainer.args.output_dir))
-        self.first_step = 0
-        self.start_norm = 0.0
         self._reset()
+
+    @classmethod
+    def ready(cls, config: DualSelectConfig, block: SafetyConfig, trainer: Any, references: References | None) -> None:
+        """See `TrainingMethod.ready`; numbers the training rows.
+
+        Raises:
+            ConfigurationError: there is no pool, or one without answers beside a method that trains on other weights.
+        """
+        if references is None:
+            raise ConfigurationError(
+                "dual_select.reference_dataset is missing: name the pool of safety references there, or give reference_dataset to SafeSFTTrainer"
+            )
+        other = next((name for name, options in block.methods().items() if options.changes_weights), None)
+        if other and references.kl:
+            raise ConfigurationError(
+                "dual_select.reference_dataset holds prompts without an answer: what the model says to them beside a buffer is not what it should say; give "
+                f"references with answers, or remove {other}"
+            )
+        number_rows(trainer)
 
     def _reset(self) -> None:
         """As before the first step: a trainer may train again, and Transformers begins anew after running out of memory."""
@@ -82,49 +109,6 @@ class DualSelect:
         self._chosen: list[int] = []
         self._chosen_weights: list[float] = []
         self.reference_loss = float("nan")
-
-    def _check(self) -> None:
-        config, args = self.config, self._trainer.args
-        batch = args.per_device_train_batch_size
-        if config.keep is not None and config.keep >= batch:
-            raise ConfigurationError(
-                f"dual_select.keep = {config.keep}: every sample of a per-device batch of {batch} would be kept, so that nothing is selected; use a smaller "
-                "keep, keep_tokens, or a larger per_device_train_batch_size (micro_batch_size)"
-            )
-        if batch < 2:
-            raise ConfigurationError(
-                f"per_device_train_batch_size (micro_batch_size) = {batch}: dual_select chooses within a batch; use at least 2"
-            )
-        if self._count > len(self._references):
-            raise ConfigurationError(
-                f"dual_select.references = {self._count}: the pool has {len(self._references)}; use at most as many, or reference_share"
-            )
-        for option, value in (("torch_compile", True), ("fp16", True), ("packing", True), ("sample_packing", True), ("padding_free", True)):
-            if getattr(args, option, None) is value:
-                raise ConfigurationError(
-                    f"{option} = {value}: dual_select cannot tell the gradients of single samples apart then; {_REMEDY[option]}"
-                )
-        if getattr(args, "auto_find_batch_size", False):
-            raise ConfigurationError(
-                "auto_find_batch_size = True: dual_select chooses within a batch, whose size it would change; set it to False and choose a "
-                "per_device_train_batch_size"
-            )
-        if getattr(args, "label_smoothing_factor", 0):
-            raise ConfigurationError(
-                f"label_smoothing_factor = {args.label_smoothing_factor}: dual_select scores samples by their plain loss; set it to 0"
-            )
-        if getattr(self._trainer, "_is_vision_dataset", False):
-            raise ConfigurationError("the training data holds images, which dual_select has not been shown to work with; use text")
-        outside = not_covered(self._trainer.model, self._modules)
-        if outside:
-            raise AdapterError(
-                f"{len(outside)} trainable parameters are no LoRA factor ({outside[0]!r} first): their gradient would be missing from the samples' "
-                "gradients; remove modules_to_save, bias and lora_bias"
-            )
-        if self._trainer.args.n_gpu > 1:
-            raise ConfigurationError(
-                f"n_gpu = {self._trainer.args.n_gpu}: DataParallel replicates the adapter's modules; start one process per GPU (accelerate launch)"
-            )
 
     # One run.
 
@@ -169,7 +153,33 @@ class DualSelect:
     def _warm(self) -> bool:
         return int(self._trainer.state.global_step) < self.first_step + self.config.warmup_steps
 
-    def loss(self, model: Any, inputs: dict[str, Any], parent_loss: Any) -> Tensor:
+    @property
+    def duties(self) -> tuple[str, ...]:
+        """The choice in every batch, and the gradient after the last accumulated one."""
+        return (self.name, f"{self.name}'s gradient")
+
+    def loss(self, inner: Inner, model: Any, inputs: Any, return_outputs: bool, items: Any) -> Any:
+        """The chosen samples' mean loss of one batch, scaled as the trainer's step and log expect it."""
+        if return_outputs:
+            raise ConfigurationError(
+                "return_outputs = True while training: dual_select needs the loss alone; the trainer is one that it does not know"
+            )
+        loss = self.select(model, inputs, lambda model, inputs: inner(model, inputs, False, None))
+        self.mark()
+        divides = trainer_divides_loss(self._trainer, items)
+        return loss if divides else loss / self._trainer.current_gradient_accumulation_steps
+
+    def after_backward(self, returned: Any, items: Any) -> None:
+        """After an optimizer step's last batch, put the update's gradient on the factors."""
+        if self._trainer.accelerator.sync_gradients:
+            self.finish_step()
+            self.mark(f"{self.name}'s gradient")
+
+    def before_save(self) -> None:
+        """What is saved next carries a report, which counts the samples of all processes."""
+        self.drain()
+
+    def select(self, model: Any, inputs: dict[str, Any], parent_loss: Any) -> Tensor:
         """One batch: score its samples, choose, and note the chosen ones' gradient.
 
         Args:
@@ -186,8 +196,6 @@ class DualSelect:
             raise ConfigurationError(
                 f"the batches lack {ROW!r}: the trainer's data collator or data loader was replaced after the trainer was made; set it before"
             )
-        if trainer.accelerator.scaler is not None:
-            raise ConfigurationError("mixed_precision = fp16: dual_select works in float32 and bfloat16; use bf16")
         if self._due():
             self._refresh()
         samples = rows.shape[0]
@@ -500,7 +508,7 @@ class DualSelect:
         self.start_norm = facts["start_norm"]
         return True
 
-    def finish(self, *, ended: bool) -> None:
+    def end(self, *, ended: bool) -> None:
         """When training ends, however it does: the log is whole, and the most-dropped rows' text lies beside it."""
         self.drain(together=ended)
         if not self._trainer.state.is_world_process_zero or not self.log.path.is_file():
@@ -511,48 +519,28 @@ class DualSelect:
         texts = {row: tokenizer.decode(data[places[row]]["input_ids"]) for row in rows if row in places}
         write_texts(self.log.path.parent, texts)
 
-    def report(self, steps: int) -> MethodReport:
-        """What was chosen until optimizer step `steps`."""
-        first = self.first_step + self.config.warmup_steps
-        acted = steps > first
-        summary = f"the run has not left its warm-up of {self.config.warmup_steps} steps"
-        if acted:
-            kept, seen = self.kept, self.seen
-            for _, columns in self._pending:
-                kept, seen = kept + int((columns[1] > 0).sum()), seen + columns.shape[1]
-            correction = (
-                f"{self.config.reference_gradient} reference gradient of weight {self.config.rho:g}" if self.config.rho else "no correction"
-            )
-            summary = (
-                f"kept {kept} of {seen} samples in optimizer steps {first + 1} to {steps}; {correction}, from {self._count} of {len(self._references)} "
-                f"references{' by KL to the starting model' if self.kl else ''}"
-            )
-            if self.first_step:
-                summary += f"; steps 1 to {self.first_step} were trained without it"
-            if self.start_norm:
-                summary += f"; {came_with(self.start_norm)}"
-        return MethodReport(
-            name="dual_select",
-            source=SOURCES["dual_select"],
-            reconstruction=False,
-            settings=self.config.model_dump(),
-            acted=acted and self.first_step == 0 and not self.start_norm,
-            summary=summary,
-            steps=(first + 1, steps) if acted else None,
-            layers={
-                module.name: LayerReport(action="steered" if acted else "left_alone", reason=None if acted else summary)
-                for module in self._modules
-            },
+    @property
+    def delay(self) -> int:
+        """The warm-up."""
+        return self.config.warmup_steps
+
+    @property
+    def not_yet(self) -> str:  # type: ignore[override]
+        """What the report says during the warm-up."""
+        return f"the run has not left its warm-up of {self.config.warmup_steps} steps"
+
+    def describe(self, first: int, last: int) -> str:
+        """See `TrainingMethod.describe`."""
+        kept, seen = self.kept, self.seen
+        for _, columns in self._pending:
+            kept, seen = kept + int((columns[1] > 0).sum()), seen + columns.shape[1]
+        correction = (
+            f"{self.config.reference_gradient} reference gradient of weight {self.config.rho:g}" if self.config.rho else "no correction"
         )
-
-
-_REMEDY = {
-    "torch_compile": "turn it off",
-    "fp16": "use bf16",
-    "packing": "set packing=False",
-    "sample_packing": "set sample_packing: false",
-    "padding_free": "set padding_free=False",
-}
+        return (
+            f"kept {kept} of {seen} samples in optimizer steps {first} to {last}; {correction}, from {self._count} of {len(self._references)} "
+            f"references{' by KL to the starting model' if self.kl else ''}"
+        )
 
 
 def _choice(step: int, kind: Any, rows: list[int], columns: Sequence[list[float]]) -> Choice:

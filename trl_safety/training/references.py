@@ -1,15 +1,16 @@
-"""DualSelect's reference pool, and the row numbers of the training data."""
+"""Pools of reference rows, prepared as the training data is, and the numbers of the training rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 
+from trl_safety.config.block import SafetyConfig
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.data import load_rows
 
 ROW = "safety_row"
 """Column of the training and reference data that says which row of the user's data set a sample is."""
@@ -38,18 +39,38 @@ def with_rows(dataset: Any, setting: str) -> Dataset:
     """
     if not isinstance(dataset, Dataset):
         raise ConfigurationError(
-            f"{setting} is a {type(dataset).__name__}: dual_select needs rows that can be counted and read again; give a datasets.Dataset (load "
+            f"{setting} is a {type(dataset).__name__}: rows must be such that they can be counted and read again; give a datasets.Dataset (load "
             "without streaming)"
         )
     return dataset if ROW in dataset.column_names else dataset.add_column(ROW, list(range(len(dataset))))
 
 
-def load_references(source: str) -> Dataset:
-    """The reference data set behind `dual_select.reference_dataset`; see `load_rows`."""
-    return load_rows(source, "dual_select.reference_dataset")
+@dataclass(frozen=True)
+class References:
+    """A method's pool, tokenised as the training data is; `kl` where it is prompts without an answer."""
+
+    rows: Dataset
+    kl: bool
 
 
-def prompts_only(dataset: Dataset) -> bool:
+def pools(block: SafetyConfig) -> dict[str, str]:
+    """The methods of a block that read a pool of references: name → the option that names it, in full."""
+    return {name: f"{name}.{options.reads_references}" for name, options in block.methods().items() if options.reads_references}
+
+
+def number_rows(trainer: Any) -> None:
+    """Have the batches say which rows of the training data they hold.
+
+    Raises:
+        ConfigurationError: the training data is streamed.
+    """
+    trainer.train_dataset = with_rows(trainer.train_dataset, "train_dataset")
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns.append(ROW)
+    trainer.data_collator = RowCollator(trainer.data_collator)
+
+
+def prompts_only(dataset: Dataset, setting: str) -> bool:
     """Whether the references are prompts without an answer.
 
     Raises:
@@ -60,7 +81,7 @@ def prompts_only(dataset: Dataset) -> bool:
         return False
     if unread := sorted(columns - {"prompt", ROW}):
         raise ConfigurationError(
-            f"dual_select.reference_dataset: has prompt, no completion, and {', '.join(unread)}, which nothing reads: rename the answers' column to completion, or "
+            f"{setting}: has prompt, no completion, and {', '.join(unread)}, which nothing reads: rename the answers' column to completion, or "
             "remove the others, so that the prompts alone are held to the starting model by KL"
         )
     return True
