@@ -20,7 +20,7 @@ def made(**kwargs: Any) -> Any:
 
 
 pool = tiny.rows(16, seed=5)
-with pytest.raises(SafetyError, match="dual_select: reads and adds gradients of whole LoRA factors, which FSDP spreads over the processes"):
+with pytest.raises(SafetyError, match="fsdp_version = 2: dual_select cannot act: it reads and adds gradients of whole LoRA factors, which the engine spreads"):
     made(safety={"dual_select": {"references": 4}}, reference_dataset=pool)
 with pytest.raises(SafetyError, match=r"reinforce: the merge|the merge changes the adapter's rank.*merge-reinforce"):
     made(safety={"buffer_reinforce": {"buffer": str(world / "buffer"), "reinforce": str(world / "reinforce")}})
@@ -30,7 +30,7 @@ for safety in ({"csulora": {}}, {"alignment_vector": {}}, {"alignment_vector": {
         trainer.train()
 plugin = made().accelerator.state.fsdp_plugin
 for name, value, message in (
-    ("fsdp_version", 1, "fsdp_version = 1: flattens the LoRA factors"),
+    ("fsdp_version", 1, "fsdp_version = 1: .* cannot act: the first FSDP flattens the LoRA factors"),
     ("state_dict_type", "SHARDED_STATE_DICT", "checkpoints would hold no adapter"),
 ):
     before = getattr(plugin, name)

@@ -241,7 +241,7 @@ def test_prompts_alone_are_held_to_the_starting_model(tmp_path: Path) -> None:
     references = [choice for choice in read_choices(tmp_path / SELECTION) if choice.kind == "reference"]
     assert all(loss > 0 for choice in references for loss in choice.losses)
     # The loss of the last refresh's best reference, written out, cannot be had afterwards; that of the model now can.
-    hook = trainer._safety.dual_select
+    hook = trainer._safety.methods[0]
     with torch.no_grad():
         ours = hook._reference_losses([0, 3])
     for value, index in zip(ours, (0, 3), strict=True):
@@ -300,7 +300,7 @@ def test_composes_with_asft_and_a_correction(tmp_path: Path, gqa_subspace: Any) 
         (block(), {"reference_dataset": None}, "reference_dataset is missing"),
         (block(reference_dataset="nowhere.jsonl"), {"reference_dataset": None}, "cannot be read"),
         (block(reference_dataset="x.jsonl"), {}, "keep one of them"),
-        ({"asft": {}}, {}, "has no dual_select"),
+        ({"asft": {}}, {}, "no method of the safety block reads one"),
         ({**block(), "skip_modules": ["q_proj"]}, {}, "dual_select steers the whole update and cannot leave layers alone"),
         (block(), {"data": tiny.rows(32).to_iterable_dataset()}, "IterableDataset"),
     ],

@@ -30,7 +30,7 @@ def inspect(
     subspace: Annotated[
         str | None, typer.Option("--subspace", "-s", help="Subspace file or Hub id; not needed with --selection.", show_default=False)
     ] = None,
-    selection: Annotated[bool, typer.Option("--selection", help="List the samples that DualSelect dropped most often.")] = False,
+    selection: Annotated[bool, typer.Option("--selection", help="List the samples that were dropped most often.")] = False,
     top: Annotated[int, typer.Option(min=1, help="With --selection: how many samples.")] = 20,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG).")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the numbers (JSON).")] = None,
@@ -53,7 +53,7 @@ def inspect(
             return
         if subspace is None:
             raise ConfigurationError(
-                "--subspace is missing: give the file made by `trl-safety subspace`, or --selection for a run with dual_select"
+                "--subspace is missing: give the file made by `trl-safety subspace`, or --selection for a run that selects samples"
             )
         from trl_safety.inspection import layers as inspection
         from trl_safety.subspace.artifact import AlignmentSubspace

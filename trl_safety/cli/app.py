@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 
-import trl_safety.cli as rooms
 from trl_safety.cli.base import app
 
-for found in iter_modules(rooms.__path__):
+for found in iter_modules([str(Path(__file__).parent)]):
     # A command registers itself when its module is imported.
-    import_module(f"{rooms.__name__}.{found.name}")
+    import_module(f"trl_safety.cli.{found.name}")
 
 __all__ = ["app"]

@@ -84,7 +84,7 @@ _REQUIREMENTS = (
         "batch",
         lambda batch, options: batch >= 2 and options.keep is not None and options.keep >= batch,
         "at most keep",
-        "every sample of a per-device batch would be kept, so that nothing is selected",
+        "every sample of a per-device batch of {value} would be kept, so that nothing is selected",
         {"any": "use a smaller keep, keep_tokens, or a larger per_device_train_batch_size (micro_batch_size)"},
         setting=lambda options: f"keep = {options.keep}",
     ),

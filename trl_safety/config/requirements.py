@@ -137,7 +137,8 @@ class Violation:
         found = self.requirement
         name, options = next(iter(self.methods.items()))
         setting = f"{name}.{found.setting(options)} beside {self.fact.setting}" if found.setting else self.fact.setting
-        return f"{setting}: {', '.join(self.methods)} cannot act: {found.reason}; {found.remedy_for(self.host)}"
+        reason = found.reason.replace("{value}", str(self.fact.value))
+        return f"{setting}: {', '.join(self.methods)} cannot act: {reason}; {found.remedy_for(self.host)}"
 
 
 def broken(methods: Mapping[str, Declaring], facts: Facts) -> list[Violation]:

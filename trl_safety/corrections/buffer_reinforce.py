@@ -160,7 +160,7 @@ class ReinforceMerge(Correction):
                 )
             if options_class(name).loses_by_scaling:
                 raise AdapterError(
-                    f"{where}: was corrected by {name}, whose part the merge would weight down: merge the adapter without it"
+                    f"{where}: has the {name.replace('_', ' ')} in it, which the merge would weight down: merge the adapter without it"
                 )
         if config.lora_bias:
             raise AdapterError(f"{where}: lora_bias = True: the biases of lora_B cannot be merged; train without lora_bias")

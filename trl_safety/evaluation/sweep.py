@@ -160,12 +160,12 @@ def sweep(
     refuse_corrected(folder.config, f"adapter = {str(adapter)!r}")
     modules = {module.name: module for module in lora_modules(model, adapter_name(model))}
     corrected = _corrector(folder, modules, method, subspace, reinforce)
+    if subspace is not None:
+        verify_base(modules.values(), subspace.for_modules(modules))
     for point in points:
         corrected(point)  # Whatever cannot act is an error before the first evaluation.
     if missing := [name for name, found in match(folder.factors, modules).items() if found is None]:
         raise ConfigurationError(f"adapter = {str(adapter)!r}: its layer {missing[0]!r} is not in the model")
-    if subspace is not None:
-        verify_base(modules.values(), subspace.for_modules(modules))
     found = Sweep(adapter=str(adapter), method=method, max_attack_success=max_attack_success, max_utility_loss=max_utility_loss, points=[])
 
     def add(name: str, options: dict[str, Any], *, acted: bool = False) -> Point:
@@ -227,13 +227,14 @@ def write_chosen(found: Sweep, output: Path, *, subspace: AlignmentSubspace | No
     """Write the corrected adapter of the chosen point into a new folder, as `trl-safety correct` would."""
     assert found.chosen is not None  # noqa: S101  # checked by the caller
     correction = _correction(found.method, found.points[found.chosen].options, reinforce)
-    correct_folder(found.adapter, output, subspace, correction)
+    correct_folder(found.adapter, output, subspace if correction.reads_subspace else None, correction)
 
 
 def _correction(method: str, options: Mapping[str, Any], reinforce: str | Path | None) -> Correction:
     """The correction of one point of the grid."""
-    fixed = {} if reinforce is None else {"reinforce": str(reinforce)}
-    return correction_for(validate(correction_options()[method], {**options, **fixed}, method))
+    found = correction_options()[method]
+    fixed = {"reinforce": str(reinforce)} if reinforce is not None and "reinforce" in found.model_fields else {}
+    return correction_for(validate(found, {**options, **fixed}, method))
 
 
 def _corrector(
@@ -249,6 +250,8 @@ def _corrector(
     for name, given, used in (("subspace", subspace, reads), ("reinforce", reinforce, "reinforce" in options_class.model_fields)):
         if given is not None and not used:
             raise ConfigurationError(f"{name} is given, but {method} uses none: remove it")
+    if reads and subspace is None:
+        raise ConfigurationError(f"subspace is missing: {method} needs an alignment subspace; give the file made by `trl-safety subspace`")
     layers = {name: module.layer.get_base_layer() for name, module in modules.items()}
 
     def corrected(options: dict[str, Any]) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:

@@ -134,5 +134,5 @@ def refuse_stopping(stop_above: float | None, setting: str, correction: str) -> 
     """
     if stop_above is not None:
         raise ConfigurationError(
-            f"{setting} = {stop_above:g}: measures the adapter as it trains, which {correction} has not corrected yet; remove one of the two"
+            f"{setting} = {stop_above:g}: measures the adapter as it trains, before {correction} acts; remove one of the two"
         )

@@ -1,4 +1,7 @@
-"""DualSelect in training: the reference pool, the choice in every batch, the gradients, and what a checkpoint keeps."""
+"""DualSelect in training: the choice in every batch, the gradients, and what a checkpoint keeps.
+
+Above 450 lines, since these three share one state; the pool and the losses have files of their own.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from torch import Tensor
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS
 from trl_safety.adapters.lora import adapter_name, unwrap
-from trl_safety.adapters.per_sample import Collect, Dots, FlatFactors, Total, per_sample_gradients
+from trl_safety.adapters.per_sample import Collect, FlatFactors, per_sample_gradients
 from trl_safety.config.block import SafetyConfig
 from trl_safety.config.dual_select import DualSelectConfig
 from trl_safety.errors import ConfigurationError
@@ -29,7 +32,8 @@ from trl_safety.methods import dual_select
 from trl_safety.reports.selection import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
 from trl_safety.reports.source import adapter_folder
 from trl_safety.training.compat import trainer_divides_loss
-from trl_safety.training.dual_select.losses import Batch, Forward, _mean_kl, _samples
+from trl_safety.training.dual_select.losses import Batch, Forward, sample_losses
+from trl_safety.training.dual_select.pool import ReferencePool
 from trl_safety.training.method import Context, Inner, TrainingMethod
 from trl_safety.training.references import ROW, References, number_rows
 
@@ -63,15 +67,14 @@ class DualSelect(TrainingMethod):
         self._trainer = trainer
         self._modules = list(context.prepared.modules)
         self._rows = references[ROW]
-        self._references = trainer._remove_unused_columns(references.remove_columns(ROW), description="reference")
-        self._lengths = [len(ids) for ids in references["input_ids"]]
         self._flat = FlatFactors(self._modules)
+        rows = trainer._remove_unused_columns(references.remove_columns(ROW), description="reference")
+        self._pool = ReferencePool(trainer, self._flat, rows, [len(ids) for ids in references["input_ids"]], kl=pool.kl)
         self._checked = False
-        self._fused = False
         self._count = config.references or math.ceil((config.reference_share or 0) * len(references))
-        if self._count > len(self._references):
+        if self._count > len(self._pool):
             raise ConfigurationError(
-                f"dual_select.references = {self._count}: the pool has {len(self._references)}; use at most as many, or reference_share"
+                f"dual_select.references = {self._count}: the pool has {len(self._pool)}; use at most as many, or reference_share"
             )
         self.log = SelectionLog(Path(trainer.args.output_dir))
         self._reset()
@@ -198,13 +201,13 @@ class DualSelect(TrainingMethod):
             )
         if self._due():
             self._refresh()
-        samples = rows.shape[0]
-        collected = Collect(self._flat, samples)
+        count = rows.shape[0]
+        collected = Collect(self._flat, count)
         labels = inputs["labels"]
-        with per_sample_gradients(self._flat, samples, collected), self._outputs() as forward:
+        with per_sample_gradients(self._flat, count, collected), self._outputs() as forward:
             with trainer.accelerator.no_sync(model):
                 total = parent_loss(model, inputs)
-            batch = _samples(forward, labels, dft=getattr(trainer.args, "loss_type", None) == "dft", grad=False)
+            batch = sample_losses(forward, labels, dft=getattr(trainer.args, "loss_type", None) == "dft", grad=False)
             with torch.autocast(total.device.type, enabled=False):
                 total.backward()
         share = batch.tokens.sum().clamp(min=1) / batch.tokens.clamp(min=1)
@@ -219,7 +222,7 @@ class DualSelect(TrainingMethod):
 
     def _choose(self, rows: Tensor, batch: Batch, gradients: Tensor, share: Tensor) -> Tensor:
         """(n,) weights of the batch's samples, float64; samples without a supervised token have none."""
-        config, samples = self.config, rows.shape[0]
+        config, count = self.config, rows.shape[0]
         valid = batch.tokens > 0
         if self._warm:
             # As in the authors' code: the mean over samples, not over tokens. An all-masked batch must not divide by zero.
@@ -233,7 +236,7 @@ class DualSelect(TrainingMethod):
             mask = dual_select.within_budget(ranked, batch.tokens, config.keep_tokens)
         else:
             assert config.keep is not None  # noqa: S101  # one of the two is given
-            mask = dual_select.lowest(ranked, self._kept_of(samples))
+            mask = dual_select.lowest(ranked, self._kept_of(count))
         mask = mask & torch.where(valid.any(), valid, True)
         weights = dual_select.soft_weights(-ranked, config.task_temperature) if config.selection == "soft" else torch.ones_like(scores)
         weights = weights * mask
@@ -287,29 +290,14 @@ class DualSelect(TrainingMethod):
         """Score the whole pool in a stream, each process its share; choose; compute the chosen ones' mean gradient in a second pass."""
         self.drain()
         trainer, config = self._trainer, self.config
-        world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        pool = len(self._references)
-        # By length, so that a batch holds little padding.
-        order = sorted(range(pool), key=lambda index: (self._lengths[index], index))
-        table = self._flat.like.new_zeros(pool, 3, dtype=torch.float64)
-        for start in range(0, len(order[rank::world]), trainer.args.per_device_train_batch_size):
-            indices = order[rank::world][start : start + trainer.args.per_device_train_batch_size]
-            scored = Dots(self._task, len(indices))
-            with per_sample_gradients(self._flat, len(indices), scored):
-                losses = self._reference_losses(indices)
-                with torch.autocast(losses.device.type, enabled=False):
-                    torch.autograd.backward(losses.sum())
-            table[indices] = torch.stack([losses.detach().double().to(table.device), scored.dots.double(), scored.squares.double()], dim=1)
-        if world > 1:
-            table = trainer.accelerator.reduce(table, reduction="sum")
-        losses, dots, squares = table.unbind(1)
+        losses, dots, squares = self._pool.scored(self._task)
         cosines = dual_select.cosine(dots, squares, self._task)
         scores = dual_select.score(losses, cosines, config.mu_reference, config.nu)
         mask = dual_select.highest(scores, self._count)
         weights = dual_select.soft_weights(scores, config.reference_temperature) if config.selection == "soft" else torch.ones_like(scores)
         chosen = [index for index in scores.argsort(descending=True, stable=True).tolist() if mask[index]]
         self._chosen, self._chosen_weights = chosen, weights[chosen].tolist()
-        self._reference = self._mean_gradient(chosen, self._chosen_weights)
+        self._reference = self._pool.mean_gradient(chosen, self._chosen_weights)
         if not bool(torch.isfinite(self._reference).all()) or not bool(self._reference.any()):
             raise ConfigurationError(
                 "dual_select.reference_dataset: the gradient of the chosen references is zero or not finite, so that nothing could be selected by it; check "
@@ -322,62 +310,12 @@ class DualSelect(TrainingMethod):
             columns = torch.stack([weights[chosen], scores[chosen], losses[chosen], cosines[chosen]]).tolist()
             self.log.add(_choice(trainer.state.global_step + 1, "reference", [self._rows[index] for index in chosen], columns))
 
-    def _mean_gradient(self, indices: Sequence[int], weights: Sequence[float]) -> Tensor:
-        """Σ wⱼ gⱼ / Σ wⱼ at the current parameters, (P,); each process computes a share."""
-        trainer = self._trainer
-        world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        total = self._flat.zeros()
-        mine = list(zip(indices, weights, strict=True))[rank::world]
-        size = trainer.args.per_device_train_batch_size
-        for start in range(0, len(mine), size):
-            part = mine[start : start + size]
-            summed = Total(self._flat)
-            with per_sample_gradients(self._flat, len(part), summed):
-                losses = self._reference_losses([index for index, _ in part])
-                with torch.autocast(losses.device.type, enabled=False):
-                    torch.autograd.backward((losses * torch.tensor([weight for _, weight in part]).to(losses)).sum())
-            total += summed.vector
-        if world > 1:
-            total = trainer.accelerator.reduce(total, reduction="sum")
-        return total / sum(weights)
-
     def _fresh(self) -> Tensor:
         """The gradient now of the next references in turn, as many as a per-device batch in all."""
         size = min(self._trainer.args.per_device_train_batch_size, len(self._chosen))
         places = [(self._fresh_position + i) % len(self._chosen) for i in range(size)]
         self._fresh_position = (self._fresh_position + size) % len(self._chosen)
-        return self._mean_gradient([self._chosen[i] for i in places], [self._chosen_weights[i] for i in places])
-
-    def _reference_losses(self, indices: Sequence[int]) -> Tensor:
-        """(n,) loss of references: mean NLL of the answer's tokens, or KL(starting model ‖ current) per token of the prompt.
-
-        The model is asked directly, so that the trainer's own metrics count the user's data only.
-        """
-        trainer = self._trainer
-        inputs = trainer._prepare_inputs(trainer.data_collator([self._references[index] for index in indices]))
-        labels = inputs.pop("labels")
-        inputs["use_cache"] = False
-        model: Any = unwrap(trainer.model)
-        with trainer.compute_loss_context_manager():
-            if self.kl:
-                logits = model(**inputs).logits
-                with torch.no_grad(), self._starting_model():
-                    aligned = model(**inputs).logits
-                mask = inputs["attention_mask"].to(torch.bool)
-                return _mean_kl(aligned, logits, mask)
-            if self._fused:
-                return _samples(Forward(model, model(**inputs, labels=labels, fused_lm_head=True)), labels, dft=False, grad=True).losses
-            return _samples(Forward(model, model(**inputs)), labels, dft=False, grad=True).losses
-
-    def _starting_model(self) -> Any:
-        """The model with its adapter switched off."""
-        model: Any = unwrap(self._trainer.model)
-        if not hasattr(model, "disable_adapter"):
-            raise ConfigurationError(
-                f"{type(model).__name__} has no disable_adapter, which references without an answer need: give the trainer a PeftModel or peft_config, or "
-                "references with answers"
-            )
-        return model.disable_adapter()
+        return self._pool.mean_gradient([self._chosen[i] for i in places], [self._chosen_weights[i] for i in places])
 
     # What is written.
 
@@ -389,7 +327,7 @@ class DualSelect(TrainingMethod):
         seen = Forward(causal)
 
         def output(module: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-            self._fused = bool(kwargs.get("fused_lm_head"))
+            self._pool.fused = bool(kwargs.get("fused_lm_head"))
             seen.output = result
 
         def hidden(module: Any, args: Any, result: Any) -> None:
@@ -444,12 +382,12 @@ class DualSelect(TrainingMethod):
         return settings
 
     @cached_property
-    def _pool(self) -> str:
+    def _pool_digest(self) -> str:
         """The number of the references and a digest of their tokens."""
         state = hashlib.sha256()
-        for ids in self._references["input_ids"]:
+        for ids in self._pool.rows["input_ids"]:
             state.update(json.dumps(list(ids)).encode())
-        return f"{len(self._references)} ({state.hexdigest()[:16]})"
+        return f"{len(self._pool)} ({state.hexdigest()[:16]})"
 
     def save(self, checkpoint: Path) -> None:
         """Keep in a checkpoint what a resumed run needs."""
@@ -463,13 +401,13 @@ class DualSelect(TrainingMethod):
             "refresh_epoch": self._refresh_epoch,
             "fresh_position": self._fresh_position,
             # A resumed run may refresh before its first forward tells.
-            "fused": self._fused,
+            "fused": self._pool.fused,
             "chosen": self._chosen,
             "chosen_weights": self._chosen_weights,
             "reference_loss": self.reference_loss,
             "kept": self.kept,
             "seen": self.seen,
-            "pool": self._pool,
+            "pool": self._pool_digest,
             "config": self._settings,
             "adapter_sha256": self._adapter_of(checkpoint),
         }
@@ -489,10 +427,10 @@ class DualSelect(TrainingMethod):
             task, reference = file.get_tensor("task"), file.get_tensor("reference")
         if facts.get("adapter_sha256") != self._adapter_of(checkpoint):
             return False
-        if task.shape != (self._flat.size,) or facts["pool"] != self._pool:
+        if task.shape != (self._flat.size,) or facts["pool"] != self._pool_digest:
             raise ConfigurationError(
                 f"{str(path)!r}: was written with {task.numel()} trainable entries and the references {facts['pool']}, this run has {self._flat.size} and "
-                f"{self._pool}: resume with the same adapter and the same dual_select.reference_dataset"
+                f"{self._pool_digest}: resume with the same adapter and the same dual_select.reference_dataset"
             )
         if changed := [name for name, value in self._settings.items() if facts["config"].get(name) != value]:
             raise ConfigurationError(
@@ -502,7 +440,7 @@ class DualSelect(TrainingMethod):
         like = self._flat.like
         self._task, self._reference = task.to(like), reference.to(like)
         self.first_step, self.last_refresh, self._refresh_epoch = facts["first_step"], facts["last_refresh"], facts["refresh_epoch"]
-        self._fused = facts["fused"]
+        self._pool.fused = facts["fused"]
         self._fresh_position, self._chosen, self._chosen_weights = facts["fresh_position"], facts["chosen"], facts["chosen_weights"]
         self.reference_loss, self.kept, self.seen = facts["reference_loss"], facts["kept"], facts["seen"]
         self.start_norm = facts["start_norm"]
@@ -538,7 +476,7 @@ class DualSelect(TrainingMethod):
             f"{self.config.reference_gradient} reference gradient of weight {self.config.rho:g}" if self.config.rho else "no correction"
         )
         return (
-            f"kept {kept} of {seen} samples in optimizer steps {first} to {last}; {correction}, from {self._count} of {len(self._references)} "
+            f"kept {kept} of {seen} samples in optimizer steps {first} to {last}; {correction}, from {self._count} of {len(self._pool)} "
             f"references{' by KL to the starting model' if self.kl else ''}"
         )
 
