@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_safety.config.block import METHODS, SafetyConfig, options_class
-from trl_safety.config.requirements import Fact, Facts, cell, requirements_of, resolve
+from trl_safety.config.requirements import Fact, Facts, Requirement, cell, requirements_of, resolve
 
 PARALLEL = ("context_parallel_size", "tensor_parallel_size", "sequence_parallel_degree", "expert_parallel_size")
 KERNELS = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel")
@@ -27,7 +27,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "expert_parameters": ("lora_target_parameters",),
     "restarts": ("relora", "relora_steps", "jagged_restart_steps"),
     "objective": ("rl", "reward_model", "process_reward_model"),
-    "engine": ("fsdp", "fsdp_config", "deepspeed"),
+    "engine": ("fsdp", "fsdp_config", "fsdp_version", "deepspeed"),
     "split_model": PARALLEL,
     "trainer_class": ("trainer_cls",),
     "fused_kernels": KERNELS,
@@ -107,7 +107,7 @@ def refuse(cfg: Mapping[str, Any], safety: SafetyConfig) -> None:
     Raises:
         ConfigurationError, AdapterError: with a line for every setting: its value, the methods, the reason and the remedy.
     """
-    resolve(safety.methods(), axolotl_facts(cfg, ()), dry=True)
+    resolve(safety.methods(), axolotl_facts(cfg), dry=True)
 
 
 def check(cfg: Any, safety: SafetyConfig, written: Collection[str]) -> list[str]:
@@ -126,11 +126,15 @@ def table() -> str:
     """The table of example_configs/axolotl/README.md, in Markdown."""
     methods = {name: options_class(name) for name in METHODS}
     lines = ["| Axolotl key | | " + " | ".join(f"`{method}`" for method in methods) + " |", "|---|---|" + "---|" * len(methods)]
+    rows: dict[tuple[str, str], list[Requirement]] = {}
     for requirement in requirements_of(methods):
         if requirement.fact in KEYS:
-            keys = ", ".join(f"`{key}`" for key in KEYS[requirement.fact])
-            cells = " | ".join(cell(requirement, options) for options in methods.values())
-            lines.append(f"| {keys}: {requirement.meaning} | {requirement.reason} | {cells} |")
+            rows.setdefault((requirement.fact, requirement.meaning), []).append(requirement)
+    for (fact, meaning), requirements in rows.items():
+        keys = ", ".join(f"`{key}`" for key in KEYS[fact])
+        reasons = "; ".join(dict.fromkeys(requirement.reason.replace(" of {value}", "") for requirement in requirements))
+        cells = " | ".join(cell(requirements, options) for options in methods.values())
+        lines.append(f"| {keys}: {meaning} | {reasons} | {cells} |")
     return "\n".join(lines)
 
 

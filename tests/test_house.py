@@ -110,7 +110,9 @@ def test_no_circle_of_imports() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("path", [*sources(), *sorted((ROOT / "axolotl_plugin").rglob("*.py"))], ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path", [*sources(), *sorted((ROOT / "axolotl_plugin").rglob("*.py"))], ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_a_method_is_named_in_its_own_rooms_alone(path: Path) -> None:
     inside = path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else path.relative_to(ROOT)
     if str(inside) in OWN_LINES or inside.parts[0] == "lab":
@@ -118,13 +120,17 @@ def test_a_method_is_named_in_its_own_rooms_alone(path: Path) -> None:
     own = {method for method in METHODS if any(part.startswith(method) for part in inside.parts)}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         named = {method for method, pattern in STEMS.items() if pattern.search(line)}
-        assert named <= own or (inside.parts[0] in {"methods", "config", "corrections", "training"} and own), f"{inside}:{number}: {line.strip()}"
+        assert named <= own or (inside.parts[0] in {"methods", "config", "corrections", "training"} and own), (
+            f"{inside}:{number}: {line.strip()}"
+        )
 
 
 def test_no_file_is_longer_than_it_says() -> None:
     for path in sources():
         lines = path.read_text(encoding="utf-8").splitlines()
-        assert len(lines) <= 450 or any("lines" in line for line in lines[:8]), f"{path}: {len(lines)} lines, and no reason in the first ones"
+        assert len(lines) <= 450 or any("lines" in line for line in lines[:8]), (
+            f"{path}: {len(lines)} lines, and no reason in the first ones"
+        )
 
 
 def test_axolotl_is_known_to_its_plugin_alone() -> None:

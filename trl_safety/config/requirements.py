@@ -209,17 +209,18 @@ def requirements_of(methods: Mapping[str, type[Declaring]]) -> list[Requirement]
     return list(dict.fromkeys([*EVERY_METHOD, *(found for options in methods.values() for found in options.requirements)]))
 
 
-def cell(requirement: Requirement, options: type[Declaring]) -> str:
-    """What the compatibility table says of one requirement and one method.
+def cell(requirements: Sequence[Requirement], options: type[Declaring]) -> str:
+    """What the compatibility table says of one method beside what one or several requirements refuse.
 
     Returns:
         "refused" or "switched off", with its condition, or the test that shows that the method acts; "not tried" where there is none.
     """
-    if requirement in EVERY_METHOD or requirement in options.requirements:
+    own = next((found for found in requirements if found in EVERY_METHOD or found in options.requirements), None)
+    if own is not None:
         words = {"never": "refused", "unless_spelt_out": "refused where spelt out, else switched off", "always": "switched off"}
-        return f"{words[requirement.switch_off]} {requirement.when_text}".strip()
-    test = options.shown.get(requirement.fact)
-    return f"works ({test})" if test else "not tried"
+        return f"{words[own.switch_off]} {own.when_text}".strip()
+    test = options.shown.get(requirements[0].fact)
+    return f"works (`{test}`)" if test else "not tried"
 
 
 EVERY_METHOD: tuple[Requirement, ...] = (
