@@ -243,7 +243,7 @@ def test_prompts_alone_are_held_to_the_starting_model(tmp_path: Path) -> None:
     # The loss of the last refresh's best reference, written out, cannot be had afterwards; that of the model now can.
     hook = trainer._safety.methods[0]
     with torch.no_grad():
-        ours = hook._reference_losses([0, 3])
+        ours = hook._pool.losses([0, 3])
     for value, index in zip(ours, (0, 3), strict=True):
         ids = torch.tensor([tiny.tokenizer()(prompts[index]["prompt"])["input_ids"]])
         with torch.no_grad():

@@ -72,7 +72,8 @@ class SafetyMixin:
             if hasattr(hook, "ready"):
                 hook.ready(options, config, trainer, pools.get(name))
         run = self._safety = Run(trainer, config, block_subspace(trainer, config, subspace), pools, switched)
-        if config.eval and run.corrections:
+        # A correction that the user gave as a callback is seen when training begins.
+        if config.eval and (config.correction or run.last):
             refuse_stopping(config.eval.stop_above, "eval.stop_above", run.corrections[0].correction.name)
         LoadedShards.add_to(trainer, lambda: self._resumed)
         trainer.add_callback(Start(self))
