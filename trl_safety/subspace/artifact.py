@@ -225,7 +225,7 @@ class AlignmentSubspace:
             temporary.write_text(self._card(Path(folder).name), encoding="utf-8")
         return path
 
-    def push_to_hub(, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
         """Upload the file, with a card, so that others need not hold the unaligned base. Returns the commit's address."""
         import tempfile
 
