@@ -270,3 +270,24 @@ def test_another_plugins_trainer_class_is_said(world: Path, config: dict[str, An
     options = protect(config, world, asft={"weight": 0.5})
     options["plugins"] = ["tests.axolotl.other_plugin.OtherPlugin", *options["plugins"]]
     assert "another plugin, listed before" in axolotl("train", options, code=1)
+
+
+def test_sbr_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    """Beside packed rows; without the term the states move, and so the adapter is another."""
+    (tmp_path / "harmful.jsonl").write_text('{"prompt": "w41 w42"}\n{"prompt": "w43"}\n')
+    saved = {}
+    for weight in (0.0, 500.0):
+        output = tmp_path / str(weight)
+        options = protect(
+            {**config, "output_dir": str(output), "sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 2},
+            world,
+            sbr={"prompts": str(tmp_path / "harmful.jsonl"), "number": 2, "weight": weight},
+        )
+        del options["safety"]["subspace"]
+        axolotl("train", options)
+        saved[weight] = read_report(output).methods[0]
+    distances = {weight: float(report.summary.split("start and ")[1].split(" at")[0]) for weight, report in saved.items() if weight}
+    assert saved[500.0].acted
+    assert saved[500.0].steps == (1, 3)
+    assert not saved[0.0].acted
+    assert distances[500.0] >= 0

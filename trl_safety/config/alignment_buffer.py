@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -15,6 +14,7 @@ from trl_safety.config.requirements import (
     PLUGIN_TRAINER,
     Requirement,
     one_of,
+    revised,
 )
 
 _LOW_RANK: dict[str, Any] = {"when": lambda options: options.how == "low_rank", "when_text": "with how: low_rank"}
@@ -32,8 +32,8 @@ class AlignmentBufferConfig(MethodOptions):
     whole_model: ClassVar[str | None] = "acts on the whole model"
     changes_weights: ClassVar[bool] = True
     requirements: ClassVar[tuple[Requirement, ...]] = (
-        replace(HOOKS_BESIDE_FUSED_KERNELS, **_LOW_RANK),
-        replace(HOOKS_BESIDE_COMPILATION, **_LOW_RANK),
+        revised(HOOKS_BESIDE_FUSED_KERNELS, **_LOW_RANK),
+        revised(HOOKS_BESIDE_COMPILATION, **_LOW_RANK),
         PLUGIN_TRAINER,
         Requirement(
             "base_weights",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -16,13 +15,14 @@ from trl_safety.config.requirements import (
     Requirement,
     is_true,
     one_of,
+    revised,
 )
 from trl_safety.errors import AdapterError
 
 _NO_SAMPLES = "the gradients of single samples cannot be told apart then"
 _REQUIREMENTS = (
-    replace(HOOKS_BESIDE_FUSED_KERNELS, reason="fused kernels bypass the modules in which the samples' gradients are read"),
-    replace(HOOKS_BESIDE_COMPILATION, reason=f"{_NO_SAMPLES}: a compiled model bypasses the hooks that read them"),
+    revised(HOOKS_BESIDE_FUSED_KERNELS, reason="fused kernels bypass the modules in which the samples' gradients are read"),
+    revised(HOOKS_BESIDE_COMPILATION, reason=f"{_NO_SAMPLES}: a compiled model bypasses the hooks that read them"),
     PLUGIN_TRAINER,
     Requirement("precision", one_of("fp16"), "fp16", "it works in float32 and bfloat16", {"any": "use bf16"}),
     Requirement(

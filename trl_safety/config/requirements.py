@@ -7,7 +7,7 @@ block and returns all violations at once. The compatibility page is printed from
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from trl_safety.errors import AdapterError, ConfigurationError
@@ -120,6 +120,11 @@ def is_true(value: Any, options: Any) -> bool:
 def one_of(*values: Any) -> Callable[[Any, Any], bool]:
     """A fact that must be none of these."""
     return lambda value, options: value in values
+
+
+def revised(requirement: Requirement, **changes: Any) -> Requirement:
+    """The requirement with some of its attributes changed."""
+    return replace(requirement, **changes)
 
 
 @dataclass(frozen=True)
