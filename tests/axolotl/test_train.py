@@ -23,7 +23,7 @@ from trl_safety.corrections.buffer_reinforce import USER_ADAPTER
 from trl_safety.corrections.folder import correct_folder
 from trl_safety.corrections.registry import correction_for
 from trl_safety.errors import ReportError
-from trl_safety.reports.report import verify
+from trl_safety.reports.report import read_report, verify
 from trl_safety.reports.selection import SELECTION, read_choices, read_selection
 
 
@@ -276,7 +276,7 @@ def test_sbr_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: A
     """Beside packed rows; without the term the states move, and so the adapter is another."""
     (tmp_path / "harmful.jsonl").write_text('{"prompt": "w41 w42"}\n{"prompt": "w43"}\n')
     saved = {}
-    for weight in (0.0, 500.0):
+    for weight in (1e-9, 500.0):
         output = tmp_path / str(weight)
         options = protect(
             {**config, "output_dir": str(output), "sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 2},
@@ -286,8 +286,7 @@ def test_sbr_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: A
         del options["safety"]["subspace"]
         axolotl("train", options)
         saved[weight] = read_report(output).methods[0]
-    distances = {weight: float(report.summary.split("start and ")[1].split(" at")[0]) for weight, report in saved.items() if weight}
+    distances = {weight: float(report.summary.split("start and ")[1].split(" at")[0]) for weight, report in saved.items()}
     assert saved[500.0].acted
     assert saved[500.0].steps == (1, 3)
-    assert not saved[0.0].acted
-    assert distances[500.0] >= 0
+    assert distances[500.0] < 0.7 * distances[1e-9]
