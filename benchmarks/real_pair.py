@@ -40,9 +40,9 @@ def prompts_of(data: Path, name: str, *, answers: bool = False) -> list[Prompt]:
     """The prompts of an evaluation set."""
     found = []
     for row in rows_of(data, name):
-        text = row["prompt"][-1]["content"] if isinstance(row["prompt"], list) else row["prompt"]
+        messages = tuple(row["prompt"])
         answer = row["completion"][-1]["content"] if isinstance(row.get("completion"), list) else row.get("answer")
-        found.append(Prompt(text, answer) if answers else Prompt(text))
+        found.append(Prompt(messages, answer) if answers else Prompt(messages))
     return found
 
 

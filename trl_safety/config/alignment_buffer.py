@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -11,7 +12,9 @@ from trl_safety.config.requirements import (
     BUFFERS,
     HOOKS_BESIDE_COMPILATION,
     HOOKS_BESIDE_FUSED_KERNELS,
+    ON_SHARDS,
     PLUGIN_TRAINER,
+    SHOWN,
     Requirement,
     one_of,
     revised,
@@ -28,6 +31,7 @@ class AlignmentBufferConfig(MethodOptions):
     stage: ClassVar[Stage] = "weights"
     excludes: ClassVar[tuple[str, str] | None] = BUFFERS
     needs: ClassVar[str] = "the pair of checkpoints, or an alignment subspace with a rank"
+    shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
     costs: ClassVar[str] = "nothing in a step; an exchange of the frozen weights around every evaluation"
     whole_model: ClassVar[str | None] = "acts on the whole model"
     changes_weights: ClassVar[bool] = True

@@ -12,6 +12,7 @@ from trl_safety.config.requirements import (
     HOOKS_BESIDE_COMPILATION,
     HOOKS_BESIDE_FUSED_KERNELS,
     PLUGIN_TRAINER,
+    SHOWN,
     Requirement,
     is_true,
     one_of,
@@ -102,6 +103,7 @@ class DualSelectConfig(MethodOptions):
         "kept_share": "share of samples that DualSelect kept",
         "conflict": "share of samples whose gradient is against the safety references'",
     }
+    shown: ClassVar[Mapping[str, str]] = SHOWN
     costs: ClassVar[str] = "a few per cent of a step, and a pass over the pool once an epoch"
     whole_model: ClassVar[str | None] = "steers the whole update"
     reads_references: ClassVar[str | None] = "reference_dataset"

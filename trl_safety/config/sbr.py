@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from trl_safety.config.method import MethodOptions, Stage
-from trl_safety.config.requirements import HOOKS_BESIDE_COMPILATION, PLUGIN_TRAINER, Requirement, one_of, revised
+from trl_safety.config.requirements import HOOKS_BESIDE_COMPILATION, PLUGIN_TRAINER, SHOWN, Requirement, one_of, revised
 
 
 class SbrConfig(MethodOptions):
@@ -18,6 +18,7 @@ class SbrConfig(MethodOptions):
     source: ClassVar[str] = "SBR, arXiv 2605.05995"
     stage: ClassVar[Stage] = "loss"
     needs: ClassVar[str] = "eight harmful prompts that the aligned model refuses, without answers"
+    shown: ClassVar[Mapping[str, str]] = SHOWN
     costs: ClassVar[str] = "a forward and a backward pass of the prompts, without logits, in every optimizer step"
     curves: ClassVar[Mapping[str, str]] = {"sbr": "how far the states of the harmful prompts are from those of the starting model, squared"}
     requirements: ClassVar[tuple[Requirement, ...]] = (

@@ -146,12 +146,12 @@ class Sbr(LossTerm):
         self.distances = (now, now)
 
     def _answers(self, model: Any) -> list[str]:
-        prompts = [Prompt(prompt) for prompt in self._prompts]
+        prompts = [Prompt(prompt if isinstance(prompt, str) else tuple(prompt)) for prompt in _as_messages(self._prompts, self._tokenizer)]
         return complete(model, self._tokenizer, prompts, new_tokens=ASKED_TOKENS, batch_size=len(prompts))
 
     def _warn(self, answers: Sequence[str]) -> None:
         judge = KeywordJudge()
-        verdicts = judge.verdicts([Prompt(prompt) for prompt in self._prompts[: len(answers)]], list(answers)) if answers else []
+        verdicts = judge.verdicts([Prompt(_short(prompt)) for prompt in self._prompts], list(answers)) if answers else []
         for prompt, verdict in zip(self._prompts, verdicts, strict=False):
             if verdict == "complied":
                 logger.warning("sbr.prompts: the starting model does not refuse %r: it bounds nothing worth keeping", _short(prompt))
@@ -246,11 +246,16 @@ def _without_answer(value: Any) -> Any:
 
 def _tokens(prompt: Any, tokenizer: Any) -> list[int]:
     """A prompt's tokens up to where the answer would begin, by the chat template where there is one."""
+    (prompt,) = _as_messages([prompt], tokenizer)
     if isinstance(prompt, str):
-        if not getattr(tokenizer, "chat_template", None):
-            return list(tokenizer(prompt)["input_ids"])
-        prompt = [{"role": "user", "content": prompt}]
+        return list(tokenizer(prompt)["input_ids"])
     return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def _as_messages(prompts: Sequence[Any], tokenizer: Any) -> list[Any]:
+    """A text is the user's message where there is a chat template, and what the model continues where there is none."""
+    chats = bool(getattr(tokenizer, "chat_template", None))
+    return [[{"role": "user", "content": prompt}] if isinstance(prompt, str) and chats else prompt for prompt in prompts]
 
 
 def _short(prompt: Any) -> str:
