@@ -49,9 +49,13 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         """
         self.active = bool(cfg.get("safety"))
         listed = [str(name).replace(":", ".") for name in cfg.get("plugins") or []]
-        if not self.active:
-            _refuse_without_block(cfg, [name for name in listed if name in (PLUGIN, SHORT_NAME)])
+        missing = None if self.active else _without_block(cfg, [name for name in listed if name in (PLUGIN, SHORT_NAME)])
+        if not self.active and missing is None:
             return
+        from trl_safety.errors import ConfigurationError
+
+        if missing is not None:
+            raise ConfigurationError(missing)
         if loaded_by_axolotl():
             _stand_where_listed(listed)
         folder = cfg.get("lora_model_dir")
@@ -130,24 +134,20 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
             add_to_card(folder / "README.md", read_report(folder))
 
 
-def _refuse_without_block(cfg: Any, named: list[str]) -> None:
-    """Raise ConfigurationError if something in a configuration without a `safety:` block asks for one.
+def _without_block(cfg: Any, named: list[str]) -> str | None:
+    """What is wrong if something in a configuration without a `safety:` block asks for one.
 
     Without a plugin line, which Axolotl 0.21 does not need, a misspelt `safety` is told from other keys by what is in it.
     """
     close = difflib.get_close_matches("safety", [key for key in cfg if isinstance(key, str) and key != "safety"], n=1)
     meant = f" (did you mean it by {close[0]!r}?)" if close else ""
     if named:
-        problem = f"safety{meant} is missing: plugins names {named[0]}, but nothing would be protected; add a `safety:` block or remove the plugin"
-    elif "safety" in cfg:
-        problem = f"safety = {cfg['safety']!r} has no method: nothing would be protected; add one, or remove the key"
-    elif close and _looks_like_a_block(cfg[close[0]]):
-        problem = f"safety{meant} is missing: Axolotl ignores a key that it does not know, and nothing would be protected; correct the key"
-    else:
-        return
-    from trl_safety.errors import ConfigurationError
-
-    raise ConfigurationError(problem)
+        return f"safety{meant} is missing: plugins names {named[0]}, but nothing would be protected; add a `safety:` block or remove the plugin"
+    if "safety" in cfg:
+        return f"safety = {cfg['safety']!r} has no method: nothing would be protected; add one, or remove the key"
+    if close and _looks_like_a_block(cfg[close[0]]):
+        return f"safety{meant} is missing: Axolotl ignores a key that it does not know, and nothing would be protected; correct the key"
+    return None
 
 
 def _looks_like_a_block(value: Any) -> bool:
