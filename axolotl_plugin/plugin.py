@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 def loaded_by_axolotl() -> bool:
-    """Whether this Axolotl (0.21 and newer) loads installed plugins by itself, so that a `safety:` block alone is enough."""
-    return hasattr(base, "PLUGIN_ENTRY_POINT_GROUP")
+    """Whether Axolotl (0.21 and newer) finds the plugin by its entry point, so that a `safety:` block alone is enough."""
+    found = getattr(base, "get_builtin_plugins", tuple)
+    return PLUGIN in found()
 
 
 class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annotations
