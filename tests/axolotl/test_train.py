@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from axolotl_plugin.plugin import loaded_by_axolotl
 from tests import tiny
 from tests.axolotl.conftest import DEEPSPEED, Axolotl, protect
 from tests.training.test_corrections import assert_close, updates
@@ -63,7 +64,14 @@ def test_corrections_equal_those_of_the_saved_adapter_and_without_the_plugin_not
         for name, update in updates(loaded(world, tmp_path / method)).items():
             change = merged.get_submodule(name).weight.double() - aligned.get_submodule(name).weight.double()
             assert (change - update).norm() <= 1e-3 * update.norm() + 1e-6
-    # A block without the plugin line is ignored by Axolotl, which only `verify` and `axolotl safety train` can tell.
+
+
+@pytest.mark.skipif(loaded_by_axolotl(), reason="a block alone is enough: test_entry_point.py")
+def test_a_block_without_the_plugin_line_is_ignored_by_axolotl(
+    world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path
+) -> None:
+    """Only `verify` and `axolotl safety train` can tell."""
+    axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
     unprotected = protect({**config, "output_dir": str(tmp_path / "ignored")}, world, safe_lora={"threshold": 1.0})
     del unprotected["plugins"]
     axolotl("train", unprotected)
