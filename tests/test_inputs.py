@@ -16,9 +16,9 @@ from trl_safety.cli.app import app
 from trl_safety.errors import ConfigurationError, ReportError
 from trl_safety.jsonl import read_lines, to_lines
 from trl_safety.messages import ShapeError, as_messages, conversation, text_of
+from trl_safety.reports.selection import SELECTION, TEXTS, read_choices, read_selection
 from trl_safety.scoring import KeywordJudge, judged, read_prompts
 from trl_safety.training.data import IGNORED, load_rows, supervised
-from trl_safety.training.dual_select.log import SELECTION, TEXTS, read_choices, read_selection
 
 USER, ASSISTANT = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
 HUMAN, GPT = {"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_safety.version import __version__
 from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.files import replacing
 from trl_safety.adapters.fingerprint import CASTS, FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, sample
 from trl_safety.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
 from trl_safety.adapters.lora import full_precision
-from trl_safety.adapters.marks import KIND_PREFIX, kind_of
+from trl_safety.adapters.marks import kind_of
 from trl_safety.adapters.names import match
 from trl_safety.adapters.shards import CHECKED_ELSEWHERE, placeholders
 from trl_safety.errors import AdapterError, CheckpointError
+from trl_safety.version import __version__
 
 RECORD = "safety_adapter.json"
 SCHEMA_VERSION = 1
@@ -199,11 +199,6 @@ def local_folder(source: str | Path, setting: str) -> Path:
         raise AdapterError(
             f"{setting} = {str(source)!r}: is neither a folder nor a Hub repository that can be reached ({str(error).splitlines()[0]})"
         ) from error
-
-
-def mark(config: Any, kind: str) -> None:
-    """Put the kind into an adapter's configuration, where every save carries it."""
-    config.alpha_pattern = {**(config.alpha_pattern or {}), f"{KIND_PREFIX}{kind}": 1}
 
 
 def _entries(layers: Mapping[str, Any]) -> tuple[dict[str, Tensor], bool]:

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trl_safety.version import __version__
 from trl_safety.adapters.fingerprint import relative_differences
 from trl_safety.errors import SubspaceError
 from trl_safety.linalg.operators import LowRankOperator, Operator, WholeOperator
+from trl_safety.version import __version__
 
 SCHEMA_VERSION = 1
 

@@ -1,4 +1,4 @@
-"""`selection.jsonl`: which samples and references DualSelect kept, and why; and what a user reads from it."""
+"""`selection.jsonl`: which samples and references a method chose, and why; and what a user reads from it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def read_choices(path: Path) -> list[Choice]:
     """
     named = f"{str(path)!r}: is no selection log that can be read"
     choices = []
-    remedy = "give the output folder of a run with dual_select"
+    remedy = "give the output folder of a run that selects samples"
     for number, row in read_lines(path, named, error=ReportError, whole=True, remedy=remedy):
         try:
             choices.append(Choice.model_validate(row))
