@@ -68,6 +68,7 @@ def test_the_block_survives_axolotls_validation(world: Path, config: dict[str, A
 MINIMAL: dict[str, dict[str, Any]] = {
     "alignment_buffer": {"how": "weights"},
     "buffer_reinforce": {"buffer": "buffer"},
+    "sbr": {"prompts": "prompts.jsonl"},
 }
 
 
