@@ -171,6 +171,10 @@ def tiny_version(options: dict[str, Any], world: Path, tmp_path: Path) -> dict[s
     if "dual_select" in options["safety"]:
         options["safety"]["dual_select"] |= {"reference_dataset": str(world / "train.jsonl"), "references": 4, "warmup_steps": 1}
         return options
+    if "sbr" in options["safety"]:
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "w3 w4"}\n{"prompt": "w5"}\n')
+        options["safety"]["sbr"] |= {"prompts": str(tmp_path / "prompts.jsonl"), "number": 2}
+        return options
     if "alignment_buffer" in options["safety"]:
         options["safety"]["alignment_buffer"] |= {"base": str(world / "base")}
         return options
