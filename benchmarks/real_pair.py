@@ -49,8 +49,8 @@ def prompts_of(data: Path, name: str, *, answers: bool = False) -> list[Prompt]:
 class Harness:
     """What was trained and scored, kept in a folder."""
 
-    def __init__(self, pair: Path, data: Path, work: Path, seed: int) -> None:
-        self.pair, self.data, self.work, self.seed = pair, data, work, seed
+    def __init__(self, pair: Path, data: Path, work: Path, seed: int, *, bf16: bool) -> None:
+        self.pair, self.data, self.work, self.seed, self.bf16 = pair, data, work, seed, bf16
         work.mkdir(parents=True, exist_ok=True)
         self.results = work / "results.json"
         self.rows: list[dict[str, Any]] = json.loads(self.results.read_text()) if self.results.exists() else []
@@ -78,10 +78,10 @@ class Harness:
 
     def aligned(self) -> Any:
         """The aligned model."""
-        return AutoModelForCausalLM.from_pretrained(self.pair / "aligned", dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(self.pair / "aligned", dtype=torch.bfloat16 if self.bf16 else torch.float32)
 
     def trained(self, name: str, **kwargs: Any) -> tuple[Path, float]:
-        """r 16, alpha 32, dropout 0.05, all linear layers, 2e-4 cosine, 10 steps of warm-up, 2 epochs, batch 8, bfloat16."""
+        """r 16, alpha 32, dropout 0.05, all linear layers, 2e-4 cosine, 10 steps of warm-up, 2 epochs, batch 8."""
         output = self.work / str(self.seed) / name
         clock = output / "seconds"
         if clock.exists():
@@ -97,10 +97,10 @@ class Harness:
             logging_steps=25,
             save_strategy="no",
             report_to="none",
-            bf16=True,
+            bf16=self.bf16,
             gradient_checkpointing=False,
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
         )
         lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
         data = rows_of(self.data, "agnews_poisoned.jsonl").select_columns(["prompt", "completion"])
@@ -156,9 +156,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--bf16", action="store_true", help="in bfloat16; slower than float32 on a CPU without it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    harness = Harness(options.pair, options.data, options.work, options.seed)
+    harness = Harness(options.pair, options.data, options.work, options.seed, bf16=options.bf16)
     if not harness.done("aligned"):
         harness.score("aligned", harness.aligned(), 0.0, 0.0)
     for method in options.methods:

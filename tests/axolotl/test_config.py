@@ -68,6 +68,7 @@ def test_the_block_survives_axolotls_validation(world: Path, config: dict[str, A
 MINIMAL: dict[str, dict[str, Any]] = {
     "alignment_buffer": {"how": "weights"},
     "buffer_reinforce": {"buffer": "buffer"},
+    "sbr": {"prompts": "prompts.jsonl"},
 }
 
 
@@ -169,6 +170,10 @@ def tiny_version(options: dict[str, Any], world: Path, tmp_path: Path) -> dict[s
     options |= {"sequence_len": 64, "special_tokens": {"pad_token": "<pad>"}, "logging_steps": 1, **CPU}
     if "dual_select" in options["safety"]:
         options["safety"]["dual_select"] |= {"reference_dataset": str(world / "train.jsonl"), "references": 4, "warmup_steps": 1}
+        return options
+    if "sbr" in options["safety"]:
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "w3 w4"}\n{"prompt": "w5"}\n')
+        options["safety"]["sbr"] |= {"prompts": str(tmp_path / "prompts.jsonl"), "number": 2}
         return options
     if "alignment_buffer" in options["safety"]:
         options["safety"]["alignment_buffer"] |= {"base": str(world / "base")}
