@@ -403,8 +403,8 @@ def _template(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("data", FORMATS)
 def test_a_pools_answers_alone_are_trained_whatever_the_datas_format(tmp_path: Path, data: str, pool: str) -> None:
     trainer = of(tmp_path, data, POOLS[pool])
-    method = trainer._safety.dual_select
-    for row in method._references:
+    method = trainer._safety.methods[0]
+    for row in method._pool.rows:
         kept = [label for label in row["labels"] if label != IGNORED]
         assert kept == [53, 54, 2]
         assert row["input_ids"][-3:] == kept
