@@ -221,7 +221,7 @@ def test_a_pool_of_another_format_trains_its_answers_alone(world: Path, config: 
         (world / "train.jsonl", {f"w2 {row['completion']} </s>" for row in tiny.rows(64)}),
     ):
         block = SafetyConfig.parse({"dual_select": {"keep": 4, "references": 2, "reference_dataset": str(source)}})
-        found = references(DictDefault(config), block, trainer)
+        found = references(DictDefault(config), block, trainer)["dual_select"]
         said = {tokenizer.decode([label for label in labels if label != -100]) for labels in found.rows["labels"]}
         assert said == answers
         assert all(-100 in labels for labels in found.rows["labels"])
