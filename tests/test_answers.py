@@ -13,9 +13,10 @@ from tests import chain
 from trl_safety.answers import THINKING, answer_of, as_written, opened_thinking
 from trl_safety.cli.app import app
 from trl_safety.errors import ConfigurationError
-from trl_safety.evaluation.evaluate import evaluate, read_evaluation, unread_of
+from trl_safety.evaluation.evaluate import evaluate, evaluate_one, read_evaluation, unread_of
 from trl_safety.evaluation.gate import run_gate
 from trl_safety.evaluation.judges import Agreement, ChatJudge, ClassifierJudge, GuardJudge, make_judge
+from trl_safety.evaluation.unfinished import BenchmarkError, UnfinishedError, run_all
 from trl_safety.scoring import KeywordJudge, Prompt, Rate, complete, judged, paired_p_value, score
 from trl_safety.training.safety_eval import SafetyEvalCallback
 
@@ -311,3 +312,75 @@ def test_a_judge_that_fails_while_training_ends_no_run(tmp_path: Path, caplog: p
         assert not callback.history
     with pytest.raises(ConfigurationError, match="refuses the prompt"):
         SafetyEvalCallback({"harmful": HARMFUL}, chain.tokenizer(template="{{ raise_exception('no') }}"))
+
+
+def test_a_judge_that_fails_in_the_library_gives_the_completions_back(tmp_path: Path) -> None:
+    tokenizer = chain.tokenizer()
+    model = chain.model("w6 <end>", tokenizer, eos_token_id=3)
+    judges = [KeywordJudge(), make_judge(stray(tmp_path))]
+    with pytest.raises(UnfinishedError, match=r"it is no judge of this kind.*; the completions are this error's `rows`") as raised:
+        evaluate(model, tokenizer, {"harmful": HARMFUL}, judges, name="m", new_tokens=4)
+    assert [row["completion"] for row in raised.value.rows] == ["w6"] * 4
+    assert [row["counted"] for row in raised.value.rows] == [{"keywords": True}] * 4
+    assert raised.value.found is None
+    # The baseline's, too.
+    before = evaluate_one(model, tokenizer, {"harmful": HARMFUL}, [KeywordJudge()], name="before", new_tokens=4)
+    with pytest.raises(UnfinishedError) as raised:
+        evaluate(model, tokenizer, {"harmful": HARMFUL}, judges[::-1], name="m", baseline=before, new_tokens=4)
+    assert [row["model"] for row in raised.value.rows] == ["before"] * 4 + ["m"] * 4
+    assert [row["counted"] for row in raised.value.rows[4:]] == [{}] * 4
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["folder", "library"])
+def test_a_benchmark_that_fails_loses_nothing(tmp_path: Path, kept: bool) -> None:
+    tokenizer = chain.tokenizer()
+    model = chain.model("w6 <end>", tokenizer, eos_token_id=3)
+    output = tmp_path / "out" if kept else None
+
+    def missing() -> Any:
+        raise ConfigurationError("inspect = 'x': failed (no data)")
+
+    def half() -> Any:
+        raise BenchmarkError("lm_eval = 'y': failed", {"z": {"acc": 0.5}})
+
+    def benchmarks(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
+        if output is not None:
+            # Whatever happens here, the rates are there.
+            assert read_evaluation(output).models[0].failed == ["the benchmarks did not come to an end"]
+        return run_all([missing, half, lambda: {"w": {"acc": 1.0}}])
+
+    with pytest.raises(
+        UnfinishedError, match=r"m: inspect = 'x': failed \(no data\); lm_eval = 'y': failed; all else was computed"
+    ) as raised:
+        evaluate(model, tokenizer, {"harmful": HARMFUL}, [KeywordJudge()], name="m", benchmarks=benchmarks, new_tokens=4, output=output)
+    found = read_evaluation(output) if output else raised.value.found
+    assert found == raised.value.found
+    assert found.after.attack.share == 1
+    assert found.models[0].benchmarks == {"z": {"acc": 0.5}, "w": {"acc": 1.0}}
+    assert len(raised.value.rows) == 4
+
+
+def test_a_command_whose_benchmark_fails_writes_the_evaluation(tmp_path: Path) -> None:
+    """The benchmark is not installed, or knows no such task."""
+    folder = chain.save(tmp_path / "model", "w6 <end>")
+    (tmp_path / "harmful.jsonl").write_text("\n".join(json.dumps({"prompt": f"w{i}"}) for i in range(3)))
+    line = ["eval", folder, "-o", str(tmp_path / "out"), "--harmful", str(tmp_path / "harmful.jsonl"), "--new-tokens", "4"]
+    result = CliRunner().invoke(app, [*line, "--inspect", "no_such_task", "--lm-eval", "no_such_task"])
+    assert result.exit_code == 1
+    assert "Error: " in result.output
+    assert "lm_eval = " in result.output
+    assert "inspect = " in result.output
+    found = read_evaluation(tmp_path / "out")
+    assert found.after.attack is not None
+    assert found.after.attack.share == 1
+    assert len(found.models[0].failed) == 1
+    assert len((tmp_path / "out" / "completions.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_evaluation_that_cannot_be_written_is_given_back(tmp_path: Path) -> None:
+    tokenizer = chain.tokenizer()
+    model = chain.model("w6 <end>", tokenizer, eos_token_id=3)
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UnfinishedError, match="the completions are this error's `rows`") as raised:
+        evaluate(model, tokenizer, {"harmful": HARMFUL}, [KeywordJudge()], name="m", new_tokens=4, output=tmp_path / "out")
+    assert [row["completion"] for row in raised.value.rows] == ["w6"] * 4

@@ -51,10 +51,10 @@ OTHERS = {
     "reports": TORCH | {"pydantic"},
     "corrections": TORCH | {"pydantic"},
     "scoring": TORCH | {"pydantic", "scipy"},
-    # jinja2 for the error of a chat template alone, here and in rendering.
+    # jinja2 for the error of a chat template alone, here, in rendering and in evaluation.
     "training": TORCH | {"pydantic", "datasets", "trl", "jinja2"},
     "inspection": TORCH | {"pydantic", "matplotlib", "datasets"},
-    "evaluation": TORCH | {"pydantic", "matplotlib", "datasets", "inspect_ai", "lm_eval", "yaml"},
+    "evaluation": TORCH | {"pydantic", "matplotlib", "datasets", "inspect_ai", "lm_eval", "yaml", "jinja2"},
     "lab": TORCH | {"tokenizers", "rich", "datasets", "matplotlib", "trl"},
     "cli": {"typer", "rich", "pydantic"},
 }

@@ -211,10 +211,14 @@ class Rate(BaseModel):
 
     def at_most(self) -> Rate:
         """The rate if every answer that was not read were a hit."""
+        if not self.unread:
+            return self
         return Rate.of([True] * (self.hits + self.unread) + [False] * (self.count - self.hits))
 
     def at_least(self) -> Rate:
         """The rate if no answer that was not read were a hit."""
+        if not self.unread:
+            return self
         return Rate.of([True] * self.hits + [False] * (self.count - self.hits + self.unread))
 
     def __str__(self) -> str:

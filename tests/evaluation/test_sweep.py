@@ -19,9 +19,10 @@ from trl_safety.corrections.safe_lora import SafeLoraCorrection
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.evaluation.loading import load_model
 from trl_safety.evaluation.sweep import Point, Sweep, choose, parse_grid, sweep, write_chosen
-from trl_safety.evaluation.sweep_page import figure, rows, section
+from trl_safety.evaluation.sweep_page import figure, rows, section, write_results
+from trl_safety.evaluation.unfinished import UnfinishedError
 from trl_safety.reports.report import verify
-from trl_safety.scoring import KeywordJudge, Prompt
+from trl_safety.scoring import KeywordJudge, Prompt, Rate, Verdict
 
 SETS: Any = {
     "harmful": [Prompt(f"w{i} w{i + 1}") for i in range(3, 20)],
@@ -143,6 +144,66 @@ def test_the_choice(attack: float | None, loss: float | None, expected: int | No
     # These fit every constraint, but protect nothing.
     points += [point("scaled", 0.0, 0.9), point("m", 0.0, 0.95)]
     assert choose(Sweep(adapter="a", method="m", max_attack_success=attack, max_utility_loss=loss, points=points)) == expected
+
+
+def test_answers_that_nobody_read_make_no_setting_safe() -> None:
+    points = [point("uncorrected", 1.0, 0.9), point("m", 0.4, 0.9, acted=True), point("m", 0.3, 0.5, acted=True)]
+    points[1].scores.attack = Rate.of([False] * 5 + [None] * 5)
+    found = Sweep(adapter="a", method="m", max_attack_success=0.4, max_utility_loss=None, points=points)
+    assert choose(found) == 2
+    assert choose(found.model_copy(update={"max_attack_success": 0.5})) == 1
+    # Of two with the same task, the one whose answers were not read is the less safe.
+    found.points[2] = point("m", 0.3, 0.9, acted=True)
+    for attack in (points[1].scores.attack, None):
+        found.points[1].scores.attack = attack
+        assert choose(found.model_copy(update={"max_attack_success": None, "max_utility_loss": 0.1})) == 2
+
+
+class Tires:
+    """Reads the answers of the first so many calls."""
+
+    name = "tires"
+    knows_refusals = True
+
+    def __init__(self, calls: int) -> None:
+        self._left = calls
+
+    def verdicts(self, prompts: Any, completions: Any) -> list[Verdict | None]:
+        if not self._left:
+            raise ConfigurationError("judge = 'tires': it is no judge of this kind")
+        self._left -= 1
+        return list(JUDGE.verdicts(prompts, completions))
+
+
+@pytest.mark.parametrize(("calls", "points"), [(0, 0), (2, 1), (5, 2)])
+def test_points_are_kept_where_the_judge_fails(world: Path, tmp_path: Path, calls: int, points: int) -> None:
+    model, tokenizer = load_model(None, world / "user")
+    subspace = AlignmentSubspace.load(world / "S.safetensors")
+    options: Any = {"subspace": subspace, "max_attack_success": 1.0, "new_tokens": 6}
+    with pytest.raises(UnfinishedError, match=r"the sweep stopped at .*it is no judge of this kind") as raised:
+        sweep(model, tokenizer, world / "user", "safe_lora", {"layers": [2, 3]}, SETS, Tires(calls), **options)
+    found = raised.value.found
+    whole = sweep(model, tokenizer, world / "user", "safe_lora", {"layers": [2, 3]}, SETS, JUDGE, **options)
+    assert len(found.points) == points
+    for kept, same in zip(found.points, whole.points, strict=False):
+        assert kept.scores.flags == same.scores.flags
+        assert (kept.method, kept.options) == (same.method, same.options)
+    assert found.chosen is None
+    assert len(raised.value.rows) == sum(map(len, SETS.values()))
+    if points:
+        write_results(found, tmp_path / "out")
+        assert "Not finished, so none was chosen" in (tmp_path / "out" / "sweep.html").read_text()
+
+
+def test_a_sweep_whose_judge_fails_writes_what_it_found(world: Path, tmp_path: Path) -> None:
+    line = ["sweep", str(world / "user"), "--method", "safe_lora", "--grid", "layers=2", "-s", str(world / "S.safetensors")]
+    line += ["--harmful", str(world / "harmful.jsonl"), "--new-tokens", "6", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*line, "--judge", f"chat:{world / 'aligned'}"])
+    assert result.exit_code == 1
+    assert "the sweep stopped at uncorrected" in result.output
+    texts = (tmp_path / "out" / "completions.jsonl").read_text().split("\n")
+    assert [json.loads(text)["prompt"] for text in texts if text] == [prompt.text for prompt in SETS["harmful"]]
+    assert not (tmp_path / "out" / "sweep.json").exists()
 
 
 def test_numbers_and_what_a_control_does_as_well() -> None:

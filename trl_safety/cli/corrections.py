@@ -76,9 +76,11 @@ def sweep(
         from trl_safety.adapters.files import refuse_full
         from trl_safety.errors import ConfigurationError
         from trl_safety.evaluation import sweep as sweeping
+        from trl_safety.evaluation.evaluate import write_rows
         from trl_safety.evaluation.judges import make_judge
         from trl_safety.evaluation.loading import load_model
         from trl_safety.evaluation.sweep_page import write_results
+        from trl_safety.evaluation.unfinished import UnfinishedError
         from trl_safety.scoring import read_sets
         from trl_safety.subspace.artifact import AlignmentSubspace
 
@@ -89,22 +91,30 @@ def sweep(
         sweeping.grid_points(method, axes)
         space = AlignmentSubspace.from_pretrained(subspace) if subspace else None
         loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit)
-        found = sweeping.sweep(
-            loaded,
-            tokenizer,
-            adapter,
-            method,
-            axes,
-            sets,
-            asked,
-            subspace=space,
-            reinforce=reinforce,
-            controls=controls,
-            max_attack_success=max_attack_success,
-            max_utility_loss=max_utility_loss,
-            new_tokens=new_tokens,
-            batch_size=batch_size,
-        )
+        try:
+            found = sweeping.sweep(
+                loaded,
+                tokenizer,
+                adapter,
+                method,
+                axes,
+                sets,
+                asked,
+                subspace=space,
+                reinforce=reinforce,
+                controls=controls,
+                max_attack_success=max_attack_success,
+                max_utility_loss=max_utility_loss,
+                new_tokens=new_tokens,
+                batch_size=batch_size,
+            )
+        except UnfinishedError as error:
+            write_rows(error.rows, output)
+            if error.found.points:
+                write_results(error.found, output)
+                print_sweep(error.found)
+            typer.echo(f"{output}: what was found is written; the completions that were not judged are in completions.jsonl")
+            raise
         write_results(found, output)
         print_sweep(found)
         typer.echo(f"{output / 'sweep.html'}, sweep.png and sweep.json: written")

@@ -46,6 +46,7 @@ def evaluate(
         from trl_safety.evaluation import evaluate as evaluating
         from trl_safety.evaluation.judges import make_judge
         from trl_safety.evaluation.loading import load_model
+        from trl_safety.evaluation.unfinished import UnfinishedError, run_all
         from trl_safety.scoring import read_sets
 
         sets = read_sets(harmful=harmful, benign=benign, task=task)
@@ -61,15 +62,16 @@ def evaluate(
             from trl_safety.evaluation.harness import run_lm_eval
             from trl_safety.evaluation.inspecting import run_inspect
 
-            found: dict[str, dict[str, float]] = {}
-            if inspect:
+            def by_inspect() -> dict[str, dict[str, float]]:
                 asked = load_model(grader, None) if grader else None
-                found |= run_inspect(
-                    model, tokenizer, inspect, log_dir=output / "inspect", limit=limit, batch_size=batch_size, grader=asked
+                return run_inspect(
+                    model, tokenizer, inspect or [], log_dir=output / "inspect", limit=limit, batch_size=batch_size, grader=asked
                 )
-            if lm_eval:
-                found |= run_lm_eval(model, tokenizer, lm_eval, batch_size=batch_size, limit=limit)
-            return found
+
+            def by_harness() -> dict[str, dict[str, float]]:
+                return run_lm_eval(model, tokenizer, lm_eval or [], batch_size=batch_size, limit=limit)
+
+            return run_all([run for run, names in ((by_inspect, inspect), (by_harness, lm_eval)) if names])
 
         options: dict[str, Any] = {
             "benchmarks": benchmarks if inspect or lm_eval else None,
@@ -82,10 +84,14 @@ def evaluate(
             # Asked before the model is loaded: never two models in memory.
             before = evaluating.evaluate_one(*load_model(baseline, None, load_in_4bit=load_in_4bit), sets, judges, name=baseline, **options)
         loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit)
-        evaluation, rows = evaluating.evaluate(
-            loaded, tokenizer, sets, judges, name=model, adapter=str(adapter) if adapter else None, baseline=before, **options
-        )
-        evaluating.write_evaluation(evaluation, rows, output)
+        try:
+            evaluation, _ = evaluating.evaluate(
+                loaded, tokenizer, sets, judges, name=model, adapter=str(adapter) if adapter else None, baseline=before, **options
+            )
+        except UnfinishedError as error:
+            if error.found is not None:
+                print_evaluation(error.found)
+            raise
         print_evaluation(evaluation)
         typer.echo(f"{output / 'evaluation.json'}, completions.jsonl: written; read the completions")
 

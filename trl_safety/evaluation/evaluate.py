@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from trl_safety.adapters.marks import refuse_provider
 from trl_safety.errors import AdapterError, ConfigurationError, SafetyError
 from trl_safety.evaluation.judges import Agreement, agreements
 from trl_safety.evaluation.loading import check_loaded
+from trl_safety.evaluation.unfinished import BenchmarkError, UnfinishedError
 from trl_safety.jsonl import to_lines
 from trl_safety.scoring import Judge, Kind, Prompt, Scores, check_prompts, complete, judged, paired_p_value
 from trl_safety.version import __version__
 
-ROWS = "completions.jsonl"
+ROWS, RATES = "completions.jsonl", "evaluation.json"
 
 ALIGNED = "aligned"
 """The baseline without any adapter."""
+NOT_RUN = "the benchmarks did not come to an end"
 
 
 class Evaluated(BaseModel):
@@ -34,6 +37,8 @@ class Evaluated(BaseModel):
     scores: list[Scores]
     benchmarks: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Task → metric → value, of other people's benchmarks."""
+    failed: list[str] = Field(default_factory=list)
+    """What went wrong with other benchmarks that were asked for."""
 
 
 Completed = tuple[Evaluated, list[dict[str, Any]]]
@@ -102,8 +107,8 @@ def evaluate(
         benchmarks: model and tokenizer → task → metric → value, run on every model.
         new_tokens: length of completions.
         batch_size: prompts at a time.
-        output: the folder of `completions.jsonl`, which is written before anything is judged and after every judge, so that no failure
-            loses what was computed.
+        output: the folder of `completions.jsonl`, which is written before anything is judged and after every judge, and of
+            `evaluation.json`, which is written before the benchmarks and after each: no failure loses what was computed.
 
     Returns:
         The evaluation, and a row per prompt and model with its completion and every judge's verdict.
@@ -111,6 +116,7 @@ def evaluate(
     Raises:
         ConfigurationError: there is nothing to ask, or no adapter that the baseline would be without.
         AdapterError: the baseline's adapter cannot be read or is a provider's.
+        UnfinishedError: a judge gave no verdict at all, a benchmark failed, or a file could not be written; it holds what was computed.
     """
     if not sets and benchmarks is None:
         raise ConfigurationError("no prompt set is given: name harmful, benign or task prompts")
@@ -124,9 +130,11 @@ def evaluate(
     started = time.perf_counter()
     found: list[Evaluated] = []
     rows: list[dict[str, Any]] = []
-    options: dict[str, Any] = {"benchmarks": benchmarks, "new_tokens": new_tokens, "batch_size": batch_size, "output": output}
+    options: dict[str, Any] = {"new_tokens": new_tokens, "batch_size": batch_size, "output": output}
+    within: list[Callable[[], AbstractContextManager[Any]]] = [nullcontext]
     if isinstance(baseline, str):
-        with _as_baseline(model, baseline):
+        within.insert(0, partial(_as_baseline, model, baseline))
+        with within[0]():
             baseline = evaluate_one(model, tokenizer, sets, judges, name=baseline, **options)
     if baseline is not None:
         found.append(baseline[0])
@@ -139,7 +147,7 @@ def evaluate(
         scores.judge: [flag for each in found for s in each.scores if s.judge == scores.judge for flag in s.flags.get("harmful", [])]
         for scores in one.scores
     }
-    return Evaluation(
+    evaluation = Evaluation(
         model=name,
         adapter=adapter,
         adapter_sha256=sha256(Path(adapter) / WEIGHTS) if adapter else None,
@@ -149,7 +157,42 @@ def evaluate(
         agreement=agreements(both) if "harmful" in sets else [],
         counts={kind: len(prompts) for kind, prompts in sets.items()},
         seconds=time.perf_counter() - started,
-    ), rows
+    )
+    # After all prompts: other people's code may fail in ways of its own.
+    asked = list(zip(evaluation.models[-len(within) :], within, strict=True)) if benchmarks is not None else []
+    for each, _ in asked:
+        each.failed = [NOT_RUN]
+    _keep(evaluation, rows, output)
+    for each, context in asked:
+        assert benchmarks is not None  # noqa: S101  # else nothing is asked
+        with context():
+            _run(benchmarks, model, tokenizer, each)
+        evaluation.seconds = time.perf_counter() - started
+        _keep(evaluation, rows, output)
+    if failed := [f"{each.name}: {text}" for each in evaluation.models for text in each.failed]:
+        kept = f"kept in {str(output)!r}" if output is not None else "this error's `found` and `rows`"
+        raise UnfinishedError(f"{'; '.join(failed)}; all else was computed: it is {kept}", found=evaluation, rows=rows)
+    return evaluation, rows
+
+
+def _keep(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], output: Path | None) -> None:
+    if output is None:
+        return
+    try:
+        write_evaluation(evaluation, rows, output)
+    except SafetyError as error:
+        raise UnfinishedError(str(error), found=evaluation, rows=rows) from error
+
+
+def _run(benchmarks: Benchmarks, model: Any, tokenizer: Any, one: Evaluated) -> None:
+    """Run a model's benchmarks, and note what they gave or what went wrong."""
+    one.failed = []
+    try:
+        one.benchmarks = benchmarks(model, tokenizer)
+    except BenchmarkError as error:
+        one.benchmarks, one.failed = error.found, [str(error)]
+    except SafetyError as error:
+        one.failed = [str(error)]
 
 
 def _as_baseline(model: Any, baseline: str) -> AbstractContextManager[Any]:
@@ -197,7 +240,12 @@ def evaluate_one(
     output: Path | None = None,
     earlier: Sequence[Mapping[str, Any]] = (),
 ) -> Completed:
-    """One model's scores, and a row per prompt; arguments as of `evaluate`, and `earlier`: rows that stay in the file before its own."""
+    """One model's scores, and a row per prompt; arguments as of `evaluate`, and `earlier`: rows that stay in the file before its own.
+
+    Raises:
+        ConfigurationError: a prompt cannot be asked.
+        UnfinishedError: a judge gave no verdict at all, or a file could not be written; it holds the completions.
+    """
     completions: dict[Kind, list[str]] = {}
     scores: list[Scores] = []
 
@@ -217,34 +265,42 @@ def evaluate_one(
 
     def keep() -> None:
         if output is not None and sets:
-            _write_rows([*earlier, *rows()], output)
+            write_rows([*earlier, *rows()], output)
 
     for prompts in sets.values():
         check_prompts(prompts, tokenizer)
-    for kind, prompts in sets.items():
-        completions[kind] = complete(model, tokenizer, prompts, new_tokens=new_tokens, batch_size=batch_size)
-        keep()
-    for judge in judges:
-        try:
+    try:
+        for kind, prompts in sets.items():
+            completions[kind] = complete(model, tokenizer, prompts, new_tokens=new_tokens, batch_size=batch_size)
+            keep()
+        for judge in judges:
             scores.append(judged(sets, completions, judge))
-        except ConfigurationError as error:
-            if output is None or not sets:
-                raise
-            raise ConfigurationError(f"{error}; the completions are kept in {str(output / ROWS)!r}") from error
-        keep()
-    return Evaluated(name=name, scores=scores, benchmarks=benchmarks(model, tokenizer) if benchmarks else {}), rows()
+            keep()
+    except SafetyError as error:
+        kept = [*earlier, *rows()]
+        if not kept:
+            raise
+        # Any other error is that the file could not be written.
+        written = isinstance(error, ConfigurationError) and output is not None and (output / ROWS).is_file()
+        where = f"kept in {str(output / ROWS)!r}" if output is not None and written else "this error's `rows`"
+        raise UnfinishedError(f"{error}; the completions are {where}", rows=kept) from error
+    one = Evaluated(name=name, scores=scores)
+    if benchmarks is not None:
+        _run(benchmarks, model, tokenizer, one)
+    return one, rows()
 
 
-def _write_rows(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
+def write_rows(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """`completions.jsonl` alone. Raises `SafetyError` where the folder cannot be written to."""
     with replacing(output / ROWS, error=SafetyError, setting="output") as temporary:
         temporary.write_text(to_lines(rows), encoding="utf-8")
 
 
 def write_evaluation(evaluation: Evaluation, rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     """`evaluation.json`, and `completions.jsonl` for reading. Raises `SafetyError` where the folder cannot be written to."""
-    with replacing(output / "evaluation.json", error=SafetyError, setting="output") as temporary:
+    with replacing(output / RATES, error=SafetyError, setting="output") as temporary:
         temporary.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    _write_rows(rows, output)
+    write_rows(rows, output)
 
 
 def unread_of(evaluation: Evaluation) -> list[str]:
@@ -278,7 +334,7 @@ def read_evaluation(path: Path) -> Evaluation:
     Raises:
         ConfigurationError: there is none, or it is damaged.
     """
-    file = path / "evaluation.json" if path.is_dir() else path
+    file = path / RATES if path.is_dir() else path
     try:
         return Evaluation.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

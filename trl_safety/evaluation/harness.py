@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
+
 from trl_safety.answers import THINKING
 from trl_safety.errors import ConfigurationError
+from trl_safety.evaluation.unfinished import BenchmarkError
 from trl_safety.rendering import chat_template, text_tokenizer
+
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    DatasetsError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TemplateError,
+    TypeError,
+    ValueError,
+)
+"""What a task's own code may raise."""
 
 
 def run_lm_eval(
@@ -26,6 +45,7 @@ def run_lm_eval(
 
     Raises:
         ConfigurationError: the harness is not installed, or does not know a task.
+        BenchmarkError: a task failed; it holds what the others gave.
     """
     try:
         from lm_eval import simple_evaluate
@@ -43,20 +63,30 @@ def run_lm_eval(
     # The harness can cut the thinking off before its end alone, and only where it is told how that looks.
     thinking = next((end for _, end, _ in THINKING if end in str(template)), None)
     wrapped = HFLM(pretrained=model, tokenizer=text_tokenizer(tokenizer), batch_size=batch_size, think_end_token=thinking)
-    found = simple_evaluate(
-        model=wrapped,
-        tasks=list(tasks),
-        limit=limit,
-        task_manager=manager,
-        apply_chat_template=template is not None,
-        log_samples=False,
-        bootstrap_iters=0,
-    )
+    found: dict[str, dict[str, float]] = {}
+    failed = []
+    # One by one, so that a task that fails (its data cannot be had, a package of its own is missing) loses none of the others.
+    for task in tasks:
+        try:
+            results = simple_evaluate(
+                model=wrapped,
+                tasks=[task],
+                limit=limit,
+                task_manager=manager,
+                apply_chat_template=template is not None,
+                log_samples=False,
+                bootstrap_iters=0,
+            )["results"]
+        except FAILURES as error:
+            failed.append(f"lm_eval = {task!r}: failed ({type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]})")
+            continue
+        found |= {part: _numbers(metrics) for part, metrics in results.items()}
+    if failed:
+        raise BenchmarkError("; ".join(failed), found)
+    return found
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {
-        task: {
-            key.removesuffix(",none"): float(value)
-            for key, value in metrics.items()
-            if isinstance(value, int | float) and "stderr" not in key
-        }
-        for task, metrics in found["results"].items()
+        key.removesuffix(",none"): float(value) for key, value in metrics.items() if isinstance(value, int | float) and "stderr" not in key
     }

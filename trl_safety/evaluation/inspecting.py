@@ -8,6 +8,7 @@ from typing import Any
 
 from trl_safety.answers import answer_of
 from trl_safety.errors import ConfigurationError
+from trl_safety.evaluation.unfinished import BenchmarkError
 from trl_safety.scoring import Prompt, complete
 
 
@@ -35,32 +36,43 @@ def run_inspect(
         grader: (model, tokenizer) of a local model for tasks that are graded by one (their `grader` role).
 
     Raises:
-        ConfigurationError: inspect_ai is not installed, or a task failed.
+        ConfigurationError: inspect_ai is not installed, or cannot begin.
+        BenchmarkError: a task failed; it holds what the others gave.
     """
     try:
         from inspect_ai import eval as inspect_eval
+        from inspect_ai._util.error import PrerequisiteError  # it has no public name
     except ImportError as error:
         raise ConfigurationError(
             f"inspect = {', '.join(map(str, tasks))}: inspect_ai is not installed ({error}); pip install 'trl-safety[eval]' in an environment without Axolotl"
         ) from error
     roles = {"grader": _wrapped(grader[0], grader[1], new_tokens)} if grader is not None else None
-    logs = inspect_eval(
-        list(tasks),
-        model=_wrapped(model, tokenizer, new_tokens),
-        model_roles=roles,
-        log_dir=str(log_dir),
-        limit=limit,
-        max_connections=batch_size,
-        display="none",
-    )
+    try:
+        logs = inspect_eval(
+            list(tasks),
+            model=_wrapped(model, tokenizer, new_tokens),
+            model_roles=roles,
+            log_dir=str(log_dir),
+            limit=limit,
+            max_connections=batch_size,
+            display="none",
+        )
+    except (PrerequisiteError, ImportError, LookupError, OSError, RuntimeError, ValueError) as error:
+        # Tasks that fail while they run are in the logs; this is a name it does not know, or data that cannot be had.
+        reason = str(getattr(error, "message", error)).splitlines() or [type(error).__name__]
+        raise ConfigurationError(f"inspect = {', '.join(map(str, tasks))}: cannot begin ({reason[0]})") from error
     found: dict[str, dict[str, float]] = {}
+    failed = []
     for log in logs:
         if log.status != "success" or log.results is None:
             reason = log.error.message if log.error else log.status
-            raise ConfigurationError(f"inspect = {log.eval.task!r}: failed ({reason}); its log is {log.location}")
+            failed.append(f"inspect = {log.eval.task!r}: failed ({reason}); its log is {log.location}")
+            continue
         found[log.eval.task] = {
             f"{score.name}/{name}": float(metric.value) for score in log.results.scores for name, metric in score.metrics.items()
         }
+    if failed:
+        raise BenchmarkError("; ".join(failed), found)
     return found
 
 

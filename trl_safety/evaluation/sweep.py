@@ -23,8 +23,9 @@ from trl_safety.corrections.base import Correction
 from trl_safety.corrections.folder import correct_folder
 from trl_safety.corrections.registry import correction_for
 from trl_safety.errors import ConfigurationError
+from trl_safety.evaluation.unfinished import UnfinishedError
 from trl_safety.linalg.low_rank import product_norm_squared
-from trl_safety.scoring import Judge, Kind, Prompt, Scores, paired_p_value, score
+from trl_safety.scoring import Judge, Kind, Prompt, Scores, complete_sets, judged, paired_p_value
 from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.subspace.recognition import verify_base
 
@@ -54,7 +55,11 @@ class Point(BaseModel):
 
 
 class Sweep(BaseModel):
-    """A sweep's points, the one that meets the constraints with the best task, and what was asked for."""
+    """A sweep's points, the one that meets the constraints with the best task, and what was asked for.
+
+    Attributes:
+        stopped: why there are not all the points that were asked for, of which then none is chosen; None where there are.
+    """
 
     adapter: str
     method: str
@@ -62,6 +67,7 @@ class Sweep(BaseModel):
     max_utility_loss: float | None
     points: list[Point]
     chosen: int | None = None
+    stopped: str | None = None
 
 
 def grid_points(method: str, grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -150,6 +156,7 @@ def sweep(
         ConfigurationError: the grid is wrong, or what the method or a constraint needs is missing.
         AdapterError: the adapter was corrected before, or is not the model's.
         SubspaceError: an adapted layer is not in the subspace.
+        UnfinishedError: the judge gave no verdict at all at a point; it holds the points before it and this one's completions.
     """
     points = grid_points(method, grid)
     if max_utility_loss is not None and "task" not in sets:
@@ -169,7 +176,17 @@ def sweep(
     found = Sweep(adapter=str(adapter), method=method, max_attack_success=max_attack_success, max_utility_loss=max_utility_loss, points=[])
 
     def add(name: str, options: dict[str, Any], *, acted: bool = False) -> Point:
-        scores, _ = score(model, tokenizer, sets, judge, new_tokens=new_tokens, batch_size=batch_size)
+        completions = complete_sets(model, tokenizer, sets, new_tokens=new_tokens, batch_size=batch_size)
+        try:
+            scores = judged(sets, completions, judge)
+        except ConfigurationError as error:
+            kept = [
+                {"model": name, "options": options, "set": kind, "prompt": prompt.text, "completion": text}
+                for kind, texts in completions.items()
+                for prompt, text in zip(sets[kind], texts, strict=True)
+            ]
+            found.stopped = f"at {', '.join([name, *(f'{key} = {value}' for key, value in options.items())])}: {error}"
+            raise UnfinishedError(f"the sweep stopped {found.stopped}", found=found, rows=kept) from error
         first = found.points[0].scores.flags if found.points else scores.flags
         tests = {kind: paired_p_value(first[kind], scores.flags[kind]) for kind in sets}
         point = Point(
@@ -209,7 +226,8 @@ def choose(found: Sweep) -> int | None:
 
     def fits(point: Point) -> bool:
         attack, task = point.scores.attack, point.scores.task
-        safe = found.max_attack_success is None or (attack is not None and attack.share <= found.max_attack_success)
+        # An answer that nobody read may have been a harmful one.
+        safe = found.max_attack_success is None or (attack is not None and attack.at_most().share <= found.max_attack_success)
         loss = base.share - task.share if base and task else 0.0
         return safe and (found.max_utility_loss is None or loss <= found.max_utility_loss)
 
@@ -218,7 +236,7 @@ def choose(found: Sweep) -> int | None:
 
     def rank(i: int) -> tuple[float, float]:
         attack, task = found.points[i].scores.attack, found.points[i].scores.task
-        return -(task.share if task else 0.0), attack.share if attack else 0.0
+        return -(task.share if task else 0.0), attack.at_most().share if attack else 1.0
 
     return min(fitting, key=rank, default=None)
 

@@ -120,7 +120,9 @@ def _page(found: Sweep, drawn: bytes) -> str:
 
 def section(found: Sweep, drawn: bytes) -> list[str]:
     """What a page says of a sweep: what was chosen, whether plain scaling does as well, the picture, the table and how to read them."""
-    if found.chosen is not None:
+    if found.stopped is not None:
+        verdict = f"Not finished, so none was chosen: the sweep stopped {found.stopped}."
+    elif found.chosen is not None:
         verdict = f"Chosen: {_numbers(found)[found.chosen]} ({_label(found.points[found.chosen])})."
     elif found.max_attack_success is None and found.max_utility_loss is None:
         verdict = "No constraint was given, so none was chosen."
