@@ -7,6 +7,7 @@ import pytest
 from tests import chain, tiny
 from trl_safety.errors import ConfigurationError
 from trl_safety.evaluation.inspecting import run_inspect
+from trl_safety.evaluation.unfinished import BenchmarkError
 from trl_safety.scoring import Prompt, complete
 
 pytest.importorskip("inspect_ai")
@@ -75,3 +76,13 @@ def test_a_task_that_fails_is_an_error(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigurationError, match="failed"):
         run_inspect(tiny.model(), tiny.tokenizer(), [task], log_dir=tmp_path, new_tokens=4)
+    good = Task(dataset=MemoryDataset([Sample(input="w3", target="w4")]), solver=generate(), scorer=match(), name="good")
+    with pytest.raises(BenchmarkError, match="inspect = 'tools': failed") as raised:
+        run_inspect(tiny.model(), tiny.tokenizer(), [task, good], log_dir=tmp_path, new_tokens=4)
+    assert list(raised.value.found) == ["good"]
+
+
+def test_a_task_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    for name in ("no_such_task", "inspect_evals/no_such_task"):
+        with pytest.raises(ConfigurationError, match=f"inspect = {name}: cannot begin"):
+            run_inspect(tiny.model(), tiny.tokenizer(), [name], log_dir=tmp_path, new_tokens=4)
