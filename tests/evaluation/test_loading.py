@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,27 +125,10 @@ def test_a_second_adapter(tmp_path: Path) -> None:
     assert set(model.peft_config) == {"default", "two"}
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A Hub cache; call it to put a model's revisions there as `huggingface_hub` lays them out."""
-    hub = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
-
-    def put(repo: str, **revisions: str) -> None:
-        root = hub / f"models--{repo.replace('/', '--')}"
-        for number, (name, source) in enumerate(revisions.items()):
-            commit = f"{number:040x}"
-            shutil.copytree(source, root / "snapshots" / commit)
-            (root / "refs").mkdir(exist_ok=True)
-            (root / "refs" / name).write_text(commit)
-
-    return put
-
-
-def test_the_revision_that_the_adapter_names(tmp_path: Path, cache: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_revision_that_the_adapter_names(tmp_path: Path, hub_cache: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
     tiny.model("gqa-base").save_pretrained(tmp_path / "old")
     tiny.tokenizer().save_pretrained(tmp_path / "old")
-    cache("org/model", main=aligned(tmp_path / "new"), v1=str(tmp_path / "old"))
+    hub_cache("org/model", main=aligned(tmp_path / "new"), v1=str(tmp_path / "old"))
     folder = adapter_of(str(tmp_path / "old"), tmp_path / "adapter")
     tiny.rewrite_json(folder / "adapter_config.json", base_model_name_or_path="org/model", revision="v1")
     want = logits(load_model(tmp_path / "old", None)[0])

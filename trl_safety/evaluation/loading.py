@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -24,6 +23,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from trl_safety.adapters.architecture import UNREADABLE
 from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.fingerprint import QUANTISED_DIFFERENCE, sample
 from trl_safety.adapters.folder import PEFT_PREFIX, AdapterFolder
@@ -34,22 +34,6 @@ from trl_safety.adapters.record import LAYERS_COMPARED
 from trl_safety.errors import AdapterError, ConfigurationError, reason
 
 logger = logging.getLogger(__name__)
-
-UNREADABLE = (
-    AttributeError,
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    ImportError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-"""What Transformers, PEFT and the Hub raise for files that are missing, damaged or of another kind than they expect."""
 
 
 def load_model(
