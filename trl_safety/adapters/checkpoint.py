@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trl_safety.adapters.architecture import UNREADABLE, Conversion, origins, skeleton
 from trl_safety.adapters.names import strip_wrappers
 from trl_safety.errors import CheckpointError, reason
+from trl_safety.linalg.finite import is_finite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -177,7 +178,7 @@ class Checkpoint:
         return self._finite(name, tensor)
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise CheckpointError(
                 f"layer {name!r} of {self.source!r} holds NaN or infinity: the checkpoint is broken, fetch or save it again"
             )

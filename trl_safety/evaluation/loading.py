@@ -253,7 +253,9 @@ def _fit_vocabulary(model: Any, folder: AdapterFolder, tokens: int) -> None:
     """
     ends = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     names = [name for name, module in model.named_modules() if any(module is layer for layer in ends)]
-    saved = [len(folder.others[key]) for name in names if (key := f"{PEFT_PREFIX}{name}.weight") in folder.others]
+    # An embedding that is adapted by LoRA itself is saved from within PEFT's wrapper.
+    keys = [f"{PEFT_PREFIX}{name}{inner}.weight" for name in names for inner in ("", ".base_layer")]
+    saved = [len(folder.others[key]) for key in keys if key in folder.others]
     rows = len(ends[0].weight)
     trained = _trained_tokens(folder.config)
     wanted = max(saved) if saved else max(rows, tokens, max(trained, default=-1) + 1)

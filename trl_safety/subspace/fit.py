@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_safety.version import __version__
 from trl_safety.adapters.checkpoint import Checkpoint, digest
 from trl_safety.adapters.fingerprint import same_up_to_rounding, sample
 from trl_safety.adapters.names import match
@@ -22,6 +21,7 @@ from trl_safety.errors import SubspaceError
 from trl_safety.linalg.thin_svd import thin_svd
 from trl_safety.subspace.layer import SCHEMA_VERSION, LayerSubspace, Provenance
 from trl_safety.subspace.targets import resolve_targets
+from trl_safety.version import __version__
 
 ROWS_AT_A_TIME = 1024
 
