@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ class AdapterFolder:
             )
             raise AdapterError(f"adapter = {str(path)!r}: has no {WEIGHTS}{pickled}")
         config = read_config(folder / CONFIG)
-        check_config(config)
+        with _usable(folder / CONFIG):
+            check_config(config)
         try:
             with safe_open(str(folder / WEIGHTS), framework="pt") as handle:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # no mapping
@@ -134,7 +136,8 @@ class AdapterFolder:
             raise AdapterError(
                 f"{str(folder / WEIGHTS)!r} is truncated or no safetensors file ({error}): save the adapter again"
             ) from error
-        return cls(folder, config, tensors, metadata)
+        with _usable(folder / CONFIG):
+            return cls(folder, config, tensors, metadata)
 
     def write(
         self,
@@ -238,9 +241,32 @@ def read_config(path: Path) -> Any:
             "it out of the file if it changes nothing about the update s·B·A"
         )
         raise AdapterError(f"{str(path)!r}: sets {', '.join(strange)}, which PEFT {peft_version} does not know and would ignore; {remedy}")
-    try:
-        return LoraConfig.from_pretrained(str(path.parent))
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    if not isinstance(raw.get("base_model_name_or_path"), str | None):
         raise AdapterError(
-            f"{str(path)!r} is no configuration that PEFT {peft_version} accepts ({reason(error)}): save the adapter again"
+            f"{str(path)!r}: base_model_name_or_path = {raw['base_model_name_or_path']!r}: is no name of a model; put it in, or null"
+        )
+    with _usable(path):
+        config = LoraConfig.from_pretrained(str(path.parent))
+        for option in ("rank_pattern", "alpha_pattern"):
+            dict(getattr(config, option) or {})
+        [int(index) for some in token_lists(config) for index in some]
+    return config
+
+
+def token_lists(config: Any) -> list[list[int]]:
+    """The tokens that a configuration trains beside LoRA, a list for every layer that has them."""
+    indices = config.trainable_token_indices or []
+    return list(indices.values()) if isinstance(indices, dict) else [indices]
+
+
+@contextlib.contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Say of options of other types than PEFT expects, and of patterns that are none, which file they are in."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError, re.error) as error:
+        raise AdapterError(
+            f"{str(path)!r} is no configuration that PEFT {peft_version} can use ({reason(error)}): save the adapter again"
         ) from error

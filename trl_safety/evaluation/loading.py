@@ -26,7 +26,7 @@ from transformers import (
 from trl_safety.adapters.architecture import UNREADABLE
 from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.fingerprint import QUANTISED_DIFFERENCE, sample
-from trl_safety.adapters.folder import PEFT_PREFIX, AdapterFolder
+from trl_safety.adapters.folder import PEFT_PREFIX, AdapterFolder, token_lists
 from trl_safety.adapters.lora import lora_modules
 from trl_safety.adapters.marks import refuse_provider
 from trl_safety.adapters.names import match
@@ -257,7 +257,7 @@ def _fit_vocabulary(model: Any, folder: AdapterFolder, tokens: int) -> None:
     keys = [f"{PEFT_PREFIX}{name}{inner}.weight" for name in names for inner in ("", ".base_layer")]
     saved = [len(folder.others[key]) for key in keys if key in folder.others]
     rows = len(ends[0].weight)
-    trained = _trained_tokens(folder.config)
+    trained = {int(index) for some in token_lists(folder.config) for index in some}
     wanted = max(saved) if saved else max(rows, tokens, max(trained, default=-1) + 1)
     if wanted == rows:
         return
@@ -276,12 +276,6 @@ def _fit_vocabulary(model: Any, folder: AdapterFolder, tokens: int) -> None:
             f"adapter = {str(folder.path)!r}: was trained with {wanted} embeddings, and those of the model cannot be resized ({reason(error)}): save the "
             "model with its embeddings resized, and name that model"
         ) from error
-
-
-def _trained_tokens(config: Any) -> set[int]:
-    indices = config.trainable_token_indices or []
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    return {int(index) for some in lists for index in some}
 
 
 def _same_model(folder: AdapterFolder, model: str) -> None:
