@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annotations
     """Validates the `safety:` block with the classes that `SafeSFTTrainer` uses, and has its methods act in Axolotl's trainer."""
 
+    _written: frozenset[str] = frozenset()
+    """The keys that the user wrote, before Axolotl added its own defaults."""
+    _switched_off: list[str] = []  # noqa: RUF012  # replaced, never changed
+    """What was switched off in the configuration for the methods."""
+
     def register(self, cfg: Any) -> None:
         """Refuse a plugin line without a block, where nothing would be protected, and a provider's adapter to train or merge.
 
@@ -32,6 +37,7 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
             raise ConfigurationError(
                 f"safety{meant} is missing: plugins names axolotl_plugin.SafetyPlugin, but nothing would be protected; add a `safety:` block or remove the plugin"
             )
+        self._written = frozenset(key for key, value in cfg.items() if value is not None)
         folder = cfg.get("lora_model_dir")
         if folder and (Path(folder) / "adapter_config.json").is_file():
             from peft import LoraConfig
@@ -50,13 +56,13 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         Raises:
             ConfigurationError: a method could not act beside one of them.
         """
-        from axolotl_plugin.rules import refuse
+        from axolotl_plugin.rules import check
 
-        refuse(cfg, safety_of(cfg))
+        self._switched_off = check(cfg, safety_of(cfg), self._written)
 
     def get_trainer_cls(self, cfg: Any) -> Any:
         """Axolotl's trainer with the safety mixin where a method is part of the loss, else None."""
-        from trl_safety.training.mixin import needs_trainer_class
+        from trl_safety.training.start import needs_trainer_class
 
         return _safe_trainer_class() if needs_trainer_class(safety_of(cfg)) else None
 
@@ -69,13 +75,14 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
             SubspaceError: an adapted layer is not in the subspace.
         """
         from trl_safety.errors import ConfigurationError
-        from trl_safety.training.mixin import SafetyMixin, add_correction, needs_trainer_class
+        from trl_safety.training.mixin import SafetyMixin
+        from trl_safety.training.start import add_correction, needs_trainer_class
 
         safety = safety_of(cfg)
         if not needs_trainer_class(safety):
-            add_correction(trainer, safety)
+            add_correction(trainer, safety, self._switched_off)
         elif isinstance(trainer, SafetyMixin):
-            trainer.start_safety(safety, None, references(cfg, safety, trainer))
+            trainer.start_safety(safety, None, references(cfg, safety, trainer), self._switched_off)
         else:
             method = next(iter(safety.methods()))
             raise ConfigurationError(
@@ -108,26 +115,30 @@ def safety_of(cfg: Any) -> SafetyConfig:
     return SafetyConfig.parse(block.to_dict() if hasattr(block, "to_dict") else block)
 
 
-def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> Any:
-    """DualSelect's pool, prepared as Axolotl prepares the training data; None where the block has no `dual_select`.
+def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> dict[str, Any]:
+    """The pools of the methods that read one, prepared as Axolotl prepares the training data.
 
     A path takes the format of the first entry of `datasets`; an entry of its own names all that `datasets` can.
 
     Raises:
         ConfigurationError: no pool is named, or Axolotl dropped all of its rows.
     """
-    if safety.dual_select is None:
-        return None
-    from trl_safety.errors import ConfigurationError
-    from trl_safety.training.dual_select.pool import ROW, load_references, prompts_only, tokenised_prompts, with_rows
-    from trl_safety.training.mixin import References
+    from trl_safety.training.references import pools
 
-    source = safety.dual_select.reference_dataset
+    return {name: _pool(cfg, setting, getattr(safety, name), trainer) for name, setting in pools(safety).items()}
+
+
+def _pool(cfg: Any, setting: str, options: Any, trainer: Any) -> Any:
+    from trl_safety.errors import ConfigurationError
+    from trl_safety.training.data import load_rows
+    from trl_safety.training.references import ROW, References, prompts_only, tokenised_prompts, with_rows
+
+    source = getattr(options, setting.rpartition(".")[2])
     if source is None:
-        raise ConfigurationError("dual_select.reference_dataset is missing: give a .jsonl file, a Hub id, or an entry as under `datasets`")
+        raise ConfigurationError(f"{setting} is missing: give a .jsonl file, a Hub id, or an entry as under `datasets`")
     if isinstance(source, str):
-        raw = with_rows(load_references(source), "dual_select.reference_dataset")
-        if prompts_only(raw):
+        raw = with_rows(load_rows(source, setting), setting)
+        if prompts_only(raw, setting):
             return References(tokenised_prompts(raw, trainer.processing_class, cfg.get("sequence_len")), kl=True)
         first = cfg.get("datasets")[0]
         source = {**first, "path": source, "split": "train"}
@@ -144,10 +155,8 @@ def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> Any:
     )
     prepared, _, _, _ = prepare_datasets(own, trainer.processing_class)
     if not len(prepared):
-        raise ConfigurationError(f"dual_select.reference_dataset = {source!r}: Axolotl left none of its rows within sequence_len")
-    return References(
-        with_rows(prepared.remove_columns([ROW] if ROW in prepared.column_names else []), "dual_select.reference_dataset"), kl=False
-    )
+        raise ConfigurationError(f"{setting} = {source!r}: Axolotl left none of its rows within sequence_len")
+    return References(with_rows(prepared.remove_columns([ROW] if ROW in prepared.column_names else []), setting), kl=False)
 
 
 @cache

@@ -1,242 +1,140 @@
-"""Axolotl options beside which a method could not act: refused when the configuration is validated.
+"""An Axolotl configuration as facts for the requirements of the methods.
 
-`python -m axolotl_plugin.rules` prints the table of example_configs/axolotl/README.md from these rules.
+`python -m axolotl_plugin.rules` prints the table of example_configs/axolotl/README.md from the same requirements.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl_safety.config.block import CORRECTIONS, METHODS, SafetyConfig
-from trl_safety.errors import ConfigurationError
+from trl_safety.config.block import METHODS, SafetyConfig, options_class
+from trl_safety.config.requirements import Fact, Facts, Requirement, cell, requirements_of, resolve
+
+PARALLEL = ("context_parallel_size", "tensor_parallel_size", "sequence_parallel_degree", "expert_parallel_size")
+KERNELS = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel")
+BESIDES = ("lora_modules_to_save", "unfrozen_parameters")
+PLAIN = ("true", "false", "gaussian", "eva", "orthogonal")
+"""`peft_init_lora_weights` that leave the base weights as they are."""
+
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "adapter": ("adapter",),
+    "dora": ("peft_use_dora",),
+    "initialisation": ("peft_init_lora_weights", "peft.loftq_config"),
+    "expert_parameters": ("lora_target_parameters",),
+    "restarts": ("relora", "relora_steps", "jagged_restart_steps"),
+    "objective": ("rl", "reward_model", "process_reward_model"),
+    "engine": ("fsdp", "fsdp_config", "fsdp_version", "deepspeed"),
+    "split_model": PARALLEL,
+    "trainer_class": ("trainer_cls",),
+    "fused_kernels": KERNELS,
+    "base_weights": ("load_in_8bit", "load_in_4bit"),
+    "rows": ("sample_packing",),
+    "compiled": ("torch_compile",),
+    "precision": ("fp16",),
+    "streamed": ("streaming", "pretraining_dataset"),
+    "batch": ("micro_batch_size",),
+    "trained_besides": BESIDES,
+    "pickled": ("save_safetensors",),
+}
+"""Fact → the keys that say it, of which the table names the first ones."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One refused option.
+def axolotl_facts(cfg: Any, written: Collection[str] | None = None) -> Facts:
+    """The facts of an Axolotl configuration, before or after its own validation.
 
-    Attributes:
-        key: Axolotl's key, or keys.
-        meaning: what its refused values are, for the table.
-        refused: whether a configuration has such a value.
-        reason: why no method can act.
-        remedy: the key to change.
-        methods: which methods it concerns.
+    Args:
+        cfg: a mapping.
+        written: the keys that the user wrote; by default all of them.
     """
+    get = cfg.get
+    initial = str(get("peft_init_lora_weights") if get("peft_init_lora_weights") is not None else True).lower()
+    values: dict[str, Any] = {
+        "adapter": get("adapter") or "none",
+        "dora": bool(get("peft_use_dora")),
+        "initialisation": initial not in PLAIN or bool((get("peft") or {}).get("loftq_config")),
+        "expert_parameters": bool(get("lora_target_parameters")),
+        "restarts": any(get(key) for key in KEYS["restarts"]),
+        "objective": any(get(key) for key in KEYS["objective"]),
+        "engine": _engine(cfg),
+        "split_model": any(int(get(key) or 1) > 1 for key in PARALLEL),
+        "trainer_class": bool(get("trainer_cls")),
+        "fused_kernels": any(get(key) for key in KERNELS),
+        "base_weights": "8bit" if get("load_in_8bit") else "4bit" if get("load_in_4bit") or get("adapter") == "qlora" else None,
+        "rows": "packed" if get("sample_packing") else "plain",
+        "compiled": get("torch_compile") is True,
+        "precision": "fp16" if get("fp16") is True else "other",
+        "streamed": bool(get("streaming") or get("pretraining_dataset")),
+        "batch": int(get("micro_batch_size")) if get("micro_batch_size") else None,
+        "trained_besides": any(get(key) for key in BESIDES),
+        "pickled": get("save_safetensors") is False,
+    }
+    return Facts("axolotl", {fact: Fact(value, *_told(cfg, fact, written)) for fact, value in values.items()})
 
-    key: str
-    meaning: str
-    refused: Callable[[Mapping[str, Any]], bool]
-    reason: str
-    remedy: str
-    methods: tuple[str, ...] = METHODS
 
-
-def _on(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda cfg: any(bool(cfg.get(key)) for key in keys)
-
-
-def _above_one(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda cfg: any(int(cfg.get(key) or 1) > 1 for key in keys)
-
-
-def _zero3(cfg: Mapping[str, Any]) -> bool:
+def _engine(cfg: Any) -> str:
+    if cfg.get("fsdp") or cfg.get("fsdp_config"):
+        version = cfg.get("fsdp_version") or (cfg.get("fsdp_config") or {}).get("fsdp_version")
+        return "fsdp2" if str(version) == "2" else "fsdp1"
     given = cfg.get("deepspeed")
+    if not given:
+        return "single"
     path = Path(str(given))
     content = json.loads(path.read_text(encoding="utf-8")) if isinstance(given, str) and path.is_file() else given
-    return isinstance(content, Mapping) and int((content.get("zero_optimization") or {}).get("stage") or 0) == 3
+    zero3 = isinstance(content, Mapping) and int((content.get("zero_optimization") or {}).get("stage") or 0) == 3
+    return "zero3" if zero3 else "deepspeed"
 
 
-REFUSED = (
-    Rule(
-        "adapter",
-        "not lora or qlora (full fine-tuning included)",
-        lambda c: c.get("adapter") not in ("lora", "qlora"),
-        "the methods act on an update ΔW = s·B·A",
-        "set adapter: lora or qlora",
-    ),
-    Rule("peft_use_dora", "true", _on("peft_use_dora"), "DoRA's update is not s·B·A", "remove peft_use_dora"),
-    Rule(
-        "peft_init_lora_weights, loftq",
-        "anything that changes the base weights (pissa, olora, loftq, …)",
-        lambda c: (
-            str(c.get("peft_init_lora_weights") or True).lower() not in ("true", "false", "gaussian", "eva", "orthogonal")
-            or bool((c.get("peft") or {}).get("loftq_config"))
-        ),
-        "part of the aligned weight moves into the adapter",
-        "remove peft_init_lora_weights and peft.loftq_config",
-    ),
-    Rule(
-        "lora_target_parameters",
-        "set",
-        _on("lora_target_parameters"),
-        "fused expert weights have no alignment subspace",
-        "use lora_target_modules",
-    ),
-    Rule(
-        "relora, jagged_restart_steps",
-        "set",
-        _on("relora", "relora_steps", "jagged_restart_steps"),
-        "merges the adapter into the base again and again, so that ΔW is no longer what training changed",
-        "remove relora and its steps",
-    ),
-    Rule(
-        "rl, reward_model, process_reward_model",
-        "set (dpo, kto, grpo, …)",
-        _on("rl", "reward_model", "process_reward_model"),
-        "only supervised fine-tuning has been shown to work",
-        "remove rl / reward_model",
-    ),
-    Rule(
-        "fsdp, fsdp_config",
-        "set, without fsdp_version: 2",
-        lambda c: _on("fsdp", "fsdp_config")(c) and str(c.get("fsdp_version") or (c.get("fsdp_config") or {}).get("fsdp_version")) != "2",
-        "the first FSDP flattens the LoRA factors with other parameters, where no method can read them",
-        "set fsdp_version: 2",
-    ),
-    Rule(
-        "fsdp_version",
-        "2",
-        _on("fsdp", "fsdp_config"),
-        "the gradients of whole LoRA factors are spread over the processes",
-        "use DDP",
-        ("dual_select",),
-    ),
-    Rule(
-        "deepspeed",
-        "a file with ZeRO stage 3",
-        _zero3,
-        "keeps every LoRA factor in pieces that only its own hooks put together",
-        "use stage 2, or FSDP with fsdp_version: 2",
-    ),
-    Rule(
-        "deepspeed",
-        "set (any stage)",
-        _on("deepspeed"),
-        "the gradients of whole LoRA factors are spread over the processes",
-        "use DDP",
-        ("dual_select",),
-    ),
-    Rule(
-        "context_parallel_size, tensor_parallel_size, sequence_parallel_degree, expert_parallel_size",
-        "above 1",
-        _above_one("context_parallel_size", "tensor_parallel_size", "sequence_parallel_degree", "expert_parallel_size"),
-        "splits the model or the loss over processes, which has not been shown to work",
-        "set it to 1 and use DDP",
-    ),
-    Rule(
-        "trainer_cls",
-        "set",
-        _on("trainer_cls"),
-        "the method is part of the plugin's own trainer class, which Axolotl prefers in silence",
-        "remove trainer_cls",
-        tuple(method for method in METHODS if method not in CORRECTIONS),
-    ),
-    Rule(
-        "lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel",
-        "true (Axolotl's own default on a GPU)",
-        _on("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"),
-        "fused kernels bypass the modules in which the samples' gradients are read and on which the buffer acts",
-        "set lora_qkv_kernel, lora_o_kernel and lora_mlp_kernel: false",
-        ("dual_select", "buffer_reinforce"),
-    ),
-    Rule(
-        "load_in_8bit",
-        "true",
-        _on("load_in_8bit"),
-        "8-bit weights cannot be exchanged and quantised again as they were",
-        "use load_in_4bit, or full precision",
-        ("alignment_buffer",),
-    ),
-    Rule(
-        "sample_packing",
-        "true",
-        _on("sample_packing"),
-        "the samples of a packed row cannot be told apart",
-        "set sample_packing: false and micro_batch_size: 8",
-        ("dual_select",),
-    ),
-    Rule(
-        "torch_compile",
-        "true",
-        lambda c: c.get("torch_compile") is True,
-        "compiled layers cannot be read, and go by the buffer",
-        "remove torch_compile",
-        ("dual_select", "buffer_reinforce"),
-    ),
-    Rule(
-        "streaming, pretraining_dataset",
-        "set",
-        _on("streaming", "pretraining_dataset"),
-        "rows of a stream have no numbers",
-        "remove them and use datasets",
-        ("dual_select",),
-    ),
-    Rule(
-        "lora_modules_to_save, unfrozen_parameters",
-        "set",
-        _on("lora_modules_to_save", "unfrozen_parameters"),
-        "their gradient is not part of the samples' gradients",
-        "remove them",
-        ("dual_select",),
-    ),
-    Rule(
-        "save_safetensors",
-        "false",
-        lambda c: c.get("save_safetensors") is False,
-        "no report covers an adapter saved as a pickle",
-        "remove save_safetensors",
-    ),
-)
+def _told(cfg: Any, fact: str, written: Collection[str] | None) -> tuple[str, bool, Callable[[], None] | None]:
+    """The setting with its value, whether the user wrote it, and how to switch it off."""
+    given = {key: cfg.get(key) for key in KEYS[fact] if cfg.get(key) is not None}
+    setting = ", ".join(f"{key} = {value!r}" for key, value in given.items()) or f"{KEYS[fact][0]} is not set"
+    spelt_out = written is None or any(key in written for key in given)
+    return setting, spelt_out, partial(_switch_off, cfg, list(given))
 
-NO_DUAL_SELECT = tuple(method for method in METHODS if method != "dual_select")
-WORKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    (
-        "lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel",
-        "they bypass the adapter's modules, on which these methods do not hook: they read the factors themselves; not run here, for want of a GPU",
-        tuple(method for method in NO_DUAL_SELECT if method != "buffer_reinforce"),
-    ),
-    ("sample_packing, pad_to_sequence_len", "tested", NO_DUAL_SELECT),
-    (
-        "gradient_accumulation_steps, gradient_checkpointing",
-        "tested; λ counts once per optimizer step, DualSelect chooses in every batch",
-        METHODS,
-    ),
-    ("load_in_4bit (qlora)", "tested on CPU kernels; V comes from the full-precision pair", METHODS),
-    ("several processes (DDP)", "tested with two gloo processes", METHODS),
-    ("lora_modules_to_save, unfrozen_parameters", "trained, and listed in the report as covered by no method", NO_DUAL_SELECT),
-)
+
+def _switch_off(cfg: Any, keys: list[str]) -> None:
+    for key in keys:
+        cfg[key] = False
 
 
 def refuse(cfg: Mapping[str, Any], safety: SafetyConfig) -> None:
-    """Refuse an Axolotl configuration beside which one of the block's methods could not act.
+    """Refuse an Axolotl configuration beside which one of the block's methods could not act; nothing is changed in it.
 
     Raises:
-        ConfigurationError: naming the key, its value, the method, the reason and the remedy.
+        ConfigurationError, AdapterError: with a line for every setting: its value, the methods, the reason and the remedy.
     """
-    for rule in REFUSED:
-        concerned = [method for method in safety.methods() if method in rule.methods]
-        if concerned and rule.refused(cfg):
-            values = (
-                ", ".join(f"{key} = {cfg.get(key)!r}" for key in rule.key.split(", ") if cfg.get(key) is not None)
-                or f"{rule.key} is not set"
-            )
-            raise ConfigurationError(f"{values}: {', '.join(concerned)} cannot act: {rule.reason}; {rule.remedy}")
+    resolve(safety.methods(), axolotl_facts(cfg), dry=True)
+
+
+def check(cfg: Any, safety: SafetyConfig, written: Collection[str]) -> list[str]:
+    """As `refuse`, after Axolotl has added its own choices; switches off what changes no result, and what the user did not write.
+
+    Returns:
+        What was switched off.
+
+    Raises:
+        ConfigurationError, AdapterError: see `refuse`.
+    """
+    return resolve(safety.methods(), axolotl_facts(cfg, written))
 
 
 def table() -> str:
     """The table of example_configs/axolotl/README.md, in Markdown."""
-    lines = ["| Axolotl key | | " + " | ".join(f"`{method}`" for method in METHODS) + " |", "|---|---|" + "---|" * len(METHODS)]
-    for rule in REFUSED:
-        cells = " | ".join("refused" if method in rule.methods else "works" for method in METHODS)
-        keys = ", ".join(f"`{key}`" for key in rule.key.split(", "))
-        lines.append(f"| {keys}: {rule.meaning} | {rule.reason} | {cells} |")
-    for keys, note, methods in WORKS:
-        lines.append(f"| {keys} | {note} | " + " | ".join("works" if method in methods else "see above" for method in METHODS) + " |")
+    methods = {name: options_class(name) for name in METHODS}
+    lines = ["| Axolotl key | | " + " | ".join(f"`{method}`" for method in methods) + " |", "|---|---|" + "---|" * len(methods)]
+    rows: dict[tuple[str, str], list[Requirement]] = {}
+    for requirement in requirements_of(methods):
+        if requirement.fact in KEYS:
+            rows.setdefault((requirement.fact, requirement.meaning), []).append(requirement)
+    for (fact, meaning), requirements in rows.items():
+        keys = ", ".join(f"`{key}`" for key in KEYS[fact])
+        reasons = "; ".join(dict.fromkeys(requirement.reason.replace(" of {value}", "") for requirement in requirements))
+        cells = " | ".join(cell(requirements, options) for options in methods.values())
+        lines.append(f"| {keys}: {meaning} | {reasons} | {cells} |")
     return "\n".join(lines)
 
 

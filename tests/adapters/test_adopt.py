@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -18,7 +17,7 @@ from trl_safety.adapters.adopt import adopt
 from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.marks import kind_of
 from trl_safety.adapters.record import open_kind
-from trl_safety.cli.adopt import adopt as command
+from trl_safety.cli.app import app
 from trl_safety.corrections.buffer_reinforce import merge_reinforce
 from trl_safety.errors import AdapterError, CheckpointError, ConfigurationError
 from trl_safety.reports.report import read_report, verify
@@ -151,11 +150,12 @@ def _reinforce(tmp_path: Path) -> Path:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(command)
     source = foreign(tmp_path / "theirs")
-    result = CliRunner().invoke(app, [str(source), "-o", str(tmp_path / "ours"), "--as", "reinforce", "--model", ALIGNED])
+    result = CliRunner().invoke(app, ["adopt", str(source), "-o", str(tmp_path / "ours"), "--as", "reinforce", "--model", ALIGNED])
     assert result.exit_code == 0, result.output
     assert "a reinforce adapter; base model: will be recognised by 9 layers" in result.output
     assert json.loads((tmp_path / "ours" / "safety_adapter.json").read_text())["kind"] == "reinforce"
     assert AdapterFolder.open(tmp_path / "ours").factors
+    result = CliRunner().invoke(app, ["adopt", str(source), "-o", str(tmp_path / "ours"), "--as", "reinforce"])
+    assert result.exit_code == 1
+    assert "is there already" in result.output

@@ -273,3 +273,11 @@ def test_remedies_for_files_of_another_version(adapter: Path, tmp_path: Path, gq
             AdapterFolder.open(adapter)
         assert ("convert the adapter" in str(raised.value)) == (value == "pissa")
         assert "unset" not in str(raised.value)
+
+
+def test_a_correction_of_nothing_protects_nothing(adapter: Path, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    rewrite(adapter, cancels)
+    report = correct_folder(adapter, tmp_path / "out", gqa_subspace, SafeLoraCorrection(SafeLoraConfig(threshold=1.0)))
+    assert not report.protected
+    assert read_report(tmp_path / "out") == report
+    assert "This adapter is NOT protected" in (tmp_path / "out" / "README.md").read_text()

@@ -12,10 +12,11 @@ from axolotl.utils.dict import DictDefault
 
 from axolotl_plugin.cli import resolve
 from axolotl_plugin.plugin import safety_of
-from axolotl_plugin.rules import REFUSED, table
+from axolotl_plugin.rules import KEYS, axolotl_facts, check, refuse, table
 from tests.axolotl.conftest import CPU, Axolotl, protect
-from trl_safety.config.block import METHODS, SafetyConfig
-from trl_safety.errors import ConfigurationError
+from trl_safety.config.block import METHODS, SafetyConfig, options_class
+from trl_safety.config.requirements import Fact, Facts, broken
+from trl_safety.errors import ConfigurationError, SafetyError
 from trl_safety.reports.report import verify
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,22 +65,62 @@ def test_the_block_survives_axolotls_validation(world: Path, config: dict[str, A
     assert safety_of(validated(options)) == SafetyConfig.parse(options["safety"])
 
 
-@pytest.mark.parametrize("rule", REFUSED, ids=lambda rule: rule.key.split(",")[0])
-def test_every_rule_refuses_with_the_key_to_change(world: Path, config: dict[str, Any], rule: Any) -> None:
-    key = next(key for key in rule.key.split(", ") if key in WRONG)
+MINIMAL: dict[str, dict[str, Any]] = {
+    "alignment_buffer": {"how": "weights"},
+    "buffer_reinforce": {"buffer": "buffer"},
+}
+
+
+def concerned(fact: str, value: Any) -> tuple[set[str], bool]:
+    """The methods that a requirement stops at this value, with their defaults, and whether it is switched off instead."""
+    block = {name: options_class(name)(**MINIMAL.get(name, {})) for name in METHODS}
+    found = broken(block, Facts("axolotl", {fact: Fact(value, fact)}))
+    return {name for violation in found for name in violation.methods}, any(v.requirement.switch_off == "always" for v in found)
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_every_rule_refuses_with_the_key_to_change(world: Path, config: dict[str, Any], key: str) -> None:
     if key == "fsdp_version":
         config["fsdp_config"] = {"reshard_after_forward": True}
-    everything = set(rule.methods) == set(METHODS)
-    wrong = WRONG[key] if key != "deepspeed" or everything else str(Path(__file__).parent / "zero2.json")
-    options = protect({**config, key: wrong}, world, **{rule.methods[0]: {}, "safe_lora": {}})
-    with pytest.raises(Exception, match="cannot act: ") as caught:
-        validated(options)
-    assert key in str(caught.value)
-    if not everything:
-        other = next(method for method in METHODS if method not in rule.methods)
-        with pytest.raises(Exception) as raised:  # noqa: PT011  # Axolotl may have a complaint of its own
-            validated({**protect({**config, key: wrong}, world, **{other: {}}), "base_model": "missing/model"})
-        assert "cannot act" not in str(raised.value)
+    wrong = {**config, key: WRONG[key]}
+    fact = next(fact for fact, keys in KEYS.items() if key in keys)
+    value = axolotl_facts(DictDefault(wrong)).known[fact].value
+    stopped, switched = concerned(fact, value)
+    assert stopped
+    for method in METHODS:
+        written = protect(wrong, world, **{method: MINIMAL.get(method, {})})["safety"]
+        if options_class(method)(**MINIMAL.get(method, {})).subspace_use == "none":
+            del written["subspace"]
+        block = SafetyConfig.parse(written)
+        if method in stopped and not switched:
+            with pytest.raises(SafetyError, match=f"{method} cannot act: ") as caught:
+                refuse(DictDefault(wrong), block)
+            assert key in str(caught.value)
+        else:
+            refuse(DictDefault(wrong), block)
+    if not switched:
+        with pytest.raises(Exception, match="cannot act: ") as caught:
+            validated(protect(wrong, world, **{min(stopped): MINIMAL.get(min(stopped), {}), "safe_lora": {}}))
+        assert key in str(caught.value)
+
+
+def test_fused_kernels_are_switched_off_and_said(config: dict[str, Any]) -> None:
+    cfg = DictDefault({**config, "lora_qkv_kernel": True, "lora_o_kernel": True, "lora_mlp_kernel": None})
+    buffered, plain = (SafetyConfig.parse(block) for block in ({"buffer_reinforce": {"buffer": "b"}}, {"asft": {}}))
+    assert check(cfg, plain, {"lora_qkv_kernel"}) == []
+    assert cfg.lora_qkv_kernel is True
+    (said,) = check(cfg, buffered, {"lora_qkv_kernel"})
+    assert said.startswith("lora_qkv_kernel = True, lora_o_kernel = True was switched off: buffer_reinforce could not act")
+    assert cfg.lora_qkv_kernel is False
+    assert cfg.lora_o_kernel is False
+
+
+def test_all_violations_are_said_at_once(config: dict[str, Any]) -> None:
+    cfg = DictDefault({**config, "peft_use_dora": True, "relora": True, "sample_packing": True})
+    with pytest.raises(ConfigurationError) as raised:
+        refuse(cfg, SafetyConfig.parse({"dual_select": {}}))
+    lines = str(raised.value).splitlines()
+    assert [line.split(" = ")[0] for line in lines] == ["peft_use_dora", "relora", "sample_packing"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from trl_safety.corrections.folder import correct_folder
 from trl_safety.corrections.registry import correction_for
 from trl_safety.errors import ReportError
 from trl_safety.reports.report import verify
-from trl_safety.training.dual_select.log import SELECTION, read_choices, read_selection
+from trl_safety.reports.selection import SELECTION, read_choices, read_selection
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

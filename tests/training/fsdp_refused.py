@@ -20,7 +20,10 @@ def made(**kwargs: Any) -> Any:
 
 
 pool = tiny.rows(16, seed=5)
-with pytest.raises(SafetyError, match="dual_select: reads and adds gradients of whole LoRA factors, which FSDP spreads over the processes"):
+with pytest.raises(
+    SafetyError,
+    match="fsdp_version = 2: dual_select cannot act: it reads and adds gradients of whole LoRA factors, which the engine spreads",
+):
     made(safety={"dual_select": {"references": 4}}, reference_dataset=pool)
 with pytest.raises(SafetyError, match=r"reinforce: the merge|the merge changes the adapter's rank.*merge-reinforce"):
     made(safety={"buffer_reinforce": {"buffer": str(world / "buffer"), "reinforce": str(world / "reinforce")}})
@@ -30,14 +33,14 @@ for safety in ({"csulora": {}}, {"alignment_vector": {}}, {"alignment_vector": {
         trainer.train()
 plugin = made().accelerator.state.fsdp_plugin
 for name, value, message in (
-    ("fsdp_version", 1, "fsdp_version = 1: flattens the LoRA factors"),
+    ("fsdp_version", 1, "fsdp_version = 1: .* cannot act: the first FSDP flattens the LoRA factors"),
     ("state_dict_type", "SHARDED_STATE_DICT", "checkpoints would hold no adapter"),
 ):
     before = getattr(plugin, name)
     trainer = made()
     plugin = trainer.accelerator.state.fsdp_plugin
     setattr(plugin, name, value)
-    from trl_safety.training.engines import check_engine
+    from trl_safety.adapters.engine import check_engine
 
     with pytest.raises(SafetyError, match=message):
         check_engine()

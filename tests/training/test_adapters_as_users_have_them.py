@@ -284,7 +284,11 @@ class TestQLoRA:
 
         def load(name: str | Path = "aligned", **storage: Any) -> Any:
             config = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32, **storage
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.float32,
+                **storage,
             )
             # A folder that is quantised already brings its own configuration.
             options = {} if isinstance(name, Path) else {"quantization_config": config}

@@ -19,7 +19,7 @@ from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.cli.app import app
 from trl_safety.config.alignment_vector import AlignmentVectorConfig
 from trl_safety.corrections.alignment_vector import AlignmentVectorCorrection
-from trl_safety.corrections.checkpoint import add_vector, write_alignment_adapter
+from trl_safety.corrections.alignment_vector_files import add_vector, write_alignment_adapter
 from trl_safety.corrections.folder import correct_folder
 from trl_safety.errors import AdapterError, CheckpointError, ConfigurationError, SubspaceError
 from trl_safety.reports.report import verify

@@ -177,7 +177,7 @@ class TestUserTraining:
     def test_the_buffer_is_unchanged_and_in_no_file(self, provider: Path, tmp_path: Path) -> None:
         before = {path.name: path.read_bytes() for path in (provider / "buffer").iterdir()}
         trainer = tiny.trainer(tmp_path, safety=block(provider), save_strategy="steps", save_steps=2)
-        frozen = trainer._safety.buffer.frozen
+        frozen = trainer._safety.methods[0].frozen
         held = {name: (B.clone(), A.clone()) for name, (B, A) in frozen._factors.items()}
         trainer.train()
         trainer.save_model()
@@ -251,7 +251,7 @@ class TestUserTraining:
         for found, expected in seen:
             assert found == pytest.approx(expected, rel=1e-5)
         last = seen[-1][0]
-        with trainer._safety.buffer.frozen.attached():
+        with trainer._safety.methods[0].frozen.attached():
             assert trainer.evaluate()["eval_loss"] != pytest.approx(last, rel=1e-3)
 
     @pytest.mark.parametrize("checkpointing", [{"use_reentrant": False}, {"use_reentrant": True}])

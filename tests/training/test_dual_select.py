@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tests import tiny
 from trl_safety.cli.app import app
 from trl_safety.errors import AdapterError, ConfigurationError
-from trl_safety.training.dual_select.log import SELECTION, read_choices, read_selection
+from trl_safety.reports.selection import SELECTION, read_choices, read_selection
 
 AUTHORS = tiny.DATA / "dual_select"
 
@@ -241,9 +241,9 @@ def test_prompts_alone_are_held_to_the_starting_model(tmp_path: Path) -> None:
     references = [choice for choice in read_choices(tmp_path / SELECTION) if choice.kind == "reference"]
     assert all(loss > 0 for choice in references for loss in choice.losses)
     # The loss of the last refresh's best reference, written out, cannot be had afterwards; that of the model now can.
-    hook = trainer._safety.dual_select
+    hook = trainer._safety.methods[0]
     with torch.no_grad():
-        ours = hook._reference_losses([0, 3])
+        ours = hook._pool.losses([0, 3])
     for value, index in zip(ours, (0, 3), strict=True):
         ids = torch.tensor([tiny.tokenizer()(prompts[index]["prompt"])["input_ids"]])
         with torch.no_grad():
@@ -300,7 +300,7 @@ def test_composes_with_asft_and_a_correction(tmp_path: Path, gqa_subspace: Any) 
         (block(), {"reference_dataset": None}, "reference_dataset is missing"),
         (block(reference_dataset="nowhere.jsonl"), {"reference_dataset": None}, "cannot be read"),
         (block(reference_dataset="x.jsonl"), {}, "keep one of them"),
-        ({"asft": {}}, {}, "has no dual_select"),
+        ({"asft": {}}, {}, "no method of the safety block reads one"),
         ({**block(), "skip_modules": ["q_proj"]}, {}, "dual_select steers the whole update and cannot leave layers alone"),
         (block(), {"data": tiny.rows(32).to_iterable_dataset()}, "IterableDataset"),
     ],

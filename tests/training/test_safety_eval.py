@@ -60,7 +60,7 @@ def test_training_stops(tmp_path: Path, files: dict[str, str], gqa_subspace: Ali
     trainer.train()
     assert trainer.state.global_step == 2
     assert trainer.safety_report.methods[0].name == "asft"
-    with pytest.raises(ConfigurationError, match="have not corrected yet"):
+    with pytest.raises(ConfigurationError, match="before safe_lora acts"):
         tiny.trainer(tmp_path, safety={**block, "safe_lora": {"layers": 2}}, subspace=gqa_subspace)
 
 

@@ -589,7 +589,7 @@ class TestArguments:
         (tmp_path / "h.jsonl").write_text(json.dumps({"prompt": "w3"}))
         block = {**ASFT, "eval": {"harmful": str(tmp_path / "h.jsonl"), "stop_above": 0.5}}
         trainer = tiny.trainer(tmp_path, safety=block, subspace=gqa_subspace, callbacks=[SafeLoRACallback(gqa_subspace, threshold=1.0)])
-        with pytest.raises(ConfigurationError, match="have not corrected yet"):
+        with pytest.raises(ConfigurationError, match="before safe_lora acts"):
             trainer.train()
 
     def test_of_a_protected_trainer_and_from_its_checkpoint(self, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
@@ -640,7 +640,7 @@ class TestTrainersThatGoBy:
         return str(providers.make(tmp_path_factory.mktemp("provider")) / "buffer")
 
     def stopped(self, trainer: Any, folder: Path, name: str) -> None:
-        with pytest.raises(ConfigurationError, match=f"{name}.* did not act in optimizer step 1: training goes by SafetyMixin"):
+        with pytest.raises(ConfigurationError, match=f"{name}.* did not act in optimizer step 1: training bypasses SafetyMixin"):
             trainer.train()
         trainer.save_model(str(folder / "saved"))
         with pytest.raises(ReportError, match=r"NOT protected|has no safety_report|did not act"):

@@ -11,7 +11,7 @@ from tests.training import providers
 from trl_safety import AlignmentSubspace
 from trl_safety.corrections.buffer_reinforce import USER_ADAPTER
 from trl_safety.reports.report import read_report, verify
-from trl_safety.training.dual_select.log import SELECTION, read_choices
+from trl_safety.reports.selection import SELECTION, read_choices
 
 
 def launch(count: int, *arguments: object, script: str = "two_processes") -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.fingerprint import NOT_VERIFIED, sample
 from trl_safety.adapters.folder import AdapterFolder, Factors
-from trl_safety.adapters.marks import KINDS, kind_of, marks
+from trl_safety.adapters.marks import KINDS, kind_of, mark, marks
 from trl_safety.adapters.names import match
-from trl_safety.adapters.record import RECORD, AdapterRecord, local_folder, mark, refuse_unusable
+from trl_safety.adapters.record import RECORD, AdapterRecord, local_folder, refuse_unusable
 from trl_safety.errors import AdapterError, CheckpointError, ConfigurationError
 
 
@@ -55,7 +55,7 @@ def adopt(adapter: str | Path, output: str | Path, kind: str, model: str | Path 
         elif base != str(model):
             checked += f"; {NOT_VERIFIED}: that it was trained on it, since {base or 'the model that it names'} is not at hand"
     config = copy.deepcopy(folder.config)
-    mark(config, kind)
+    mark(config, kind, folder.factors)
     folder.write(Path(output), {}, config, setting="output", report=lambda _: {RECORD: record.text()})
     return checked
 

@@ -313,3 +313,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _quantisation(config: Any) -> str:
     return str(config.get("quant_method", "unknown method")) if isinstance(config, dict) else "unknown method"
+
+
+def why_no_bitsandbytes() -> str | None:
+    """Why bitsandbytes, which reads and makes 4-bit weights, cannot be used here; None where it can."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        return reason(error)
+    return None

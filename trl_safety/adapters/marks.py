@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from peft.utils.other import get_pattern_key
 
 from trl_safety.errors import AdapterError
 
-MARK_PREFIX = "^trl_safety.corrected_by."
-"""Key in the adapter's `alpha_pattern` that says it was corrected. It matches no module, and PEFT carries it through loading,
-saving and training; a file beside the adapter would be lost at the first of these."""
-
-KIND_PREFIX = "^trl_safety.is."
-"""Likewise, on the adapters of a provider: what kind it is (see `adapters/record.py`)."""
+CORRECTED, KIND = "trl_safety.corrected_by.", "trl_safety.is."
+"""A mark is a key of the adapter's `alpha_pattern`: the name of one of its modules behind a comment of regular expressions, as in
+`(?#trl_safety.corrected_by.NAME)model.layers.0.self_attn.q_proj`, with that module's own alpha. It changes nothing, PEFT has nothing
+to warn of, and carries it through loading, saving and training; a file beside the adapter would be lost at the first of these.
+"""
+_MARK = re.compile(r"\(\?#(?P<text>trl_safety\.[^)]*)\)|\^(?P<older>trl_safety\..*)")
+"""Version 0.1 wrote `^trl_safety.corrected_by.NAME`, which matches no module, and of which PEFT 0.21.2 warns."""
 
 KINDS = {
     "buffer": "a BufferLoRA, which makes the model harmful: it is attached while another adapter trains, and never served, merged or corrected",
@@ -22,12 +26,28 @@ KINDS = {
 
 def marks(config: Any) -> list[str]:
     """The corrections that an adapter's configuration says it went through."""
-    return [key.removeprefix(MARK_PREFIX) for key in config.alpha_pattern or {} if key.startswith(MARK_PREFIX)]
+    return [text.removeprefix(CORRECTED) for text in _texts(config) if text.startswith(CORRECTED)]
 
 
 def kind_of(config: Any) -> str:
     """What the adapter's configuration says it is: "buffer", "reinforce", or "user" where it says nothing."""
-    return next((key.removeprefix(KIND_PREFIX) for key in config.alpha_pattern or {} if key.startswith(KIND_PREFIX)), "user")
+    return next((text.removeprefix(KIND) for text in _texts(config) if text.startswith(KIND)), "user")
+
+
+def mark(config: Any, kind: str, modules: Iterable[str]) -> None:
+    """Mark a LoraConfig as a provider's adapter of this kind, which adapts these modules."""
+    _add(config, f"{KIND}{kind}", modules)
+
+
+def _texts(config: Any) -> list[str]:
+    found = (_MARK.match(key) for key in config.alpha_pattern or {})
+    return [match["text"] or match["older"] for match in found if match]
+
+
+def _add(config: Any, text: str, modules: Iterable[str]) -> None:
+    name = min(modules)
+    patterns = dict(config.alpha_pattern or {})
+    config.alpha_pattern = {**patterns, f"(?#{text}){name}": patterns.get(get_pattern_key(patterns, name), config.lora_alpha)}
 
 
 def refuse_provider(config: Any, where: str) -> None:
@@ -54,7 +74,7 @@ def refuse_corrected(config: Any, where: str) -> None:
         )
 
 
-def update_config(config: Any, method: str | None, scalings: Mapping[str, tuple[int, float]]) -> None:
+def update_config(config: Any, method: str | None, modules: Iterable[str], scalings: Mapping[str, tuple[int, float]]) -> None:
     """Mark an adapter with the method that rewrote it, and write every module's rank and alpha in full where ranks changed.
 
     PEFT takes the first pattern that matches and sorts them when saving, so that patterns of the user's that a changed rank
@@ -63,13 +83,17 @@ def update_config(config: Any, method: str | None, scalings: Mapping[str, tuple[
     Args:
         config: the LoraConfig, changed in place.
         method: None where nothing was rewritten.
+        modules: the names of the adapter's modules.
         scalings: module → (rank, scaling); empty where no rank changed.
     """
+    modules = list(modules)
     if scalings:
-        kept = {key: value for key, value in (config.alpha_pattern or {}).items() if key.startswith(MARK_PREFIX)}
+        kept = _texts(config)
         config.rank_pattern = {f"^{name}": rank for name, (rank, _) in scalings.items()}
         alphas = {name: scaling * (rank**0.5 if config.use_rslora else rank) for name, (rank, scaling) in scalings.items()}
         # Tools that read adapters expect whole numbers where they are whole.
-        config.alpha_pattern = {f"^{name}": int(alpha) if alpha.is_integer() else alpha for name, alpha in alphas.items()} | kept
+        config.alpha_pattern = {f"^{name}": int(alpha) if alpha.is_integer() else alpha for name, alpha in alphas.items()}
+        for text in kept:
+            _add(config, text, modules)
     if method is not None:
-        config.alpha_pattern = {**(config.alpha_pattern or {}), f"{MARK_PREFIX}{method}": 1}
+        _add(config, f"{CORRECTED}{method}", modules)

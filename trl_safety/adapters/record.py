@@ -29,7 +29,7 @@ from trl_safety.adapters.fingerprint import (
 )
 from trl_safety.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
 from trl_safety.adapters.lora import full_precision
-from trl_safety.adapters.marks import KIND_PREFIX, kind_of
+from trl_safety.adapters.marks import kind_of
 from trl_safety.adapters.names import match
 from trl_safety.adapters.shards import CHECKED_ELSEWHERE, placeholders
 from trl_safety.errors import AdapterError, CheckpointError, reason
@@ -226,11 +226,6 @@ def local_folder(source: str | Path, setting: str) -> Path:
         raise AdapterError(
             f"{setting} = {str(source)!r}: is neither a folder nor a Hub repository that can be reached ({reason(error)})"
         ) from error
-
-
-def mark(config: Any, kind: str) -> None:
-    """Put the kind into an adapter's configuration, where every save carries it."""
-    config.alpha_pattern = {**(config.alpha_pattern or {}), f"{KIND_PREFIX}{kind}": 1}
 
 
 def _entries(layers: Mapping[str, Any]) -> tuple[dict[str, Tensor], bool]:

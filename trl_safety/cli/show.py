@@ -12,18 +12,20 @@ if TYPE_CHECKING:
     from trl_safety.inspection.gradient import SafetyGradient
     from trl_safety.inspection.layers import AdapterView
     from trl_safety.reports.report import SafetyReport
-    from trl_safety.training.dual_select.log import Dropped
+    from trl_safety.reports.selection import Dropped
 
 
-def _relative_error(layer: Any) -> float:
+def relative_error(layer: Any) -> float:
+    """The error bound of C relative to its norm."""
     spectral = float(layer.singular_values[0]) ** 2 / layer.frobenius_norm if layer.singular_values is not None else layer.frobenius_norm
     return float(layer.error_bound / spectral)
 
 
-def _print_report(report: SafetyReport) -> None:
+def print_report(report: SafetyReport) -> None:
+    """What protected an adapter."""
     for method in report.methods:
         typer.secho(f"{method.source}: {method.summary}", fg=None if method.acted else "yellow")
-    _print_base_check(report.base_check)
+    print_base_check(report.base_check)
     for name, reason in report.skipped.items():
         typer.secho(f"left alone: {name} ({reason})", fg="yellow")
     if report.not_covered:
@@ -32,13 +34,15 @@ def _print_report(report: SafetyReport) -> None:
         )
 
 
-def _print_base_check(text: str) -> None:
+def print_base_check(text: str) -> None:
+    """What was verified of the base model."""
     from trl_safety.adapters.fingerprint import NOT_VERIFIED
 
     typer.secho(f"base model: {text}", fg="yellow" if text.startswith(NOT_VERIFIED) else None)
 
 
-def _print_selection(rows: list[Dropped], top: int) -> None:
+def print_selection(rows: list[Dropped], top: int) -> None:
+    """The samples that were dropped most often."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -56,7 +60,8 @@ def _print_selection(rows: list[Dropped], top: int) -> None:
     Console().print(table)
 
 
-def _print_scores(view: SafetyGradient) -> None:
+def print_scores(view: SafetyGradient) -> None:
+    """The safety gradient score of every layer."""
     from rich.console import Console
     from rich.table import Table
 
@@ -78,7 +83,8 @@ def _print_scores(view: SafetyGradient) -> None:
     typer.echo(text + (f", with the buffer {sums[1]:+.3g} (loss {view.buffered_loss:.3f})" if view.buffer else ""))
 
 
-def _print_evaluation(evaluation: Evaluation) -> None:
+def print_evaluation(evaluation: Evaluation) -> None:
+    """The rates of an evaluation."""
     from rich.console import Console
     from rich.table import Table
 
@@ -101,7 +107,8 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         typer.echo("judged by phrases of refusal, the weakest judge there is: it knows no harm")
 
 
-def _print_sweep(found: Sweep) -> None:
+def print_sweep(found: Sweep) -> None:
+    """The table of a sweep."""
     from rich.console import Console
     from rich.table import Table
 
@@ -117,7 +124,8 @@ def _print_sweep(found: Sweep) -> None:
     Console().print(table)
 
 
-def _print_view(view: AdapterView) -> None:
+def print_view(view: AdapterView) -> None:
+    """What an adapter changed in every layer."""
     from rich.console import Console
     from rich.table import Table
 

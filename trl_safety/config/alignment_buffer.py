@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from trl_safety.config.options import Options
+from trl_safety.config.method import MethodOptions, Stage
+from trl_safety.config.requirements import (
+    BUFFERS,
+    HOOKS_BESIDE_COMPILATION,
+    HOOKS_BESIDE_FUSED_KERNELS,
+    PLUGIN_TRAINER,
+    Requirement,
+    one_of,
+)
+
+_LOW_RANK: dict[str, Any] = {"when": lambda options: options.how == "low_rank", "when_text": "with how: low_rank"}
 
 
-class AlignmentBufferConfig(Options):
+class AlignmentBufferConfig(MethodOptions):
     """A data-free buffer: train the adapter on W_aligned − γ·V, then put it on W_aligned. With γ = 1 that is the unaligned base itself."""
+
+    hook: ClassVar[str] = "trl_safety.training.alignment_buffer:AlignmentBuffer"
+    source: ClassVar[str] = "alignment buffer (trained on W_aligned − γ·V)"
+    stage: ClassVar[Stage] = "weights"
+    excludes: ClassVar[tuple[str, str] | None] = BUFFERS
+    needs: ClassVar[str] = "the pair of checkpoints, or an alignment subspace with a rank"
+    costs: ClassVar[str] = "nothing in a step; an exchange of the frozen weights around every evaluation"
+    whole_model: ClassVar[str | None] = "acts on the whole model"
+    changes_weights: ClassVar[bool] = True
+    requirements: ClassVar[tuple[Requirement, ...]] = (
+        replace(HOOKS_BESIDE_FUSED_KERNELS, **_LOW_RANK),
+        replace(HOOKS_BESIDE_COMPILATION, **_LOW_RANK),
+        PLUGIN_TRAINER,
+        Requirement(
+            "base_weights",
+            one_of("8bit"),
+            "8-bit",
+            "8-bit weights cannot be exchanged and quantised again as they were",
+            {
+                "axolotl": "set how: low_rank, load_in_4bit, or full precision",
+                "any": "set how: low_rank, or load the model in 4 bits or in full precision",
+            },
+            when=lambda options: options.how == "weights",
+            when_text="with how: weights",
+        ),
+    )
 
     gamma: Annotated[float, Field(ge=0, le=4)] = 1.0
     """γ: how much of V is taken out while training. 0 is plain fine-tuning and protects nothing."""
@@ -38,3 +75,15 @@ class AlignmentBufferConfig(Options):
                     f"{unused[0]} = {getattr(self, unused[0])!r} is not used with how: low_rank, which takes V from safety.subspace"
                 )
         return self
+
+    @property
+    def subspace_use(self) -> Literal["reads", "names", "none"]:
+        """'low_rank' reads V; 'weights' may take the names of the pair from the subspace."""
+        if self.how == "low_rank":
+            return "reads"
+        return "none" if self.base and self.aligned else "names"
+
+    @property
+    def every_linear_layer(self) -> bool:
+        """A buffer of low rank acts in all of them."""
+        return self.how == "low_rank"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -11,6 +12,16 @@ from trl_safety.config.correction import CorrectionConfig
 
 class AlignmentVectorConfig(CorrectionConfig):
     """The signed alignment vector (RESTA, arXiv 2402.11746): ΔW ← κ·ΔW + γ·V, appended to the adapter's factors."""
+
+    hook: ClassVar[str] = "trl_safety.corrections.alignment_vector:AlignmentVectorCorrection"
+    source: ClassVar[str] = "alignment vector (RESTA, arXiv 2402.11746)"
+    needs: ClassVar[str] = "an alignment subspace with a rank"
+    measured: ClassVar[Mapping[str, str]] = {
+        "vector_norm": "norm of the vector that was added, times gamma",
+        "vector_share": "share of the whole vector's square that its rank holds",
+    }
+    costs: ClassVar[str] = "nothing while training; seconds when it ends, and an adapter of rank r + k"
+    loses_by_scaling: ClassVar[bool] = True
 
     gamma: Annotated[float, Field(ge=-4, le=4)] = 1.0
     """γ: how much of V = W_aligned − W_base is added. 0 adds nothing; negative takes alignment out."""
@@ -32,6 +43,11 @@ class AlignmentVectorConfig(CorrectionConfig):
         if self.seed and not self.dare:
             raise ValueError(f"seed = {self.seed} is used by dare alone: give dare, or remove seed")
         return self
+
+    @property
+    def every_linear_layer(self) -> bool:
+        """With `all_layers`."""
+        return self.all_layers
 
     @property
     def idle(self) -> str | None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from trl_safety.config.options import Operator, Options
+from trl_safety.config.method import MethodOptions, Stage
+from trl_safety.config.options import Operator
+from trl_safety.config.requirements import PLUGIN_TRAINER, Requirement
 
 
-class AsftConfig(Options):
+class AsftConfig(MethodOptions):
     """AsFT (arXiv 2506.08473): the loss term λ Σ ‖(I − C) ΔW‖²_F."""
+
+    hook: ClassVar[str] = "trl_safety.training.asft:Asft"
+    source: ClassVar[str] = "AsFT, arXiv 2506.08473"
+    stage: ClassVar[Stage] = "loss"
+    needs: ClassVar[str] = "an alignment subspace"
+    requirements: ClassVar[tuple[Requirement, ...]] = (PLUGIN_TRAINER,)
+    curves: ClassVar[Mapping[str, str]] = {"asft_penalty": "the update outside the subspace, squared, before its weight"}
+    costs: ClassVar[str] = "a few per cent of a step, and the subspace's factors on the device"
 
     weight: Annotated[float, Field(ge=0)] = 1.0
     """λ. The paper found 0.1 to 10 to work. 0 measures and logs the penalty and protects nothing."""
@@ -20,3 +31,8 @@ class AsftConfig(Options):
     """Penalise ΔW = s·B·A with PEFT's scaling s; false is the authors' ΔW = B·A."""
     paper_lambda: bool = False
     """Count λ once per micro-batch as the authors' code does, so that it grows with gradient accumulation."""
+
+    @property
+    def subspace_use(self) -> Literal["reads", "names", "none"]:
+        """The penalty reads V."""
+        return "reads"

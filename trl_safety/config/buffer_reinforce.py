@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from trl_safety.config.correction import CorrectionConfig
+from trl_safety.config.method import MethodOptions, Stage
 from trl_safety.config.options import Options
+from trl_safety.config.requirements import (
+    BUFFERS,
+    HOOKS_BESIDE_COMPILATION,
+    HOOKS_BESIDE_FUSED_KERNELS,
+    PLUGIN_TRAINER,
+    Requirement,
+    one_of,
+)
 
 
-class ReinforceMergeConfig(Options):
-    """How a user's adapter and a ReinforceLoRA become one: w_U·W_U + w_R·(I − αQQᵀ)·W_R."""
+class _MergeOptions(Options):
+    """The numbers of the merge: w_U·W_U + w_R·(I − αQQᵀ)·W_R."""
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.1
     """α: how much of the ReinforceLoRA's part in the user's output directions is removed."""
@@ -24,8 +35,59 @@ class ReinforceMergeConfig(Options):
     """τ: eigenvalues of AAᵀ of the user's A that are at most τ times the largest do not count as the user's directions (rank collapse)."""
 
 
-class BufferReinforceConfig(ReinforceMergeConfig):
+class ReinforceMergeConfig(_MergeOptions, CorrectionConfig):
+    """How a user's adapter and a ReinforceLoRA become one: w_U·W_U + w_R·(I − αQQᵀ)·W_R."""
+
+    hook: ClassVar[str] = "trl_safety.corrections.buffer_reinforce:ReinforceMerge"
+    source: ClassVar[str] = "Buffer-and-Reinforce, arXiv 2605.24550"
+    stage: ClassVar[Stage] = "merge"
+    excludes: ClassVar[tuple[str, str] | None] = None
+    needs: ClassVar[str] = "a provider's ReinforceLoRA"
+
+    reinforce: str | None = None
+    """Folder or Hub id of a ReinforceLoRA made by `trl-safety reinforce`."""
+
+    @property
+    def subspace_use(self) -> Literal["reads", "names", "none"]:
+        """The merge reads a ReinforceLoRA in V's place."""
+        return "none"
+
+    @property
+    def scales_adapter(self) -> str | None:
+        """The user's weight."""
+        return "reinforce"
+
+
+class BufferReinforceConfig(_MergeOptions, MethodOptions):
     """Buffer-and-Reinforce (arXiv 2605.24550): train beside a frozen jailbreak buffer, detach it, merge with a reinforcing LoRA by QR."""
+
+    hook: ClassVar[str] = "trl_safety.training.buffer_reinforce:BufferReinforce"
+    source: ClassVar[str] = "Buffer-and-Reinforce, arXiv 2605.24550"
+    stage: ClassVar[Stage] = "merge"
+    excludes: ClassVar[tuple[str, str] | None] = BUFFERS
+    needs: ClassVar[str] = "a provider's BufferLoRA, and a ReinforceLoRA for the merge"
+    measured: ClassVar[Mapping[str, str]] = {
+        "reinforce_norm": "‖ΔW‖ of the ReinforceLoRA",
+        "removed_share": "share of its square that lay along the user's directions and was removed",
+        "kept_directions": "number of the user's directions",
+    }
+    costs: ClassVar[str] = "a second frozen adapter in every training step; the merge takes seconds"
+    whole_model: ClassVar[str | None] = "acts on the whole model"
+    changes_weights: ClassVar[bool] = True
+    requirements: ClassVar[tuple[Requirement, ...]] = (
+        HOOKS_BESIDE_FUSED_KERNELS,
+        HOOKS_BESIDE_COMPILATION,
+        PLUGIN_TRAINER,
+        Requirement(
+            "engine",
+            one_of("fsdp2"),
+            "FSDP",
+            "the merge changes the adapter's rank, which FSDP's shards do not allow",
+            {"any": "leave reinforce out, and merge the saved adapter with `trl-safety merge-reinforce`"},
+            when=lambda options: options.reinforce is not None,
+            when_text="with reinforce",
+        ),
+    )
 
     buffer: str
     """Folder or Hub id of a BufferLoRA made by `trl-safety buffer`. It acts in training steps alone and is in no file of the run."""
@@ -34,8 +96,22 @@ class BufferReinforceConfig(ReinforceMergeConfig):
 
     @model_validator(mode="after")
     def _nothing_unused(self) -> BufferReinforceConfig:
-        given = self.model_dump(exclude_defaults=True, include=set(ReinforceMergeConfig.model_fields))
+        given = self.model_dump(exclude_defaults=True, include=set(_MergeOptions.model_fields))
         if self.reinforce is None and given:
             option, value = next(iter(given.items()))
             raise ValueError(f"{option} = {value!r} is used in the merge alone: give reinforce, or remove {option}")
         return self
+
+    @property
+    def scales_adapter(self) -> str | None:
+        """The merge does."""
+        return "reinforce" if self.reinforce is not None else None
+
+    @classmethod
+    def correction_options(cls) -> type[MethodOptions] | None:
+        """The merge's."""
+        return ReinforceMergeConfig
+
+    def merge(self) -> ReinforceMergeConfig | None:
+        """The options of the merge when training ends, where one is asked for."""
+        return ReinforceMergeConfig(**self.model_dump(include=set(ReinforceMergeConfig.model_fields))) if self.reinforce else None

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from trl_safety.config.options import Options
+from typing import ClassVar, Literal
+
+from trl_safety.config.method import MethodOptions, Stage
 
 
-class CorrectionConfig(Options):
-    """What all corrections of a trained adapter share."""
+class CorrectionConfig(MethodOptions):
+    """What the options of all corrections of a trained adapter share."""
+
+    stage: ClassVar[Stage] = "correction"
+    excludes: ClassVar[tuple[str, str] | None] = ("correction", "both rewrite the trained adapter")
+    needs: ClassVar[str] = "an alignment subspace"
+    costs: ClassVar[str] = "nothing while training; seconds when it ends"
 
     corrected_checkpoints: bool = False
     """Write a corrected copy into `checkpoint-N/safety/corrected/`; the checkpoint itself stays resumable, uncorrected."""
@@ -15,3 +22,13 @@ class CorrectionConfig(Options):
     def idle(self) -> str | None:
         """Why these options change nothing on any adapter; None where they may. A sweep may hold such a point, a run may not."""
         return None
+
+    @property
+    def subspace_use(self) -> Literal["reads", "names", "none"]:
+        """A correction reads V."""
+        return "reads"
+
+    @classmethod
+    def correction_options(cls) -> type[MethodOptions] | None:
+        """The class itself."""
+        return cls

@@ -3,15 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from trl_safety.config.options import Options
+from trl_safety.config.method import MethodOptions, Stage
+from trl_safety.config.requirements import (
+    HOOKS_BESIDE_COMPILATION,
+    HOOKS_BESIDE_FUSED_KERNELS,
+    PLUGIN_TRAINER,
+    Requirement,
+    is_true,
+    one_of,
+)
+from trl_safety.errors import AdapterError
+
+_NO_SAMPLES = "the gradients of single samples cannot be told apart then"
+_REQUIREMENTS = (
+    replace(HOOKS_BESIDE_FUSED_KERNELS, reason="fused kernels bypass the modules in which the samples' gradients are read"),
+    replace(HOOKS_BESIDE_COMPILATION, reason=f"{_NO_SAMPLES}: a compiled model bypasses the hooks that read them"),
+    PLUGIN_TRAINER,
+    Requirement("precision", one_of("fp16"), "fp16", "it works in float32 and bfloat16", {"any": "use bf16"}),
+    Requirement(
+        "rows",
+        one_of("packed"),
+        "packed",
+        f"{_NO_SAMPLES}: several samples lie in one row",
+        {"axolotl": "set sample_packing: false and micro_batch_size: 8", "any": "set packing=False"},
+    ),
+    Requirement(
+        "rows", one_of("padding_free"), "padding-free", f"{_NO_SAMPLES}: all samples lie in one row", {"any": "set padding_free=False"}
+    ),
+    Requirement(
+        "engine",
+        one_of("fsdp2", "deepspeed"),
+        "FSDP, or DeepSpeed of any stage",
+        "it reads and adds gradients of whole LoRA factors, which the engine spreads over the processes",
+        {"any": "use DDP"},
+    ),
+    Requirement(
+        "streamed",
+        is_true,
+        "streamed",
+        "rows of a stream have no numbers and cannot be read again",
+        {"any": "load the data without streaming"},
+    ),
+    Requirement(
+        "trained_besides",
+        is_true,
+        "set",
+        "their gradient would be missing from the samples' gradients",
+        {"axolotl": "remove lora_modules_to_save and unfrozen_parameters", "any": "remove modules_to_save, bias and lora_bias"},
+        error=AdapterError,
+    ),
+    Requirement(
+        "batch_varies",
+        is_true,
+        "auto_find_batch_size",
+        "it chooses within a batch, whose size would change",
+        {"any": "set auto_find_batch_size=False and choose a per_device_train_batch_size"},
+    ),
+    Requirement("label_smoothing", is_true, "above 0", "samples are scored by their plain loss", {"any": "set it to 0"}),
+    Requirement("images", is_true, "images", "it has not been shown to work with images", {"any": "use text"}),
+    Requirement(
+        "replicated",
+        is_true,
+        "several GPUs in one process",
+        "DataParallel replicates the adapter's modules",
+        {"any": "start one process per GPU (accelerate launch)"},
+    ),
+    Requirement(
+        "batch",
+        lambda batch, options: batch < 2,
+        "one sample",
+        "it chooses within a batch",
+        {"any": "use a per_device_train_batch_size (micro_batch_size) of at least 2"},
+    ),
+    Requirement(
+        "batch",
+        lambda batch, options: batch >= 2 and options.keep is not None and options.keep >= batch,
+        "at most keep",
+        "every sample of a per-device batch of {value} would be kept, so that nothing is selected",
+        {"any": "use a smaller keep, keep_tokens, or a larger per_device_train_batch_size (micro_batch_size)"},
+        setting=lambda options: f"keep = {options.keep}",
+    ),
+)
 
 
-class DualSelectConfig(Options):
+class DualSelectConfig(MethodOptions):
     """DualSelect (arXiv 2606.09866): references and samples chosen by their gradients, and the reference gradient as a correction."""
+
+    hook: ClassVar[str] = "trl_safety.training.dual_select.method:DualSelect"
+    source: ClassVar[str] = "DualSelect, arXiv 2606.09866"
+    stage: ClassVar[Stage] = "selection"
+    needs: ClassVar[str] = "a pool of safe references"
+    curves: ClassVar[Mapping[str, str]] = {
+        "kept_share": "share of samples that DualSelect kept",
+        "conflict": "share of samples whose gradient is against the safety references'",
+    }
+    costs: ClassVar[str] = "a few per cent of a step, and a pass over the pool once an epoch"
+    whole_model: ClassVar[str | None] = "steers the whole update"
+    reads_references: ClassVar[str | None] = "reference_dataset"
+    requirements: ClassVar[tuple[Requirement, ...]] = _REQUIREMENTS
 
     reference_dataset: str | dict[str, Any] | None = None
     """The pool of safety references: a local file (.jsonl, .json, .csv, .parquet), a dataset folder or a Hub id; in Axolotl also an

@@ -23,6 +23,11 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        """What may be written in a block of these options."""
+        return sorted(cls.model_fields)
+
     @model_validator(mode="before")
     @classmethod
     def _no_booleans_for_numbers(cls, data: Any) -> Any:
@@ -64,17 +69,18 @@ def _explain(cls: type[BaseModel], item: Any, where: str) -> str:
 def _known_keys(cls: type[BaseModel], path: list[str]) -> list[str]:
     for key in path:
         field = cls.model_fields.get(key)
-        nested = _models_in(field.annotation) if field else []
+        nested = models_in(field.annotation) if field else []
         if not nested:
             return []
         cls = nested[0]
-    return sorted(cls.model_fields)
+    return cls.known_keys() if issubclass(cls, Options) else sorted(cls.model_fields)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic classes in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in models_in(argument)]
 
 
 def read_yaml(path: Path, setting: str) -> Any:

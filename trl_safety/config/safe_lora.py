@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,9 @@ from trl_safety.config.options import Operator
 
 class SafeLoraConfig(CorrectionConfig):
     """Safe LoRA (arXiv 2405.16833): replace B by C·B in the layers whose update is least aligned."""
+
+    hook: ClassVar[str] = "trl_safety.corrections.safe_lora:SafeLoraCorrection"
+    source: ClassVar[str] = "Safe LoRA, arXiv 2405.16833"
 
     threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
     """τ: correct the layers with cos(C·ΔW, ΔW) ≤ τ, rounded to 5 decimals as in the authors' code. Default 0.5."""
@@ -40,3 +43,7 @@ class SafeLoraConfig(CorrectionConfig):
         if (self.threshold is None) == (self.layers is None):
             raise ValueError("give either threshold (e.g. 0.35) or layers (e.g. 10), not both")
         return self
+
+
+SafeLoRAConfig = SafeLoraConfig
+"""The name as the paper and the callback spell it."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from trl_safety.config.alignment_vector import AlignmentVectorConfig
-from trl_safety.config.options import validate
-from trl_safety.corrections.base import Correction, LayerInput, LayerResult, on_host
-from trl_safety.corrections.live import apply_correction
+from trl_safety.corrections.base import LayerInput, LayerResult, on_host
+from trl_safety.corrections.callback import NamedCallback
+from trl_safety.corrections.on_subspace import SubspaceCorrection
+from trl_safety.corrections.registry import correct_by_name
 from trl_safety.errors import ConfigurationError, SubspaceError
 from trl_safety.linalg.low_rank import product_norm_squared, truncate_product
 from trl_safety.methods import alignment_vector
@@ -20,15 +22,11 @@ from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.subspace.layer import LayerSubspace
 
 
-class AlignmentVectorCorrection(Correction):
+class AlignmentVectorCorrection(SubspaceCorrection):
     """ΔW ← κ·ΔW + γ·V_k."""
 
     name = "alignment_vector"
     config: AlignmentVectorConfig
-
-    def __init__(self, config: AlignmentVectorConfig) -> None:
-        super().__init__(config)
-        self.all_layers = config.all_layers
 
     def check(self, layers: Mapping[str, LayerSubspace]) -> None:
         """Every layer has singular vectors, and as many as are asked for."""
@@ -127,32 +125,28 @@ class AlignmentVectorCorrection(Correction):
         return text
 
 
+class AlignmentVectorCallback(NamedCallback):
+    """Add the alignment vector (RESTA, arXiv 2402.11746) at the end of training, for any Transformers `Trainer` on a PEFT model.
+
+    Checks at the start of training that it will be able to act. The keywords are the fields of `AlignmentVectorConfig`; see `NamedCallback`.
+    """
+
+    options = AlignmentVectorConfig
+    name = "alignment_vector"
+
+
 def apply_alignment_vector(
-    model: nn.Module,
-    subspace: AlignmentSubspace,
-    *,
-    gamma: float = 1.0,
-    kappa: float = 1.0,
-    rank: int | None = None,
-    cut_to: int | None = None,
-    all_layers: bool = False,
-    dare: float = 0.0,
-    seed: int = 0,
-    skip_modules: Iterable[str] = (),
-    adapter: str | None = None,
+    model: nn.Module, subspace: AlignmentSubspace, *, skip_modules: Iterable[str] = (), adapter: str | None = None, **options: Any
 ) -> SafetyReport:
     """ΔW ← κ·ΔW + γ·V_k on a PEFT model's adapter, in place; the next save writes its report, too.
 
-    Options as in `AlignmentVectorCallback`.
+    A short form of `trl_safety.correct(model, subspace, AlignmentVectorConfig(...))`, with its returns and errors.
 
-    Returns:
-        What was measured and done, layer by layer.
-
-    Raises:
-        AdapterError: no adapter, an unsupported kind, another model's, or one that was corrected before.
-        SubspaceError: an adapted layer is not in the subspace, or the subspace has too few directions.
-        ConfigurationError: an option is out of bounds.
+    Args:
+        model: with one active LoRA adapter, trained.
+        subspace: must hold every adapted layer.
+        skip_modules: modules to leave alone.
+        adapter: the adapter's name; by default the active one.
+        **options: the fields of `AlignmentVectorConfig`.
     """
-    options = {"gamma": gamma, "kappa": kappa, "rank": rank, "cut_to": cut_to, "all_layers": all_layers, "dare": dare, "seed": seed}
-    correction = AlignmentVectorCorrection(validate(AlignmentVectorConfig, options, "alignment_vector"))
-    return apply_correction(model, subspace, correction, skip_modules, adapter)
+    return correct_by_name(model, subspace, AlignmentVectorConfig, "alignment_vector", options, skip_modules, adapter)

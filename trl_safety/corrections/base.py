@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trl_safety.adapters.folder import AdapterFolder, Factors
+from trl_safety.adapters.marks import refuse_corrected
 from trl_safety.config.correction import CorrectionConfig
-from trl_safety.reports.report import SOURCES, LayerReport, MethodReport
+from trl_safety.corrections.prepared import Prepared
+from trl_safety.errors import SubspaceError
+from trl_safety.reports.report import LayerReport, MethodReport
+from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.subspace.layer import LayerSubspace
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LayerInput:
-    """One trained layer: ΔW = scaling · B · A with B (out, r) and A (r, in), as they are stored, and its alignment subspace."""
+    """One trained layer: ΔW = scaling · B · A with B (out, r) and A (r, in), as they are stored, and its alignment subspace, if any."""
 
     name: str
     stored: tuple[Tensor, Tensor]
     scaling: float
-    subspace: LayerSubspace
+    bound_subspace: LayerSubspace | None
     device: torch.device
+
+    @property
+    def subspace(self) -> LayerSubspace:
+        """The layer's alignment subspace.
+
+        Raises:
+            SubspaceError: none was given.
+        """
+        if self.bound_subspace is None:
+            raise SubspaceError(f"layer {self.name!r}: has no alignment subspace, which the correction reads; give one")
+        return self.bound_subspace
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B and A to compute with; made anew at every call, so that no two layers' are held."""
@@ -45,23 +60,78 @@ class LayerResult:
     factors: tuple[Tensor, Tensor] | None
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A saved adapter, matched with what a correction reads.
+
+    Attributes:
+        layers: the module names that the correction acts on, in order, each with its subspace where it reads one.
+        further: those of `layers` that the adapter does not have: name → factors of rank 0 and scaling to start from.
+        base_check: what was verified of the base model, for the report.
+        skipped: module → why it is left alone.
+    """
+
+    layers: Mapping[str, LayerSubspace | None]
+    further: Mapping[str, Factors]
+    base_check: str
+    skipped: Mapping[str, str]
+
+    def inputs(self, folder: AdapterFolder, device: torch.device | None = None) -> list[LayerInput]:
+        """What `Correction.run` takes; computed where the factors lie, or on `device`."""
+        found = {**folder.factors, **self.further}
+        return [
+            LayerInput(name, (found[name].B, found[name].A), found[name].scaling, layer, device or found[name].B.device)
+            for name, layer in self.layers.items()
+        ]
+
+
 class Correction(ABC):
-    """A correction of a trained adapter: all layers in, all layers out, without model or trainer."""
+    """A correction of a trained adapter: all layers in, all layers out, without model or trainer.
+
+    What a correction needs besides the adapter (an alignment subspace, another adapter) it binds itself: `bind` for a saved adapter,
+    `further_layers` and `check_live` for a live one.
+    """
 
     name: str
     reconstruction = False
-    all_layers = False
-    """Whether it also acts on layers of the subspace that the adapter does not have."""
+    keeps_uncorrected: Path | None = None
+    """Where in a run's output folder the adapter is kept as it was before; None where it is not."""
 
     def __init__(self, config: CorrectionConfig) -> None:
         self.config = config
 
-    @abstractmethod
-    def check(self, layers: Mapping[str, LayerSubspace]) -> None:
-        """Raise where the correction could not act on these subspaces."""
+    @property
+    def reads_subspace(self) -> bool:
+        """Whether it needs an alignment subspace."""
+        return self.config.subspace_use == "reads"
 
-    def check_ranks(self, ranks: Mapping[str, int], layers: Mapping[str, LayerSubspace]) -> None:  # noqa: B027  # most accept any
-        """Raise where the correction could not act on an adapter of these ranks; `layers` are all that it acts on, by module."""
+    def accept(self, config: Any, where: str) -> None:
+        """Raise `AdapterError` where an adapter of this configuration must not be corrected."""
+        refuse_corrected(config, where)
+
+    @abstractmethod
+    def bind(self, folder: AdapterFolder, subspace: AlignmentSubspace | None, skip_modules: Sequence[str], setting: str) -> Bound:
+        """Match a saved adapter's layers with what the correction reads, and check that it can act.
+
+        Args:
+            folder: the adapter.
+            subspace: given where `reads_subspace`.
+            skip_modules: modules to leave alone.
+            setting: how the user named the adapter, for messages.
+        """
+
+    def check_layers(self, layers: Mapping[str, Any]) -> None:  # noqa: B027  # most compare nothing but the subspace
+        """Raise where a loaded model's linear layers, by the adapter's names, are not those that the correction is for."""
+
+    @abstractmethod
+    def check_live(self, model: nn.Module, prepared: Prepared, subspace: AlignmentSubspace | None, skip_modules: Sequence[str]) -> None:
+        """Raise where the correction will not be able to act on a live model's adapter."""
+
+    @abstractmethod
+    def further_layers(
+        self, model: nn.Module, prepared: Prepared, subspace: AlignmentSubspace | None, skip_modules: Sequence[str]
+    ) -> dict[str, LayerSubspace | None]:
+        """The layers besides the adapter's that it acts on, by the live model's names, with their subspaces."""
 
     def keeps_ranks(self, ranks: Mapping[str, int]) -> bool:
         """Whether an adapter of these ranks has the same ones afterwards."""
@@ -80,13 +150,22 @@ class Correction(ABC):
         layers = {name: result.report for name, result in results.items()}
         return MethodReport(
             name=self.name,
-            source=SOURCES[self.name],
+            source=self.config.source,
             reconstruction=self.reconstruction,
             settings=self.config.model_dump(),
-            acted=any(layer.action == "corrected" for layer in layers.values()),
+            acted=any(layer.action != "left_alone" for layer in layers.values()),
             summary=summary or self.summary(layers),
             layers=layers,
         )
+
+    def reports(self, earlier: Sequence[MethodReport], results: Mapping[str, LayerResult] | None) -> list[MethodReport]:
+        """All methods' reports, this one's last; `results` is None while it is still to act."""
+        own = (
+            self.report({}, "acts when training ends; this checkpoint is uncorrected and can be resumed")
+            if results is None
+            else self.report(results)
+        )
+        return [*earlier, own]
 
 
 def working_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,5 +178,6 @@ def on_host(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([row.to(rows[0].device) for row in rows]).cpu()
 
 
-def _acted(results: Mapping[str, LayerResult]) -> bool:
+def changed(results: Mapping[str, LayerResult]) -> bool:
+    """Whether a correction gave any layer other factors."""
     return any(result.factors is not None for result in results.values())

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from trl_safety.adapters.files import sha256
 from trl_safety.adapters.fingerprint import NOT_VERIFIED
 from trl_safety.adapters.folder import WEIGHTS, AdapterFolder, Factors
-from trl_safety.adapters.lora import LoraModule, adapter_config, extend_adapter, lora_modules, target
-from trl_safety.adapters.marks import marks, refuse_provider, update_config
+from trl_safety.adapters.frozen import FrozenAdapter
+from trl_safety.adapters.lora import LoraModule, adapter_config, unwrap
+from trl_safety.adapters.marks import marks, refuse_provider
 from trl_safety.adapters.names import match, strip_wrappers
 from trl_safety.adapters.record import RECORD, AdapterRecord, open_kind
+from trl_safety.config.block import options_class
 from trl_safety.config.buffer_reinforce import ReinforceMergeConfig
 from trl_safety.config.options import validate
-from trl_safety.corrections.base import on_host, working_factors
-from trl_safety.corrections.folder import carried_methods
+from trl_safety.corrections.base import Bound, Correction, LayerInput, LayerResult, on_host, working_factors
+from trl_safety.corrections.prepared import Prepared
+from trl_safety.corrections.registry import correct
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.linalg.low_rank import product_norm_squared, truncate_product
 from trl_safety.methods import buffer_reinforce
-from trl_safety.reports.report import REPORT, SOURCES, LayerReport, MethodReport, SafetyReport, fingerprints, with_section
+from trl_safety.reports.report import LayerReport, MethodReport, SafetyReport
+from trl_safety.subspace.artifact import AlignmentSubspace
+from trl_safety.subspace.layer import LayerSubspace
 
 NAME = "buffer_reinforce"
 
@@ -120,6 +125,147 @@ def merge_summary(merges: Mapping[str, Merge], config: ReinforceMergeConfig, use
     return text
 
 
+class ReinforceMerge(Correction):
+    """W_U → w_U·W_U + w_R·(I − αQQᵀ)·W_R, in every layer that one of the two adapters has.
+
+    Differs from the authors' code in writing an adapter of rank r_U + r_R where that writes a whole merged model, and in layers that only
+    one of the two adapters has.
+
+    Raises:
+        ConfigurationError: no ReinforceLoRA is named.
+        AdapterError: it cannot be read, or is none.
+    """
+
+    name = NAME
+    keeps_uncorrected = USER_ADAPTER
+    config: ReinforceMergeConfig
+
+    def __init__(self, config: ReinforceMergeConfig) -> None:
+        super().__init__(config)
+        if config.reinforce is None:
+            raise ConfigurationError(f"{NAME}.reinforce is missing: the merge is with a ReinforceLoRA; name its folder or Hub id")
+        self._setting = f"{NAME}.reinforce = {config.reinforce!r}"
+        self.folder, self.record = open_kind(config.reinforce, "reinforce", f"{NAME}.reinforce")
+        self._factors: dict[str, Factors] = {}
+        """The ReinforceLoRA's, under the names that the user's adapter has for its layers."""
+        self._text = ""
+
+    def accept(self, config: Any, where: str) -> None:
+        """A corrected adapter may be merged, but no provider's, one that was merged before, or one that the merge would weight down."""
+        refuse_provider(config, where)
+        for name in marks(config):
+            if name == NAME:
+                raise AdapterError(
+                    f"{where}: was merged with a ReinforceLoRA already: give the user's adapter alone ({USER_ADAPTER} of the run)"
+                )
+            if options_class(name).loses_by_scaling:
+                raise AdapterError(
+                    f"{where}: has the {name.replace('_', ' ')} in it, which the merge would weight down: merge the adapter without it"
+                )
+        if config.lora_bias:
+            raise AdapterError(f"{where}: lora_bias = True: the biases of lora_B cannot be merged; train without lora_bias")
+
+    def bind(self, folder: AdapterFolder, subspace: AlignmentSubspace | None, skip_modules: Sequence[str], setting: str) -> Bound:
+        """See `Correction.bind`.
+
+        Raises:
+            ConfigurationError: `skip_modules` is given, or the rank cuts nothing.
+            AdapterError: the two adapters are for different models.
+        """
+        self._refuse_skipping(skip_modules)
+        base_check = _same_base(folder, self.record, self._setting)
+        self._factors = _under_user_names(self.folder, folder.factors, self._setting)
+        check_rank(self.config, folder.factors, self._factors)
+        further = {
+            name: Factors(like.B[:, :0].to(like.B.dtype), like.A[:0], like.scaling)
+            for name, like in self._factors.items()
+            if name not in folder.factors
+        }
+        return Bound(dict.fromkeys([*folder.factors, *further]), further, base_check, {})
+
+    def check_layers(self, layers: Mapping[str, Any]) -> None:
+        """See `Correction.check_layers`."""
+        recorded = match(self.record.samples, layers)
+        self.record.check_layers({name: layers[found] for name, found in recorded.items() if found}, self._setting)
+
+    def check_live(self, model: nn.Module, prepared: Prepared, subspace: AlignmentSubspace | None, skip_modules: Sequence[str]) -> None:
+        """See `Correction.check_live`.
+
+        Raises:
+            ConfigurationError: `skip_modules` is given, or the rank cuts nothing.
+            AdapterError: the ReinforceLoRA is another model's, or the user's adapter cannot be extended by its layers.
+        """
+        self._refuse_skipping(skip_modules)
+        checked = self.record.check_layers(FrozenAdapter(model, self.folder.factors, self._setting).layers, self._setting)
+        if subspace is None:
+            prepared.base_check = checked
+        user = {module.name: _factors(module) for module in prepared.modules}
+        self._factors = _under_user_names(self.folder, user, self._setting)
+        check_rank(self.config, user, self._factors)
+        if not isinstance(unwrap(model), PeftModel):
+            raise AdapterError(
+                f"{type(unwrap(model)).__name__} holds its adapter without a PeftModel around it, which the merge needs: pass peft_config to the trainer, or a "
+                "PeftModel"
+            )
+        extra = [name for name in self._factors if name not in user]
+        whole = adapter_config(model, prepared.adapter).modules_to_save
+        if extra and whole:
+            raise AdapterError(
+                f"modules_to_save = {whole!r}: the ReinforceLoRA also adapts {extra[0]!r}, which cannot be added to an adapter with whole "
+                "modules; add that layer to target_modules, or merge the saved adapters with `trl-safety merge-reinforce`"
+            )
+
+    def _refuse_skipping(self, skip_modules: Sequence[str]) -> None:
+        if skip_modules:
+            raise ConfigurationError(
+                f"skip_modules = {list(skip_modules)!r}: {NAME} acts on the whole model and cannot leave layers alone; remove one of the two"
+            )
+
+    def further_layers(
+        self, model: nn.Module, prepared: Prepared, subspace: AlignmentSubspace | None, skip_modules: Sequence[str]
+    ) -> dict[str, LayerSubspace | None]:
+        """The layers that the ReinforceLoRA has and the user's adapter has not."""
+        user = {module.name for module in prepared.modules}
+        return {name: None for name in self._factors if name not in user}
+
+    def keeps_ranks(self, ranks: Mapping[str, int]) -> bool:
+        """The merged adapter has the ranks of both."""
+        return False
+
+    def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
+        """Merge every layer, in float64."""
+        user = {layer.name: Factors(*layer.stored, layer.scaling) for layer in layers if layer.stored[1].shape[0]}
+        merges = merge_layers(user, self._factors, self.config, {layer.name: layer.scaling for layer in layers}, layers[0].device)
+        self._text = merge_summary(merges, self.config, user)
+        return {
+            layer.name: LayerResult(merges[layer.name].report, layer.cast(merges[layer.name].B, merges[layer.name].A)) for layer in layers
+        }
+
+    def summary(self, results: Mapping[str, LayerReport]) -> str:
+        """Of the last `run`."""
+        return self._text
+
+    def reports(self, earlier: Sequence[MethodReport], results: Mapping[str, LayerResult] | None) -> list[MethodReport]:
+        """Those of the methods that acted before; that of the buffer, if any, is continued by the merge's."""
+        trained = next((method for method in earlier if method.name == NAME), None)
+        if results is None:
+            return super().reports(earlier, None) if trained is None else list(earlier)
+        before = trained.summary.removesuffix(PENDING) if trained else "the user's adapter has no report of a buffer"
+        own = self.report(results)
+        merged = own.model_copy(
+            update={
+                "settings": {
+                    **(trained.settings if trained else {}),
+                    **own.settings,
+                    "reinforce_sha256": sha256(self.folder.path / WEIGHTS),
+                },
+                "summary": f"{before}; {own.summary}",
+                "steps": trained.steps if trained else None,
+            }
+        )
+        return [method for method in earlier if method.name != NAME and method.acted] + [merged]
+
+
 def merge_reinforce(
     user: str | Path,
     reinforce: str | Path,
@@ -154,89 +300,8 @@ def merge_reinforce(
         ConfigurationError: an option is out of bounds.
     """
     options = {"alpha": alpha, "user_weight": user_weight, "reinforce_weight": reinforce_weight, "rank": rank}
-    config = validate(ReinforceMergeConfig, {**options, "collapse_threshold": collapse_threshold}, "merge-reinforce")
-    folder = AdapterFolder.open(user)
-    refuse_provider(folder.config, f"user = {str(user)!r}")
-    if NAME in marks(folder.config):
-        raise AdapterError(
-            f"user = {str(user)!r}: was merged with a ReinforceLoRA already: give the user's adapter alone ({USER_ADAPTER} of the run)"
-        )
-    if "alignment_vector" in marks(folder.config):
-        raise AdapterError(
-            f"user = {str(user)!r}: has the alignment vector in it, which the merge would weight down: merge the adapter without it"
-        )
-    if folder.config.lora_bias:
-        raise AdapterError(f"user = {str(user)!r}: lora_bias = True: the biases of lora_B cannot be merged; train without lora_bias")
-    other, record = open_kind(reinforce, "reinforce", "reinforce")
-    setting = f"reinforce = {str(reinforce)!r}"
-    base_check = _same_base(folder, record, setting)
-    factors = _under_user_names(other, folder.factors, setting)
-    scalings = {
-        **{name: layer.scaling for name, layer in factors.items()},
-        **{name: layer.scaling for name, layer in folder.factors.items()},
-    }
-    check_rank(config, folder.factors, factors)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    merges = merge_layers(folder.factors, factors, config, scalings, where)
-    lora = copy.deepcopy(folder.config)
-    if extra := [name for name in factors if name not in folder.factors]:
-        target(lora, [*folder.factors, *extra])
-    update_config(lora, NAME, {name: (merge.A.shape[0], merge.scaling) for name, merge in merges.items()})
-    carried = carried_methods(Path(user))
-    report = SafetyReport(
-        stage="final",
-        protected=True,
-        base_model=lora.base_model_name_or_path,
-        base_check=base_check,
-        subspace=None,
-        methods=final_methods(
-            carried, merges, config, folder.factors, {"reinforce": str(reinforce), "reinforce_sha256": sha256(other.path / WEIGHTS)}
-        ),
-        not_covered=sorted(folder.others),
-    )
-    card = folder.path / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    folder.write(
-        Path(output),
-        {
-            name: (merge.B.cpu(), merge.A.cpu()) if name in folder.factors else _stored(merge, factors[name])
-            for name, merge in merges.items()
-        },
-        lora,
-        setting="output",
-        report=lambda written: {
-            REPORT: report.model_copy(update=fingerprints(written)).text(),
-            "README.md": with_section(text, report),
-        },
-    )
-    return report
-
-
-def _stored(merge: Merge, like: Factors) -> tuple[Tensor, Tensor]:
-    return merge.B.cpu().to(like.B.dtype), merge.A.cpu().to(like.A.dtype)
-
-
-def final_methods(
-    earlier: Sequence[MethodReport],
-    merges: Mapping[str, Merge],
-    config: ReinforceMergeConfig,
-    user: Mapping[str, Factors],
-    sources: Mapping[str, Any],
-) -> list[MethodReport]:
-    """The methods' reports after the merge: those that acted before, and that of the buffer, if any, continued by the merge's."""
-    trained = next((method for method in earlier if method.name == NAME), None)
-    before = trained.summary.removesuffix(PENDING) if trained else "the user's adapter has no report of a buffer"
-    merge = MethodReport(
-        name=NAME,
-        source=SOURCES[NAME],
-        reconstruction=False,
-        settings={**(trained.settings if trained else {}), **config.model_dump(), **sources},
-        acted=True,
-        summary=f"{before}; {merge_summary(merges, config, user)}",
-        steps=trained.steps if trained else None,
-        layers={name: layer.report for name, layer in merges.items()},
-    )
-    return [method for method in earlier if method.name != NAME and method.acted] + [merge]
+    given = {**options, "collapse_threshold": collapse_threshold, "reinforce": str(reinforce)}
+    return correct(user, None, validate(ReinforceMergeConfig, given, "merge-reinforce"), output=output, device=device)
 
 
 def _under_user_names(other: AdapterFolder, user: Mapping[str, Factors], setting: str) -> dict[str, Factors]:
@@ -287,23 +352,3 @@ def _same_base(folder: AdapterFolder, record: AdapterRecord, setting: str) -> st
 
 def _factors(module: LoraModule) -> Factors:
     return Factors(module.B.detach(), module.A.detach(), module.scaling)
-
-
-@torch.no_grad()
-def merge_live(
-    model: Any, adapter: str, user: Mapping[str, Factors], reinforce: Mapping[str, Factors], config: ReinforceMergeConfig
-) -> dict[str, Merge]:
-    """Merge into a live model's adapter, which keeps its name; layers that only the ReinforceLoRA has are added to it."""
-    # The user's own LoraConfig object, which may serve another run, stays as it is.
-    lora = copy.deepcopy(adapter_config(model, adapter))
-    model.peft_config[adapter] = lora
-    if extra := [name for name in reinforce if name not in user]:
-        extend_adapter(model, adapter, extra)
-    modules = {module.name: module for module in lora_modules(model, adapter)}
-    device = next(iter(user.values())).B.device
-    scalings = {name: module.scaling for name, module in modules.items()}
-    merges = merge_layers(user, reinforce, config, scalings, device)
-    for name, merge in merges.items():
-        modules[name].replace(merge.B, merge.A)
-    update_config(lora, NAME, {name: (merge.A.shape[0], merge.scaling) for name, merge in merges.items()})
-    return merges

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from trl_safety.config.csulora import CsuloraConfig
-from trl_safety.config.options import validate
-from trl_safety.corrections.base import Correction, LayerInput, LayerResult, on_host
-from trl_safety.corrections.live import apply_correction
+from trl_safety.corrections.base import LayerInput, LayerResult, on_host
+from trl_safety.corrections.callback import NamedCallback
+from trl_safety.corrections.on_subspace import SubspaceCorrection
+from trl_safety.corrections.registry import correct_by_name
 from trl_safety.errors import SubspaceError
 from trl_safety.methods import csulora
 from trl_safety.reports.report import LayerReport, SafetyReport
@@ -19,7 +20,7 @@ from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.subspace.layer import LayerSubspace
 
 
-class CsuloraCorrection(Correction):
+class CsuloraCorrection(SubspaceCorrection):
     """ΔW ← F + M/(1 + λ_M e_M) + O/(1 + λ_O e_O)."""
 
     name = "csulora"
@@ -92,35 +93,28 @@ class CsuloraCorrection(Correction):
         return f"{len(corrected)} of {len(results)} layers corrected ({rank}); ‖ΔW‖ went from {before:.3g} to {after:.3g}"
 
 
+class CSULoRACallback(NamedCallback):
+    """CSULoRA (arXiv 2605.30640), a RECONSTRUCTION, at the end of training, for any Transformers `Trainer` on a PEFT model.
+
+    Checks at the start of training that it will be able to act. The keywords are the fields of `CsuloraConfig`; see `NamedCallback`.
+    """
+
+    options = CsuloraConfig
+    name = "csulora"
+
+
 def apply_csulora(
-    model: nn.Module,
-    subspace: AlignmentSubspace,
-    *,
-    lambda_partial: float = 1.0,
-    lambda_outside: float = 1.0,
-    output_rank: Literal["exact", "original"] = "exact",
-    skip_modules: Iterable[str] = (),
-    adapter: str | None = None,
+    model: nn.Module, subspace: AlignmentSubspace, *, skip_modules: Iterable[str] = (), adapter: str | None = None, **options: Any
 ) -> SafetyReport:
     """Correct a PEFT model's adapter in place by the reconstructed CSULoRA; the next save writes its report, too.
 
+    A short form of `trl_safety.correct(model, subspace, CsuloraConfig(...))`, with its returns and errors.
+
     Args:
         model: with one active LoRA adapter, trained.
-        subspace: must hold every adapted layer, with a rank.
-        lambda_partial: λ_M.
-        lambda_outside: λ_O.
-        output_rank: "exact" doubles the adapter's rank (PEFT's `rank_pattern` says so), "original" cuts back.
+        subspace: must hold every adapted layer.
         skip_modules: modules to leave alone.
         adapter: the adapter's name; by default the active one.
-
-    Returns:
-        What was measured and done, layer by layer.
-
-    Raises:
-        AdapterError: no adapter, an unsupported kind, another model's, or one that was corrected before.
-        SubspaceError: an adapted layer is not in the subspace, or the subspace has no rank.
-        ConfigurationError: an option is out of bounds.
+        **options: the fields of `CsuloraConfig`.
     """
-    options = {"lambda_partial": lambda_partial, "lambda_outside": lambda_outside, "output_rank": output_rank}
-    correction = CsuloraCorrection(validate(CsuloraConfig, options, "csulora"))
-    return apply_correction(model, subspace, correction, skip_modules, adapter)
+    return correct_by_name(model, subspace, CsuloraConfig, "csulora", options, skip_modules, adapter)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
@@ -29,6 +29,7 @@ class Prepared:
     base_check: str
     base_model: str | None
     outside: list[str]
+    switched_off: list[str] = field(default_factory=list)
 
     @property
     def covered(self) -> list[LoraModule]:
@@ -46,13 +47,22 @@ class Prepared:
             methods=methods,
             skipped=self.skipped,
             not_covered=self.outside,
+            switched_off=self.switched_off,
         )
 
 
-def prepare(model: nn.Module, subspace: AlignmentSubspace | None, skip_modules: Iterable[str] = (), adapter: str | None = None) -> Prepared:
+def prepare(
+    model: nn.Module,
+    subspace: AlignmentSubspace | None,
+    skip_modules: Iterable[str] = (),
+    adapter: str | None = None,
+    *,
+    accept: Callable[[Any, str], None] = refuse_corrected,
+) -> Prepared:
     """Check that the methods will be able to act on a model's adapter.
 
-    Without a subspace there is nothing to compare the base model with, and every adapted layer is covered.
+    Without a subspace there is nothing to compare the base model with, and every adapted layer is covered. `accept` takes the adapter's
+    configuration and how it is named, and raises where it must not be worked on.
 
     Raises:
         AdapterError: no adapter, an unsupported kind, one that was corrected before, or a base that is not the aligned model.
@@ -66,7 +76,7 @@ def prepare(model: nn.Module, subspace: AlignmentSubspace | None, skip_modules: 
     for name, other in cast(Any, unwrap(model)).peft_config.items():
         # PEFT saves every adapter that is loaded, not the active one alone.
         refuse_provider(other, f"adapter {name!r} of the model")
-    refuse_corrected(config, f"adapter {adapter!r}")
+    accept(config, f"adapter {adapter!r}")
     subspaces = subspace.for_modules([module.name for module in modules], skip_modules) if subspace else {}
     base_check = verify_base(modules, subspaces) if subspace else f"{NOT_VERIFIED}: no method of the run needs the aligned model's weights"
     covered = [module for module in modules if subspace is None or module.name in subspaces]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from trl_safety.config.options import Operator, validate
 from trl_safety.config.safe_lora import SafeLoraConfig
-from trl_safety.corrections.base import Correction, LayerInput, LayerResult, on_host
-from trl_safety.corrections.live import apply_correction
+from trl_safety.corrections.base import LayerInput, LayerResult, on_host
+from trl_safety.corrections.callback import NamedCallback
+from trl_safety.corrections.on_subspace import SubspaceCorrection
+from trl_safety.corrections.registry import correct_by_name
 from trl_safety.methods import safe_lora
 from trl_safety.reports.report import LayerReport, SafetyReport
 from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.subspace.layer import LayerSubspace
 
 
-class SafeLoraCorrection(Correction):
+class SafeLoraCorrection(SubspaceCorrection):
     """B ← M·B in the layers whose update is least aligned."""
 
     name = "safe_lora"
@@ -69,34 +71,28 @@ class SafeLoraCorrection(Correction):
         return f"{len(corrected)} of {len(results)} layers corrected ({choice}); their ‖ΔW‖ went from {before:.3g} to {after:.3g}"
 
 
+class SafeLoRACallback(NamedCallback):
+    """Safe LoRA (arXiv 2405.16833) at the end of training, for any Transformers `Trainer` on a PEFT model.
+
+    Checks at the start of training that it will be able to act. The keywords are the fields of `SafeLoraConfig`; see `NamedCallback`.
+    """
+
+    options = SafeLoraConfig
+    name = "safe_lora"
+
+
 def apply_safe_lora(
-    model: nn.Module,
-    subspace: AlignmentSubspace,
-    *,
-    threshold: float | None = None,
-    layers: int | None = None,
-    operator: Operator = "scaled",
-    skip_modules: Iterable[str] = (),
-    adapter: str | None = None,
+    model: nn.Module, subspace: AlignmentSubspace, *, skip_modules: Iterable[str] = (), adapter: str | None = None, **options: Any
 ) -> SafetyReport:
     """Correct a PEFT model's adapter in place by Safe LoRA (arXiv 2405.16833); the next save writes its report, too.
+
+    A short form of `trl_safety.correct(model, subspace, SafeLoraConfig(...))`, with its returns and errors.
 
     Args:
         model: with one active LoRA adapter, trained.
         subspace: must hold every adapted layer.
-        threshold: τ, correct layers with cos(C·ΔW, ΔW) ≤ τ, rounded to 5 decimals. Default 0.5.
-        layers: K, correct the K layers of smallest cosine instead.
-        operator: "scaled" (authors) or "orthogonal".
         skip_modules: modules to leave alone.
         adapter: the adapter's name; by default the active one.
-
-    Returns:
-        What was measured and done, layer by layer.
-
-    Raises:
-        AdapterError: no adapter, an unsupported kind, another model's, or one that was corrected before.
-        SubspaceError: an adapted layer is not in the subspace.
-        ConfigurationError: an option is out of bounds.
+        **options: the fields of `SafeLoraConfig`.
     """
-    correction = SafeLoraCorrection(validate(SafeLoraConfig, {"threshold": threshold, "layers": layers, "operator": operator}, "safe_lora"))
-    return apply_correction(model, subspace, correction, skip_modules, adapter)
+    return correct_by_name(model, subspace, SafeLoraConfig, "safe_lora", options, skip_modules, adapter)

@@ -12,7 +12,6 @@ from typing import Any
 from peft import PeftModel
 from pydantic import BaseModel, Field
 
-from trl_safety.version import __version__
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS, AdapterFolder
 from trl_safety.adapters.marks import refuse_provider
@@ -20,6 +19,7 @@ from trl_safety.errors import AdapterError, ConfigurationError, SafetyError
 from trl_safety.evaluation.judges import Agreement, agreements
 from trl_safety.evaluation.loading import check_loaded
 from trl_safety.scoring import Judge, Kind, Prompt, Scores, complete, judged, paired_p_value
+from trl_safety.version import __version__
 
 ALIGNED = "aligned"
 """The baseline without any adapter."""

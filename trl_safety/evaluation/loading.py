@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from trl_safety.adapters.architecture import UNREADABLE
-from trl_safety.adapters.checkpoint import Checkpoint
+from trl_safety.adapters.checkpoint import Checkpoint, why_no_bitsandbytes
 from trl_safety.adapters.fingerprint import QUANTISED_DIFFERENCE, sample
 from trl_safety.adapters.folder import PEFT_PREFIX, AdapterFolder, token_lists
 from trl_safety.adapters.lora import lora_modules
@@ -79,15 +79,12 @@ def load_model(
 
 
 def _nf4(compute: torch.dtype) -> Any:
-    try:
-        # Transformers looks for the library when it loads, PEFT when it wraps.
-        import bitsandbytes  # noqa: F401
-
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    except ImportError as error:
+    # Transformers looks for the library when it loads, PEFT when it wraps: too late for a message of ours.
+    if (why := why_no_bitsandbytes()) is not None:
         raise ConfigurationError(
-            f"load_in_4bit = True: bitsandbytes cannot be used ({reason(error)}); pip install 'trl-safety[qlora]', or leave it out"
-        ) from error
+            f"load_in_4bit = True: bitsandbytes cannot be used ({why}); pip install 'trl-safety[qlora]', or leave it out"
+        )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def attach(model: Any, folder: AdapterFolder, name: str = "default") -> Any:

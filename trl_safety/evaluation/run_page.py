@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_safety.adapters.files import replacing
+from trl_safety.config.block import known_methods, options_class
+from trl_safety.config.method import MethodOptions
 from trl_safety.errors import ConfigurationError, ReportError, SafetyError
 from trl_safety.evaluation import page
 from trl_safety.evaluation.evaluate import Evaluation, read_evaluation, refuse_another
@@ -19,30 +21,22 @@ from trl_safety.reports.report import MethodReport, SafetyReport, read_report, v
 from trl_safety.scoring import KINDS
 
 CURVES = {
-    "loss": "on the training data; with AsFT its penalty is part of it",
+    "loss": "on the training data, with what the methods add to it",
     "eval_loss": "on the evaluation data",
     "safety/attack": "share of harmful prompts complied with",
     "safety/over_refusal": "share of benign prompts refused",
     "safety/update_norm": "‖ΔW‖ over all layers",
-    "safety/asft_penalty": "the update outside the subspace, squared, before its weight",
-    "safety/kept_share": "share of samples that DualSelect kept",
-    "safety/conflict": "share of samples whose gradient is against the safety references'",
 }
 SHARES = ("attack", "over_refusal", "share", "conflict")
 """Ends of the names of curves between 0 and 1."""
 MEASURED = {
     "update_norm": "‖ΔW‖ of the layer before any correction",
     "corrected_norm": "‖ΔW‖ after the correction; a layer without was left alone, and is as in update_norm (grey behind bars)",
-    "cosine": "of the update with what the subspace keeps of it; for the alignment vector, with that vector",
+    "cosine": "of the update with what the subspace keeps of it, or with the vector that was added",
     "penalty": "the update outside the subspace, squared",
     "inside": "share of ‖ΔW‖² inside the subspace",
     "partial": "share inside on one side, of input and output, alone",
     "outside": "share inside on neither",
-    "vector_norm": "norm of the vector that was added, times gamma",
-    "vector_share": "share of the whole vector's square that its rank holds",
-    "reinforce_norm": "‖ΔW‖ of the ReinforceLoRA",
-    "removed_share": "share of its square that lay along the user's directions and was removed",
-    "kept_directions": "number of the user's directions",
 }
 MOST_BARS = 60
 
@@ -65,7 +59,7 @@ def write_run_page(folder: Path, output: Path, *, evaluation: Path | None = None
     parts = [*_summary(folder, report)]
     for method in report.methods:
         parts += _method(method)
-    parts += _curves(folder)
+    parts += _curves(folder, report.methods)
     if evaluation is not None:
         found = read_evaluation(evaluation)
         refuse_another(found, folder)
@@ -109,8 +103,14 @@ def _method(method: MethodReport) -> list[str]:
     if measured:
         keys = list(dict.fromkeys(key for row in measured.values() for key in row))[:4]
         parts.append(page.picture(page.png(_layers(measured, keys)), f"what {method.name} measured in every layer"))
-        parts.append(page.facts((key, MEASURED[key]) for key in keys if key in MEASURED))
+        known = {**MEASURED, **_words(method.name).measured}
+        parts.append(page.facts((key, known[key]) for key in keys if key in known))
     return parts
+
+
+def _words(name: str) -> type[MethodOptions]:
+    """What a method says of its own numbers; nothing where it is of a package that is not installed here."""
+    return options_class(name) if name in known_methods() else MethodOptions
 
 
 def _layers(measured: dict[str, dict[str, float]], keys: list[str]) -> Any:
@@ -154,7 +154,7 @@ def _heat_map(cells: dict[tuple[str, int], dict[str, float]], keys: list[str]) -
     return chart
 
 
-def _curves(folder: Path) -> list[str]:
+def _curves(folder: Path, methods: list[MethodReport]) -> list[str]:
     """From the trainer's state: beside the adapter, or in the last checkpoint."""
     states = [
         folder / "trainer_state.json",
@@ -163,8 +163,11 @@ def _curves(folder: Path) -> list[str]:
     found = [path for path in states if path.is_file()]
     if not found:
         return []
+    curves = dict(CURVES)
+    for method in methods:
+        curves |= {f"safety/{key}": text for key, text in _words(method.name).curves.items()}
     history = json.loads(found[-1].read_text(encoding="utf-8")).get("log_history", [])
-    series = {key: [(row["step"], row[key]) for row in history if isinstance(row.get(key), int | float)] for key in CURVES}
+    series = {key: [(row["step"], row[key]) for row in history if isinstance(row.get(key), int | float)] for key in curves}
     series = {key: values for key, values in series.items() if len(values) > 1}
     if not series:
         return []
@@ -185,7 +188,7 @@ def _curves(folder: Path) -> list[str]:
     return [
         page.heading("While training"),
         page.picture(page.png(chart), f"curves of {', '.join(series)}"),
-        page.facts((key, CURVES[key]) for key in series),
+        page.facts((key, curves[key]) for key in series),
     ]
 
 

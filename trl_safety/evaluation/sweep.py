@@ -17,15 +17,9 @@ from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.lora import LoraModule, adapter_name, lora_modules
 from trl_safety.adapters.marks import refuse_corrected
 from trl_safety.adapters.names import match
-from trl_safety.adapters.record import open_kind
-from trl_safety.config.alignment_vector import AlignmentVectorConfig
-from trl_safety.config.buffer_reinforce import ReinforceMergeConfig
-from trl_safety.config.correction import CorrectionConfig
-from trl_safety.config.csulora import CsuloraConfig
+from trl_safety.config.block import correction_options
 from trl_safety.config.options import validate
-from trl_safety.config.safe_lora import SafeLoraConfig
-from trl_safety.corrections.base import LayerInput
-from trl_safety.corrections.buffer_reinforce import merge_layers, merge_reinforce
+from trl_safety.corrections.base import Correction
 from trl_safety.corrections.folder import correct_folder
 from trl_safety.corrections.registry import correction_for
 from trl_safety.errors import ConfigurationError
@@ -33,13 +27,6 @@ from trl_safety.linalg.low_rank import product_norm_squared
 from trl_safety.scoring import Judge, Kind, Prompt, Scores, paired_p_value, score
 from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.subspace.recognition import verify_base
-
-METHODS: dict[str, type[Any]] = {
-    "safe_lora": SafeLoraConfig,
-    "csulora": CsuloraConfig,
-    "alignment_vector": AlignmentVectorConfig,
-    "buffer_reinforce": ReinforceMergeConfig,
-}
 
 MOST_POINTS = 200
 
@@ -83,8 +70,9 @@ def grid_points(method: str, grid: Mapping[str, Sequence[Any]]) -> list[dict[str
     Raises:
         ConfigurationError: the method is unknown, an option is, or a value is out of bounds.
     """
-    if method not in METHODS:
-        raise ConfigurationError(f"method = {method!r}: a sweep needs a correction that takes no training: {', '.join(METHODS)}")
+    known = correction_options()
+    if method not in known:
+        raise ConfigurationError(f"method = {method!r}: a sweep needs a correction that takes no training: {', '.join(known)}")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     if not grid or not points:
         raise ConfigurationError("grid is empty: give at least one option with its values, e.g. threshold=0.2,0.35,0.5")
@@ -93,7 +81,7 @@ def grid_points(method: str, grid: Mapping[str, Sequence[Any]]) -> list[dict[str
     if "corrected_checkpoints" in grid:
         raise ConfigurationError("grid: corrected_checkpoints has no use in a sweep, which trains nothing: remove it")
     for point in points:
-        validate(METHODS[method], point, method)
+        validate(known[method], point, method)
     return points
 
 
@@ -145,12 +133,12 @@ def sweep(
             back at the end.
         tokenizer: the model's.
         adapter: the adapter's folder, uncorrected.
-        method: `safe_lora`, `csulora`, `alignment_vector` or `buffer_reinforce` (the merge).
+        method: a correction that takes no training; see `trl-safety methods`.
         grid: option → its values.
         sets: prompts by kind.
         judge: of harmful and benign completions.
         subspace: what the corrections need.
-        reinforce: what the merge needs.
+        reinforce: what a merge needs, in place of its option.
         controls: also score every point's control, the uncorrected adapter scaled to the same ‖ΔW‖.
         max_attack_success: the chosen point's attack rate is at most this.
         max_utility_loss: its task rate is at most this below the uncorrected adapter's.
@@ -172,12 +160,12 @@ def sweep(
     refuse_corrected(folder.config, f"adapter = {str(adapter)!r}")
     modules = {module.name: module for module in lora_modules(model, adapter_name(model))}
     corrected = _corrector(folder, modules, method, subspace, reinforce)
+    if subspace is not None:
+        verify_base(modules.values(), subspace.for_modules(modules))
     for point in points:
         corrected(point)  # Whatever cannot act is an error before the first evaluation.
     if missing := [name for name, found in match(folder.factors, modules).items() if found is None]:
         raise ConfigurationError(f"adapter = {str(adapter)!r}: its layer {missing[0]!r} is not in the model")
-    if subspace is not None:
-        verify_base(modules.values(), subspace.for_modules(modules))
     found = Sweep(adapter=str(adapter), method=method, max_attack_success=max_attack_success, max_utility_loss=max_utility_loss, points=[])
 
     def add(name: str, options: dict[str, Any], *, acted: bool = False) -> Point:
@@ -238,13 +226,15 @@ def choose(found: Sweep) -> int | None:
 def write_chosen(found: Sweep, output: Path, *, subspace: AlignmentSubspace | None = None, reinforce: str | Path | None = None) -> None:
     """Write the corrected adapter of the chosen point into a new folder, as `trl-safety correct` would."""
     assert found.chosen is not None  # noqa: S101  # checked by the caller
-    options = found.points[found.chosen].options
-    if found.method == "buffer_reinforce":
-        assert reinforce is not None  # noqa: S101  # without it there is no sweep
-        merge_reinforce(found.adapter, reinforce, output, **options)
-        return
-    assert subspace is not None  # noqa: S101
-    correct_folder(found.adapter, output, subspace, correction_for(validate(METHODS[found.method], options, found.method)))
+    correction = _correction(found.method, found.points[found.chosen].options, reinforce)
+    correct_folder(found.adapter, output, subspace if correction.reads_subspace else None, correction)
+
+
+def _correction(method: str, options: Mapping[str, Any], reinforce: str | Path | None) -> Correction:
+    """The correction of one point of the grid."""
+    found = correction_options()[method]
+    fixed = {"reinforce": str(reinforce)} if reinforce is not None and "reinforce" in found.model_fields else {}
+    return correction_for(validate(found, {**options, **fixed}, method))
 
 
 def _corrector(
@@ -255,51 +245,27 @@ def _corrector(
     reinforce: str | Path | None,
 ) -> Callable[[dict[str, Any]], tuple[dict[str, tuple[Tensor, Tensor]], bool]]:
     """Options → the corrected factors of the layers that change, for the layers' own scalings, and whether the method acted."""
-    if unused := next(
-        (
-            n
-            for n, given in (("subspace", subspace), ("reinforce", reinforce))
-            if given is not None and (n == "subspace") == (method == "buffer_reinforce")
-        ),
-        None,
-    ):
-        raise ConfigurationError(f"{unused} is given, but {method} uses none: remove it")
-    if method == "buffer_reinforce":
-        if reinforce is None:
-            raise ConfigurationError("reinforce is missing: a sweep of buffer_reinforce merges with a ReinforceLoRA; name it")
-        other, record = open_kind(reinforce, "reinforce", "reinforce")
-        layers = {name: module.layer.get_base_layer() for name, module in modules.items()}
-        recorded = match(record.samples, layers)
-        record.check_layers({name: layers[found] for name, found in recorded.items() if found}, f"reinforce = {str(reinforce)!r}")
-        if further := [name for name, found in match(other.factors, folder.factors).items() if found is None]:
-            raise ConfigurationError(
-                f"reinforce = {str(reinforce)!r}: has a layer that the adapter does not have ({further[0]!r}), which a sweep cannot add to the loaded model; "
-                "use `trl-safety merge-reinforce` at each setting"
-            )
-        names = match(other.factors, folder.factors)
-        renamed = {str(names[name]): factors for name, factors in other.factors.items()}
-        scalings = {name: factors.scaling for name, factors in folder.factors.items()}
-
-        def merged(options: dict[str, Any]) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
-            config = validate(ReinforceMergeConfig, options, method)
-            merges = merge_layers(folder.factors, renamed, config, scalings, torch.device("cpu"))
-            return {name: (merge.B, merge.A) for name, merge in merges.items()}, True
-
-        return merged
-    if subspace is None:
+    options_class = correction_options()[method]
+    reads = options_class().subspace_use == "reads"
+    for name, given, used in (("subspace", subspace, reads), ("reinforce", reinforce, "reinforce" in options_class.model_fields)):
+        if given is not None and not used:
+            raise ConfigurationError(f"{name} is given, but {method} uses none: remove it")
+    if reads and subspace is None:
         raise ConfigurationError(f"subspace is missing: {method} needs an alignment subspace; give the file made by `trl-safety subspace`")
-    spaces = subspace.for_modules(folder.factors)
-    inputs = [LayerInput(name, (f.B, f.A), f.scaling, spaces[name], f.B.device) for name, f in folder.factors.items()]
-    ranks = {name: int(factors.A.shape[0]) for name, factors in folder.factors.items()}
+    layers = {name: module.layer.get_base_layer() for name, module in modules.items()}
 
     def corrected(options: dict[str, Any]) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
-        config: CorrectionConfig = validate(METHODS[method], options, method)
-        if getattr(config, "all_layers", False):
+        correction = _correction(method, options, reinforce)
+        if options.get("all_layers"):
             raise ConfigurationError("all_layers = True: a sweep cannot add layers to the loaded model; leave it out")
-        correction = correction_for(config)
-        correction.check(spaces)
-        correction.check_ranks(ranks, spaces)
-        results = correction.run(inputs)
+        bound = correction.bind(folder, subspace, (), f"adapter = {folder.path.name!r}")
+        correction.check_layers(layers)
+        if bound.further:
+            raise ConfigurationError(
+                f"{method}: has a layer that the adapter does not have ({next(iter(bound.further))!r}), which a sweep cannot add to the loaded model; correct the "
+                "saved adapter at each setting"
+            )
+        results = correction.run(bound.inputs(folder))
         changed = {name: result.factors for name, result in results.items() if result.factors is not None}
         return changed, correction.report(results).acted
 

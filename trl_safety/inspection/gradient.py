@@ -18,8 +18,8 @@ from trl_safety.adapters.frozen import FrozenAdapter
 from trl_safety.adapters.record import open_kind
 from trl_safety.errors import ConfigurationError, SafetyError
 from trl_safety.inspection.layers import common_prefix
+from trl_safety.linalg.alignment import slope_score
 from trl_safety.linalg.low_rank import product_norm_squared
-from trl_safety.methods.buffer_reinforce import safety_gradient_score
 from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.training.data import IGNORED, load_rows, supervised
 
@@ -115,7 +115,7 @@ def safety_gradient(
     for beside in (None, jailbreak) if jailbreak else (None,):
         with beside.attached() if beside else nullcontext():
             runs.append(_slopes(net, frozen, list(factors), tokens, batch_size, tokenizer.pad_token_id or 0))
-    scores = [safety_gradient_score(slopes, norms).tolist() for slopes, _ in runs]
+    scores = [slope_score(slopes, norms).tolist() for slopes, _ in runs]
     return SafetyGradient(
         model=str(model),
         data=data,

@@ -15,7 +15,8 @@ from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.marks import marks
 from trl_safety.corrections.base import on_host, working_factors
 from trl_safety.errors import SafetyError
-from trl_safety.methods import csulora, safe_lora
+from trl_safety.linalg.alignment import cosine as cosine_of
+from trl_safety.linalg.alignment import energies
 from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.subspace.recognition import check_base, check_shape
 
@@ -59,12 +60,12 @@ def inspect_adapter(adapter: str | Path, subspace: AlignmentSubspace, *, device:
         factors = folder.factors[name]
         check_shape(name, factors.shape, layer)
         B, A = working_factors(factors.B.to(where), factors.A.to(where))
-        image = safe_lora.project(B, layer.operator("scaled").to(where, B.dtype))
-        cosine, norm, _ = safe_lora.cosine(image, B, A)
+        image = layer.operator("scaled").to(where, B.dtype).apply(B)
+        cosine, norm, _ = cosine_of(image, B, A)
         parts = [torch.full_like(norm, torch.nan)] * 3
         if layer.whole is None:
             left, _, right = layer.factors()
-            parts = list(csulora.energies(B, A, left.to(B), right.to(A)))
+            parts = list(energies(B, A, left.to(B), right.to(A)))
         rows.append(torch.stack([cosine, norm * factors.scaling, *(part / norm.square().clamp(min=1e-300) for part in parts)]))
     views = []
     for (name, layer), (cosine, norm, *shares) in zip(found.items(), on_host(rows).tolist(), strict=True):

@@ -48,8 +48,8 @@ from trl_safety.lab.settings import (
 )
 from trl_safety.lab.world import COMPLIANCE, QUESTIONS, REFUSAL, Row, World
 from trl_safety.reports.report import SafetyReport
+from trl_safety.reports.selection import SELECTION, read_choices
 from trl_safety.subspace.artifact import AlignmentSubspace
-from trl_safety.training.dual_select.log import SELECTION, read_choices
 from trl_safety.training.factor_groups import update_norm
 from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_safety.version import __version__
 from trl_safety.adapters.files import replacing
 from trl_safety.errors import SafetyError
 from trl_safety.lab.settings import (
@@ -25,6 +24,7 @@ from trl_safety.lab.settings import (
     SUBSPACE_RANK,
     VECTOR_GAMMAS,
 )
+from trl_safety.version import __version__
 
 TABLE_WIDTH = 150
 

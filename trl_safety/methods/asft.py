@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trl_safety.linalg.low_rank import trace_product
+from trl_safety.linalg.alignment import residual_norm_squared
 from trl_safety.linalg.operators import Operator
 
 
@@ -24,4 +24,4 @@ def penalty(B: Tensor, A: Tensor, operator: Operator) -> Tensor:
     Returns:
         Shape (…): the term under the sum of the paper's loss. With PEFT's scaling s inside ΔW multiply by s².
     """
-    return trace_product(operator.residual_gram(B), A @ A.mT)
+    return residual_norm_squared(B, A, operator)

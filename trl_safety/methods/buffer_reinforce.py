@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.linalg import eigh, svd
 
+from trl_safety.linalg.alignment import slope_score as safety_gradient_score
 from trl_safety.linalg.low_rank import gram
+
+__all__ = ["concatenate", "orthogonalise", "safety_gradient_score", "user_directions"]
 
 
 def user_directions(B: Tensor, A: Tensor, collapse_threshold: float) -> tuple[Tensor, Tensor]:
@@ -55,15 +58,3 @@ def concatenate(user: tuple[Tensor, Tensor, float], reinforce: tuple[Tensor, Ten
     (B_user, A_user, user_factor), (B_reinforce, A_reinforce, reinforce_factor) = user, reinforce
     B = torch.cat([B_user * (user_factor / scaling), B_reinforce * (reinforce_factor / scaling)], dim=1)
     return B, torch.cat([A_user, A_reinforce])
-
-
-def safety_gradient_score(slopes: Tensor, norms: Tensor) -> Tensor:
-    """The paper's safety gradient score of each layer, as a movement: −⟨∇L, v⟩ / ‖v‖_F, shape (layers,).
-
-    Negative where a step of gradient descent goes against the safety direction v, as in the paper's figures of aligned models.
-
-    Args:
-        slopes: ⟨∇L, v⟩, (layers,): the loss's slope along v.
-        norms: ‖v‖_F, (layers,). The score is 0 where v is.
-    """
-    return torch.where(norms > 0, -slopes / norms.clamp(min=torch.finfo(norms.dtype).tiny), 0)

@@ -1,4 +1,4 @@
-"""CSULoRA (arXiv 2605.30640), a RECONSTRUCTION: the public text gives the idea, not the formula, and no code.
+"""CSULoRA (arXiv 2605.30640), a RECONSTRUCTION: the formula could not be read here, only what is summarised below.
 
 Known for certain: a correction of a trained adapter; the subspace comes from V = W_aligned − W_base; ΔW is split into fully
 aligned, partially aligned and off-subspace parts; a closed-form penalised minimum-change problem keeps the first and smoothly
@@ -12,39 +12,13 @@ attenuates the others by their relative energy, with no threshold. The formulas 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from trl_safety.linalg.low_rank import gram, product_norm_squared, trace_product, truncate_product
+from trl_safety.linalg.alignment import Energies, energies
+from trl_safety.linalg.low_rank import product_norm_squared, truncate_product
 
-
-class Energies(NamedTuple):
-    """‖F‖²_F, ‖M‖²_F and ‖O‖²_F, each 0-dimensional."""
-
-    inside: Tensor
-    partial: Tensor
-    outside: Tensor
-
-
-def energies(B: Tensor, A: Tensor, U: Tensor, Z: Tensor) -> Energies:
-    """Squared norms of the three parts of ΔW = B·A, through r × r Grams.
-
-    Args:
-        B: (out, r), float64 for a subtraction that loses nothing.
-        A: (r, in).
-        U: Uₖ, (out, k), orthonormal columns.
-        Z: Zₖ, (in, k), orthonormal columns.
-    """
-    inside_left, inside_right = gram(U.mT @ B), gram((A @ Z).mT)
-    outside_left = gram(B - U @ (U.mT @ B))
-    outside_right = gram((A - (A @ Z) @ Z.mT).mT)
-    return Energies(
-        trace_product(inside_left, inside_right),
-        trace_product(inside_left, outside_right) + trace_product(outside_left, inside_right),
-        trace_product(outside_left, outside_right),
-    )
+__all__ = ["Energies", "attenuations", "correct", "cut_back", "energies"]
 
 
 def attenuations(parts: Energies, lambda_partial: float, lambda_outside: float) -> tuple[Tensor, Tensor]:

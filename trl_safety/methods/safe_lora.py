@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from trl_safety.linalg.low_rank import product_inner, product_norm_squared
+from trl_safety.linalg.alignment import cosine
 from trl_safety.linalg.operators import Operator
+
+__all__ = ["COSINE_DECIMALS", "cosine", "project", "select"]
 
 COSINE_DECIMALS = 5
 """The authors' code rounds the cosine to this before it compares."""
@@ -20,24 +21,6 @@ def project(B: Tensor, operator: Operator) -> Tensor:
         operator: M, the alignment operator C (authors) or the orthogonal projector.
     """
     return operator.apply(B)
-
-
-def cosine(image: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """cos(M·ΔW, ΔW) for ΔW = B·A, the measure of Section 3.2; PEFT's scaling cancels out of it.
-
-    Args:
-        image: M·B, (out, r).
-        B: (out, r).
-        A: (r, in).
-
-    Returns:
-        The cosine, ‖ΔW‖_F and ‖M·ΔW‖_F, each 0-dimensional. The cosine is 0 where ΔW or M·ΔW is 0, as in the authors' code.
-    """
-    norm = product_norm_squared(B, A).clamp(min=0).sqrt()
-    image_norm = product_norm_squared(image, A).clamp(min=0).sqrt()
-    product = norm * image_norm
-    value = torch.where(product > 0, product_inner(image, B, A) / product.clamp(min=torch.finfo(B.dtype).tiny), 0)
-    return value, norm, image_norm
 
 
 def select(cosines: Tensor, *, threshold: float | None = None, layers: int | None = None) -> Tensor:

@@ -31,23 +31,14 @@ NO_UPDATE = "its update is zero in every layer, so that no method acted on anyth
 
 CARD_START, CARD_END = "<!-- trl-safety -->", "<!-- /trl-safety -->"
 
-SOURCES = {
-    "dual_select": "DualSelect, arXiv 2606.09866",
-    "asft": "AsFT, arXiv 2506.08473",
-    "safe_lora": "Safe LoRA, arXiv 2405.16833",
-    "csulora": "CSULoRA, arXiv 2605.30640 (reconstruction: its formula is not public)",
-    "alignment_vector": "alignment vector (RESTA, arXiv 2402.11746)",
-    "alignment_buffer": "alignment buffer (trained on W_aligned − γ·V)",
-    "buffer_reinforce": "Buffer-and-Reinforce, arXiv 2605.24550",
-}
-
 
 class LayerReport(BaseModel):
     """One adapted layer under one method."""
 
     model_config = ConfigDict(extra="forbid")
 
-    action: Literal["steered", "penalised", "corrected", "buffered", "merged", "left_alone"]
+    action: str
+    """"steered", "penalised", "held", "corrected", "buffered", "merged", or another method's own word; "left_alone" where nothing was done."""
     reason: str | None = None
     measured: dict[str, float] = Field(default_factory=dict)
 
@@ -87,13 +78,16 @@ class SafetyReport(BaseModel):
     skipped: dict[str, str] = Field(default_factory=dict)
     not_covered: list[str] = Field(default_factory=list)
     """Trainable parameters that are no LoRA factor of a covered layer: trained, and protected by no method."""
+    switched_off: list[str] = Field(default_factory=list)
+    """Options of the trainer that were switched off, since a method could not have acted beside them."""
     adapter_sha256: str | None = None
     config_sha256: str | None = None
     """Of the options in `adapter_config.json` that decide what the weights mean."""
 
     def text(self) -> str:
         """The content of `safety_report.json`."""
-        return self.model_dump_json(indent=2) + "\n"
+        # A reader of an older version refuses fields that it does not know.
+        return self.model_dump_json(indent=2, exclude=None if self.switched_off else {"switched_off"}) + "\n"
 
     def card_section(self) -> str:
         """The section for the adapter's model card, in Markdown."""
@@ -107,6 +101,7 @@ class SafetyReport(BaseModel):
         if self.subspace is not None:
             lines.append(f"- Alignment subspace: `{self.subspace['base']}` → `{self.subspace['aligned']}`, {self.subspace['cut']}")
         lines.append(f"- Base model: {self.base_check}")
+        lines += [f"- {text}" for text in self.switched_off]
         if self.skipped:
             lines.append(f"- Left alone on request: {', '.join(self.skipped)}")
         if self.not_covered:
@@ -115,9 +110,9 @@ class SafetyReport(BaseModel):
         return "\n".join(lines)
 
 
-def came_with(norm: float) -> str:
-    """Of an adapter that was trained before the run: what a method that acts on the training alone did not act on."""
-    return f"the adapter came with an update of norm {norm:.3g}, which was trained without it"
+def came_with(norm: float, *, covered: bool = False) -> str:
+    """Of an adapter that was trained before the run; `covered` where the method acts on the whole update and not on the training alone."""
+    return f"the adapter came with an update of norm {norm:.3g}" + ("" if covered else ", which was trained without it")
 
 
 def describe_subspace(subspace: AlignmentSubspace | None) -> dict[str, Any] | None:

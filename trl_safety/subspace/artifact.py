@@ -267,5 +267,5 @@ class AlignmentSubspace:
             f"# Alignment subspace of {source.aligned}\n\n"
             f"What alignment changed from `{source.base}` to `{source.aligned}` in {len(self.layers)} linear layers "
             f"({source.cut}), for trl-safety:\n\n"
-            f"```yaml\nsafety:\n  subspace: {repo_id}\n  asft: {{weight: 1.0}}\n```\n"
+            f"```yaml\nsafety:\n  subspace: {repo_id}\n```\n\nand a method that reads it: `trl-safety methods` lists them.\n"
         )

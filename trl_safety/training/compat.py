@@ -27,3 +27,10 @@ def loads_adapter_shards() -> bool:
     with `load_best_model_at_end`, would go on from neither. `engines.LoadedShards` goes once 1.15 is the oldest supported version.
     """
     return bool(compare_versions("accelerate", ">=", "1.15.0"))
+
+
+def scaling_class(trainer: Any) -> type:
+    """The class that decides how a trainer scales its loss: the first outside this package with a training step or a loss of its own."""
+    own = {"compute_loss", "training_step"}
+    classes = [found for found in type(trainer).__mro__ if not found.__module__.startswith("trl_safety.") and own & vars(found).keys()]
+    return classes[0] if classes else type(trainer)

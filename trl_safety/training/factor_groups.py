@@ -10,9 +10,9 @@ from torch import Tensor
 
 from trl_safety.adapters.lora import LoraModule
 from trl_safety.adapters.shards import whole
+from trl_safety.linalg.alignment import residual_norm_squared
 from trl_safety.linalg.low_rank import product_inner, product_norm_squared, trace_product
 from trl_safety.linalg.operators import LowRankOperator, Operator
-from trl_safety.methods import asft
 from trl_safety.subspace.layer import LayerSubspace
 
 
@@ -60,7 +60,7 @@ class FactorGroups:
         for modules, operator, scalings in self._on_device():
             with torch.autocast(scalings.device.type, enabled=False):
                 B, A = _factors(modules, scalings.dtype)
-                values = asft.penalty(B, A, operator).reshape(-1)
+                values = residual_norm_squared(B, A, operator).reshape(-1)
                 part = (values * scalings.square()).sum() if scaled else values.sum()
             total = part if total is None else total + part.to(total.device)
         assert total is not None  # noqa: S101  # there is at least one adapted layer
@@ -83,7 +83,7 @@ class FactorGroups:
                     if isinstance(operator, LowRankOperator)
                     else torch.full_like(norm, torch.nan)
                 )
-                values = torch.stack([norm, image_norm, product_inner(image, B, A), asft.penalty(B, A, operator), inside])
+                values = torch.stack([norm, image_norm, product_inner(image, B, A), residual_norm_squared(B, A, operator), inside])
             rows.append(torch.cat([values.reshape(5, -1), scalings.unsqueeze(0)]).double().cpu())
             names += [module.name for module in modules]
         table = torch.cat(rows, dim=1)

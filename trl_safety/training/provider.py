@@ -7,18 +7,21 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from trl_safety.adapters.engine import check_engine
 from trl_safety.adapters.frozen import FrozenAdapter
 from trl_safety.adapters.lora import adapter_config, adapter_name, lora_modules, not_covered, unwrap
-from trl_safety.adapters.marks import KINDS, kind_of, marks
-from trl_safety.adapters.record import AdapterRecord, mark, open_kind
+from trl_safety.adapters.marks import KINDS, kind_of, mark, marks
+from trl_safety.adapters.record import AdapterRecord, open_kind
+from trl_safety.config.requirements import HOOKS_BESIDE_COMPILATION, Requirement, resolve
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.reports.report import add_section
 from trl_safety.reports.source import keep_beside
-from trl_safety.training.engines import check_engine, refuse_unjoined
+from trl_safety.training.engines import refuse_unjoined
+from trl_safety.training.facts import trainer_facts
 
 TITLES = {
     "buffer": "This is a BufferLoRA: it makes the model harmful",
@@ -44,6 +47,13 @@ class RecordSource:
         if kind == "buffer":
             lines += ["", "Do not deploy it, do not merge it into a model, and do not share it where that could happen."]
         add_section(folder / "README.md", "\n".join(lines))
+
+
+class _BesideBuffer:
+    """What training beside a frozen buffer needs."""
+
+    requirements: ClassVar[tuple[Requirement, ...]] = (HOOKS_BESIDE_COMPILATION,)
+    shown: ClassVar[Mapping[str, str]] = {}
 
 
 class ProviderMixin:
@@ -77,7 +87,7 @@ class ProviderMixin:
                 f"{(outside or ['lora_bias'])[0]!r} would be trained besides LoRA factors: remove modules_to_save, bias and lora_bias"
             )
         if kind_of(config) == "user":
-            mark(config, self.kind)
+            mark(config, self.kind, [m.name for m in modules])
         model.peft_config[adapter] = config
         base = config.base_model_name_or_path or getattr(model.config, "name_or_path", None)
         keep_beside(
@@ -86,8 +96,7 @@ class ProviderMixin:
         if self.kind == "buffer":
             model.push_to_hub = self.push_to_hub
         if buffer is not None:
-            if trainer.args.torch_compile:
-                raise ConfigurationError("torch_compile = True: a compiled model goes by the buffer; turn it off")
+            resolve({"buffer": _BesideBuffer()}, trainer_facts(trainer))
             folder, record = open_kind(buffer, "buffer", "buffer")
             setting = f"buffer = {str(buffer)!r}"
             self._frozen = FrozenAdapter(model, folder.factors, setting)

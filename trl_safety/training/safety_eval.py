@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 
 from trl_safety.adapters.lora import unwrap
 from trl_safety.config.evaluation import SafetyEvalConfig
+from trl_safety.corrections.callback import RUN_CORRECTION
 from trl_safety.errors import ConfigurationError
 from trl_safety.scoring import Judge, KeywordJudge, Kind, Prompt, Scores, read_prompts, read_sets, score
-from trl_safety.training.callbacks import RUN_CORRECTION
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +87,8 @@ class SafetyEvalCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step, when every callback has begun, refuse to stop for what a correction would mend."""
         correction = vars(state).get(RUN_CORRECTION)
-        if self.stop_above is not None and correction is not None:
-            raise ConfigurationError(
-                f"stop_above = {self.stop_above:g} of a SafetyEvalCallback: measures the adapter as it trains, before {correction.correction.name} acts; remove one "
-                "of them"
-            )
+        if correction is not None:
+            refuse_stopping(self.stop_above, "stop_above", correction.correction.name)
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Ask, and have the step logged."""
@@ -122,3 +119,20 @@ class SafetyEvalCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(self._pending)
         self._pending = {}
+
+
+def refuse_stopping(stop_above: float | None, setting: str, correction: str) -> None:
+    """Refuse to stop training for what a correction is still to mend.
+
+    Args:
+        stop_above: the attack rate at which training would stop; None where it would not.
+        setting: how the user named it, for the message.
+        correction: the method that acts when training ends.
+
+    Raises:
+        ConfigurationError: a rate is given.
+    """
+    if stop_above is not None:
+        raise ConfigurationError(
+            f"{setting} = {stop_above:g}: measures the adapter as it trains, before {correction} acts; remove one of the two"
+        )

@@ -17,9 +17,11 @@ from trl import SFTConfig, SFTTrainer
 from trl_safety.config.block import SafetyConfig
 from trl_safety.errors import ConfigurationError
 from trl_safety.subspace.artifact import AlignmentSubspace
-from trl_safety.training.dual_select.pool import load_references, prompts_only, tokenised_prompts, with_rows
-from trl_safety.training.mixin import References, SafetyMixin, safety_section
+from trl_safety.training.data import load_rows
+from trl_safety.training.mixin import SafetyMixin
 from trl_safety.training.provider import ProviderMixin, refuse_push
+from trl_safety.training.references import References, pools, prompts_only, tokenised_prompts, with_rows
+from trl_safety.training.start import safety_section
 
 TRAIN_DATASET = 3
 """Position of `train_dataset` among SFTTrainer's arguments."""
@@ -79,15 +81,15 @@ def _served(args: Any) -> Iterator[None]:
 class SafeSFTTrainer(SafetyMixin, SFTTrainer):
     """`trl.SFTTrainer` that keeps the model's safety.
 
-    A drop-in: the same arguments, and without a safety block the same computation bit for bit. With one it differs in: the
-    AsFT penalty is part of the training loss (and of the logged `loss`), a correction is applied when training ends,
+    A drop-in: the same arguments, and without a safety block the same computation bit for bit. With one it differs in: what
+    the methods add to the training loss is part of the logged `loss`, a correction is applied when training ends,
     `safety/…` metrics are in every log, and `safety_report.json` lies beside every saved adapter.
 
     Args:
         *args: as in `SFTTrainer`.
         safety: the safety block: a `SafetyConfig`, a mapping, or the path of a YAML file. Or `args.safety`.
-        reference_dataset: DualSelect's pool of safety references, in any format that `train_dataset` takes, or prompts alone; in
-            place of the block's `dual_select.reference_dataset`.
+        reference_dataset: the pool of safe references of a method that reads one, in any format that `train_dataset` takes, or prompts
+            alone; in place of that method's own option.
         subspace: an `AlignmentSubspace` (or its file or Hub id), in place of the block's `subspace`.
         **kwargs: as in `SFTTrainer`.
 
@@ -117,11 +119,11 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
             taken: Any = copy.copy(training_args)
             args, kwargs = (args, {**kwargs, "args": taken}) if "args" in kwargs else ((args[0], taken, *args[2:]), kwargs)
         references = self._references(config, reference_dataset)
-        if references is not None:
+        if references:
             args, kwargs = _numbered(args, kwargs)
         with _served(taken if in_args is not None else None):
             super().__init__(*args, **kwargs)
-        self.start_safety(config, subspace, self._prepared(references, kwargs.get("formatting_func")))
+        self.start_safety(config, subspace, self._prepared(config, references, kwargs.get("formatting_func")))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's."""
@@ -139,45 +141,32 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
             return super().predict(*args, **kwargs)
 
     @staticmethod
-    def _references(config: SafetyConfig | None, given: Dataset | None) -> Dataset | None:
-        """The pool, read before the parent loads a model."""
-        options = config.dual_select if config else None
-        if options is None:
-            if given is not None:
-                raise ConfigurationError(
-                    "reference_dataset is given but the safety block has no dual_select: add it, or remove the data set"
-                )
-            return None
-        if given is not None and options.reference_dataset is not None:
+    def _references(config: SafetyConfig | None, given: Dataset | None) -> dict[str, Dataset]:
+        """The pools of the methods that read one, before the parent loads a model."""
+        wanted = pools(config) if config else {}
+        if given is not None and not wanted:
             raise ConfigurationError(
-                f"dual_select.reference_dataset = {options.reference_dataset!r}: a reference_dataset is also given as an argument; keep one of them"
+                "reference_dataset is given but no method of the safety block reads one: add one that does, or remove the data set"
             )
-        source = given if given is not None else options.reference_dataset
-        if source is None:
-            raise ConfigurationError(
-                "dual_select.reference_dataset is missing: give a .jsonl file, a Hub id, or SafeSFTTrainer(..., reference_dataset=dataset)"
-            )
-        if isinstance(source, dict):
-            raise ConfigurationError(
-                f"dual_select.reference_dataset = {source!r}: only Axolotl takes an entry like its datasets; give a file or a Hub id"
-            )
-        return with_rows(load_references(source) if isinstance(source, str) else source, "reference_dataset")
+        return {name: _pool(setting, getattr(config, name), given) for name, setting in wanted.items()}
 
-    def _prepared(self, references: Dataset | None, formatting_func: Any) -> References | None:
-        """The pool, tokenised by the parent as it tokenises the training data."""
-        if references is None:
-            return None
-        kl = prompts_only(references)
-        if kl:
-            rows = tokenised_prompts(references, self.processing_class, self.args.max_length)
-        else:
-            rows = self._prepare_dataset(references, self.processing_class, self.args, False, formatting_func, "reference")
-        if len(rows) < len(references):
-            raise ConfigurationError(
-                f"dual_select.reference_dataset: {len(references) - len(rows)} of {len(references)} references have no answer within max_length = "
-                f"{self.args.max_length}: raise it, or remove those rows"
-            )
-        return References(rows, kl)
+    def _prepared(self, config: SafetyConfig | None, references: Mapping[str, Dataset], formatting_func: Any) -> dict[str, References]:
+        """The pools, tokenised by the parent as it tokenises the training data."""
+        prepared = {}
+        for name, setting in (pools(config) if config else {}).items():
+            raw = references[name]
+            kl = prompts_only(raw, setting)
+            if kl:
+                rows = tokenised_prompts(raw, self.processing_class, self.args.max_length)
+            else:
+                rows = self._prepare_dataset(raw, self.processing_class, self.args, False, formatting_func, "reference")
+            if len(rows) < len(raw):
+                raise ConfigurationError(
+                    f"{setting}: {len(raw) - len(rows)} of {len(raw)} references have no answer within max_length = "
+                    f"{self.args.max_length}: raise it, or remove those rows"
+                )
+            prepared[name] = References(rows, kl)
+        return prepared
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The parent's model card with the safety section."""
@@ -227,6 +216,18 @@ class ReinforceTrainer(ProviderMixin, SFTTrainer):
     def __init__(self, *args: Any, buffer: str | Path, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.start_provider(buffer)
+
+
+def _pool(setting: str, options: Any, given: Dataset | None) -> Dataset:
+    named = getattr(options, setting.rpartition(".")[2])
+    if given is not None and named is not None:
+        raise ConfigurationError(f"{setting} = {named!r}: a reference_dataset is also given as an argument; keep one of them")
+    source = given if given is not None else named
+    if source is None:
+        raise ConfigurationError(f"{setting} is missing: give a .jsonl file, a Hub id, or SafeSFTTrainer(..., reference_dataset=dataset)")
+    if isinstance(source, dict):
+        raise ConfigurationError(f"{setting} = {source!r}: only Axolotl takes an entry like its datasets; give a file or a Hub id")
+    return with_rows(load_rows(source, setting) if isinstance(source, str) else source, "reference_dataset")
 
 
 def _numbered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -31,7 +31,7 @@ class Forward:
     hidden: Tensor | None = None
 
 
-def _samples(forward: Forward, labels: Tensor, *, dft: bool, grad: bool) -> Batch:
+def sample_losses(forward: Forward, labels: Tensor, *, dft: bool, grad: bool) -> Batch:
     """Mean loss per sample from the fused head's log-probabilities, from logits, or from the last hidden state where a chunked or
     fused loss (TRL's chunked_nll, Liger, cut cross-entropy) keeps the logits to itself."""
     shifted = labels[:, 1:]
@@ -85,7 +85,7 @@ def _head(causal: Any, hidden: Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def _mean_kl(aligned: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+def mean_kl(aligned: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
     """(n,) mean over each sample's tokens of KL(aligned ‖ current) of the next token."""
     divergence = functional.kl_div(logits.float().log_softmax(-1), aligned.float().log_softmax(-1), reduction="none", log_target=True).sum(
         -1

@@ -1,4 +1,7 @@
-"""DualSelect in training: the reference pool, the choice in every batch, the gradients, and what a checkpoint keeps."""
+"""DualSelect in training: the choice in every batch, the gradients, and what a checkpoint keeps.
+
+Above 450 lines, since these three share one state; the pool and the losses have files of their own.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,25 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS
-from trl_safety.adapters.lora import LoraModule, adapter_name, not_covered, unwrap
-from trl_safety.adapters.per_sample import Collect, Dots, FlatFactors, Total, per_sample_gradients
+from trl_safety.adapters.lora import adapter_name, unwrap
+from trl_safety.adapters.per_sample import Collect, FlatFactors, per_sample_gradients
+from trl_safety.config.block import SafetyConfig
 from trl_safety.config.dual_select import DualSelectConfig
-from trl_safety.errors import AdapterError, ConfigurationError
+from trl_safety.errors import ConfigurationError
 from trl_safety.methods import dual_select
-from trl_safety.reports.report import SOURCES, LayerReport, MethodReport, came_with
+from trl_safety.reports.selection import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
 from trl_safety.reports.source import adapter_folder
-from trl_safety.training.dual_select.log import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
-from trl_safety.training.dual_select.losses import Batch, Forward, _mean_kl, _samples
-from trl_safety.training.dual_select.pool import ROW
+from trl_safety.training.compat import trainer_divides_loss
+from trl_safety.training.dual_select.losses import Batch, Forward, sample_losses
+from trl_safety.training.dual_select.pool import ReferencePool
+from trl_safety.training.method import Context, Inner, TrainingMethod
+from trl_safety.training.references import ROW, References, number_rows
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +47,7 @@ LOSS_TOLERANCE = 0.02
 FLUSH_EVERY = 50
 
 
-class DualSelect:
+class DualSelect(TrainingMethod):
     """One protected run's choice of references and samples.
 
     Every optimizer step applies `mean over its batches of Σ wᵢ gᵢ / Σ wᵢ, plus ρ·g_ref`: the mean over the accumulated batches
@@ -50,23 +55,48 @@ class DualSelect:
     through DistributedDataParallel; one all-reduce of the flat vector does its work.
     """
 
-    def __init__(self, config: DualSelectConfig, trainer: Any, modules: Sequence[LoraModule], references: Dataset, *, kl: bool) -> None:
-        self.config = config
-        self.kl = kl
+    name = "dual_select"
+    action = "steered"
+    config: DualSelectConfig
+
+    def __init__(self, config: DualSelectConfig, context: Context) -> None:
+        super().__init__(config, context)
+        trainer, pool = context.trainer, context.references
+        references = pool.rows
+        self.kl = pool.kl
         self._trainer = trainer
-        self._modules = list(modules)
+        self._modules = list(context.prepared.modules)
         self._rows = references[ROW]
-        self._references = trainer._remove_unused_columns(references.remove_columns(ROW), description="reference")
-        self._lengths = [len(ids) for ids in references["input_ids"]]
         self._flat = FlatFactors(self._modules)
+        rows = trainer._remove_unused_columns(references.remove_columns(ROW), description="reference")
+        self._pool = ReferencePool(trainer, self._flat, rows, [len(ids) for ids in references["input_ids"]], kl=pool.kl)
         self._checked = False
-        self._fused = False
         self._count = config.references or math.ceil((config.reference_share or 0) * len(references))
-        self._check()
+        if self._count > len(self._pool):
+            raise ConfigurationError(
+                f"dual_select.references = {self._count}: the pool has {len(self._pool)}; use at most as many, or reference_share"
+            )
         self.log = SelectionLog(Path(trainer.args.output_dir))
-        self.first_step = 0
-        self.start_norm = 0.0
         self._reset()
+
+    @classmethod
+    def ready(cls, config: DualSelectConfig, block: SafetyConfig, trainer: Any, references: References | None) -> None:
+        """See `TrainingMethod.ready`; numbers the training rows.
+
+        Raises:
+            ConfigurationError: there is no pool, or one without answers beside a method that trains on other weights.
+        """
+        if references is None:
+            raise ConfigurationError(
+                "dual_select.reference_dataset is missing: name the pool of safety references there, or give reference_dataset to SafeSFTTrainer"
+            )
+        other = next((name for name, options in block.methods().items() if options.changes_weights), None)
+        if other and references.kl:
+            raise ConfigurationError(
+                "dual_select.reference_dataset holds prompts without an answer: what the model says to them beside a buffer is not what it should say; give "
+                f"references with answers, or remove {other}"
+            )
+        number_rows(trainer)
 
     def _reset(self) -> None:
         """As before the first step: a trainer may train again, and Transformers begins anew after running out of memory."""
@@ -82,49 +112,6 @@ class DualSelect:
         self._chosen: list[int] = []
         self._chosen_weights: list[float] = []
         self.reference_loss = float("nan")
-
-    def _check(self) -> None:
-        config, args = self.config, self._trainer.args
-        batch = args.per_device_train_batch_size
-        if config.keep is not None and config.keep >= batch:
-            raise ConfigurationError(
-                f"dual_select.keep = {config.keep}: every sample of a per-device batch of {batch} would be kept, so that nothing is selected; use a smaller "
-                "keep, keep_tokens, or a larger per_device_train_batch_size (micro_batch_size)"
-            )
-        if batch < 2:
-            raise ConfigurationError(
-                f"per_device_train_batch_size (micro_batch_size) = {batch}: dual_select chooses within a batch; use at least 2"
-            )
-        if self._count > len(self._references):
-            raise ConfigurationError(
-                f"dual_select.references = {self._count}: the pool has {len(self._references)}; use at most as many, or reference_share"
-            )
-        for option, value in (("torch_compile", True), ("fp16", True), ("packing", True), ("sample_packing", True), ("padding_free", True)):
-            if getattr(args, option, None) is value:
-                raise ConfigurationError(
-                    f"{option} = {value}: dual_select cannot tell the gradients of single samples apart then; {_REMEDY[option]}"
-                )
-        if getattr(args, "auto_find_batch_size", False):
-            raise ConfigurationError(
-                "auto_find_batch_size = True: dual_select chooses within a batch, whose size it would change; set it to False and choose a "
-                "per_device_train_batch_size"
-            )
-        if getattr(args, "label_smoothing_factor", 0):
-            raise ConfigurationError(
-                f"label_smoothing_factor = {args.label_smoothing_factor}: dual_select scores samples by their plain loss; set it to 0"
-            )
-        if getattr(self._trainer, "_is_vision_dataset", False):
-            raise ConfigurationError("the training data holds images, which dual_select has not been shown to work with; use text")
-        outside = not_covered(self._trainer.model, self._modules)
-        if outside:
-            raise AdapterError(
-                f"{len(outside)} trainable parameters are no LoRA factor ({outside[0]!r} first): their gradient would be missing from the samples' "
-                "gradients; remove modules_to_save, bias and lora_bias"
-            )
-        if self._trainer.args.n_gpu > 1:
-            raise ConfigurationError(
-                f"n_gpu = {self._trainer.args.n_gpu}: DataParallel replicates the adapter's modules; start one process per GPU (accelerate launch)"
-            )
 
     # One run.
 
@@ -169,7 +156,33 @@ class DualSelect:
     def _warm(self) -> bool:
         return int(self._trainer.state.global_step) < self.first_step + self.config.warmup_steps
 
-    def loss(self, model: Any, inputs: dict[str, Any], parent_loss: Any) -> Tensor:
+    @property
+    def duties(self) -> tuple[str, ...]:
+        """The choice in every batch, and the gradient after the last accumulated one."""
+        return (self.name, f"{self.name}'s gradient")
+
+    def loss(self, inner: Inner, model: Any, inputs: Any, return_outputs: bool, items: Any) -> Any:
+        """The chosen samples' mean loss of one batch, scaled as the trainer's step and log expect it."""
+        if return_outputs:
+            raise ConfigurationError(
+                "return_outputs = True while training: dual_select needs the loss alone; the trainer is one that it does not know"
+            )
+        loss = self.select(model, inputs, lambda model, inputs: inner(model, inputs, False, None))
+        self.mark()
+        divides = trainer_divides_loss(self._trainer, items)
+        return loss if divides else loss / self._trainer.current_gradient_accumulation_steps
+
+    def after_backward(self, returned: Any, items: Any) -> None:
+        """After an optimizer step's last batch, put the update's gradient on the factors."""
+        if self._trainer.accelerator.sync_gradients:
+            self.finish_step()
+            self.mark(f"{self.name}'s gradient")
+
+    def before_save(self) -> None:
+        """What is saved next carries a report, which counts the samples of all processes."""
+        self.drain()
+
+    def select(self, model: Any, inputs: dict[str, Any], parent_loss: Any) -> Tensor:
         """One batch: score its samples, choose, and note the chosen ones' gradient.
 
         Args:
@@ -186,17 +199,15 @@ class DualSelect:
             raise ConfigurationError(
                 f"the batches lack {ROW!r}: the trainer's data collator or data loader was replaced after the trainer was made; set it before"
             )
-        if trainer.accelerator.scaler is not None:
-            raise ConfigurationError("mixed_precision = fp16: dual_select works in float32 and bfloat16; use bf16")
         if self._due():
             self._refresh()
-        samples = rows.shape[0]
-        collected = Collect(self._flat, samples)
+        count = rows.shape[0]
+        collected = Collect(self._flat, count)
         labels = inputs["labels"]
-        with per_sample_gradients(self._flat, samples, collected), self._outputs() as forward:
+        with per_sample_gradients(self._flat, count, collected), self._outputs() as forward:
             with trainer.accelerator.no_sync(model):
                 total = parent_loss(model, inputs)
-            batch = _samples(forward, labels, dft=getattr(trainer.args, "loss_type", None) == "dft", grad=False)
+            batch = sample_losses(forward, labels, dft=getattr(trainer.args, "loss_type", None) == "dft", grad=False)
             with torch.autocast(total.device.type, enabled=False):
                 total.backward()
         share = batch.tokens.sum().clamp(min=1) / batch.tokens.clamp(min=1)
@@ -211,7 +222,7 @@ class DualSelect:
 
     def _choose(self, rows: Tensor, batch: Batch, gradients: Tensor, share: Tensor) -> Tensor:
         """(n,) weights of the batch's samples, float64; samples without a supervised token have none."""
-        config, samples = self.config, rows.shape[0]
+        config, count = self.config, rows.shape[0]
         valid = batch.tokens > 0
         if self._warm:
             # As in the authors' code: the mean over samples, not over tokens. An all-masked batch must not divide by zero.
@@ -225,7 +236,7 @@ class DualSelect:
             mask = dual_select.within_budget(ranked, batch.tokens, config.keep_tokens)
         else:
             assert config.keep is not None  # noqa: S101  # one of the two is given
-            mask = dual_select.lowest(ranked, self._kept_of(samples))
+            mask = dual_select.lowest(ranked, self._kept_of(count))
         mask = mask & torch.where(valid.any(), valid, True)
         weights = dual_select.soft_weights(-ranked, config.task_temperature) if config.selection == "soft" else torch.ones_like(scores)
         weights = weights * mask
@@ -279,29 +290,14 @@ class DualSelect:
         """Score the whole pool in a stream, each process its share; choose; compute the chosen ones' mean gradient in a second pass."""
         self.drain()
         trainer, config = self._trainer, self.config
-        world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        pool = len(self._references)
-        # By length, so that a batch holds little padding.
-        order = sorted(range(pool), key=lambda index: (self._lengths[index], index))
-        table = self._flat.like.new_zeros(pool, 3, dtype=torch.float64)
-        for start in range(0, len(order[rank::world]), trainer.args.per_device_train_batch_size):
-            indices = order[rank::world][start : start + trainer.args.per_device_train_batch_size]
-            scored = Dots(self._task, len(indices))
-            with per_sample_gradients(self._flat, len(indices), scored):
-                losses = self._reference_losses(indices)
-                with torch.autocast(losses.device.type, enabled=False):
-                    torch.autograd.backward(losses.sum())
-            table[indices] = torch.stack([losses.detach().double().to(table.device), scored.dots.double(), scored.squares.double()], dim=1)
-        if world > 1:
-            table = trainer.accelerator.reduce(table, reduction="sum")
-        losses, dots, squares = table.unbind(1)
+        losses, dots, squares = self._pool.scored(self._task)
         cosines = dual_select.cosine(dots, squares, self._task)
         scores = dual_select.score(losses, cosines, config.mu_reference, config.nu)
         mask = dual_select.highest(scores, self._count)
         weights = dual_select.soft_weights(scores, config.reference_temperature) if config.selection == "soft" else torch.ones_like(scores)
         chosen = [index for index in scores.argsort(descending=True, stable=True).tolist() if mask[index]]
         self._chosen, self._chosen_weights = chosen, weights[chosen].tolist()
-        self._reference = self._mean_gradient(chosen, self._chosen_weights)
+        self._reference = self._pool.mean_gradient(chosen, self._chosen_weights)
         if not bool(torch.isfinite(self._reference).all()) or not bool(self._reference.any()):
             raise ConfigurationError(
                 "dual_select.reference_dataset: the gradient of the chosen references is zero or not finite, so that nothing could be selected by it; check "
@@ -314,62 +310,12 @@ class DualSelect:
             columns = torch.stack([weights[chosen], scores[chosen], losses[chosen], cosines[chosen]]).tolist()
             self.log.add(_choice(trainer.state.global_step + 1, "reference", [self._rows[index] for index in chosen], columns))
 
-    def _mean_gradient(self, indices: Sequence[int], weights: Sequence[float]) -> Tensor:
-        """Σ wⱼ gⱼ / Σ wⱼ at the current parameters, (P,); each process computes a share."""
-        trainer = self._trainer
-        world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        total = self._flat.zeros()
-        mine = list(zip(indices, weights, strict=True))[rank::world]
-        size = trainer.args.per_device_train_batch_size
-        for start in range(0, len(mine), size):
-            part = mine[start : start + size]
-            summed = Total(self._flat)
-            with per_sample_gradients(self._flat, len(part), summed):
-                losses = self._reference_losses([index for index, _ in part])
-                with torch.autocast(losses.device.type, enabled=False):
-                    torch.autograd.backward((losses * torch.tensor([weight for _, weight in part]).to(losses)).sum())
-            total += summed.vector
-        if world > 1:
-            total = trainer.accelerator.reduce(total, reduction="sum")
-        return total / sum(weights)
-
     def _fresh(self) -> Tensor:
         """The gradient now of the next references in turn, as many as a per-device batch in all."""
         size = min(self._trainer.args.per_device_train_batch_size, len(self._chosen))
         places = [(self._fresh_position + i) % len(self._chosen) for i in range(size)]
         self._fresh_position = (self._fresh_position + size) % len(self._chosen)
-        return self._mean_gradient([self._chosen[i] for i in places], [self._chosen_weights[i] for i in places])
-
-    def _reference_losses(self, indices: Sequence[int]) -> Tensor:
-        """(n,) loss of references: mean NLL of the answer's tokens, or KL(starting model ‖ current) per token of the prompt.
-
-        The model is asked directly, so that the trainer's own metrics count the user's data only.
-        """
-        trainer = self._trainer
-        inputs = trainer._prepare_inputs(trainer.data_collator([self._references[index] for index in indices]))
-        labels = inputs.pop("labels")
-        inputs["use_cache"] = False
-        model: Any = unwrap(trainer.model)
-        with trainer.compute_loss_context_manager():
-            if self.kl:
-                logits = model(**inputs).logits
-                with torch.no_grad(), self._starting_model():
-                    aligned = model(**inputs).logits
-                mask = inputs["attention_mask"].to(torch.bool)
-                return _mean_kl(aligned, logits, mask)
-            if self._fused:
-                return _samples(Forward(model, model(**inputs, labels=labels, fused_lm_head=True)), labels, dft=False, grad=True).losses
-            return _samples(Forward(model, model(**inputs)), labels, dft=False, grad=True).losses
-
-    def _starting_model(self) -> Any:
-        """The model with its adapter switched off."""
-        model: Any = unwrap(self._trainer.model)
-        if not hasattr(model, "disable_adapter"):
-            raise ConfigurationError(
-                f"{type(model).__name__} has no disable_adapter, which references without an answer need: give the trainer a PeftModel or peft_config, or "
-                "references with answers"
-            )
-        return model.disable_adapter()
+        return self._pool.mean_gradient([self._chosen[i] for i in places], [self._chosen_weights[i] for i in places])
 
     # What is written.
 
@@ -381,7 +327,7 @@ class DualSelect:
         seen = Forward(causal)
 
         def output(module: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-            self._fused = bool(kwargs.get("fused_lm_head"))
+            self._pool.fused = bool(kwargs.get("fused_lm_head"))
             seen.output = result
 
         def hidden(module: Any, args: Any, result: Any) -> None:
@@ -436,12 +382,12 @@ class DualSelect:
         return settings
 
     @cached_property
-    def _pool(self) -> str:
+    def _pool_digest(self) -> str:
         """The number of the references and a digest of their tokens."""
         state = hashlib.sha256()
-        for ids in self._references["input_ids"]:
+        for ids in self._pool.rows["input_ids"]:
             state.update(json.dumps(list(ids)).encode())
-        return f"{len(self._references)} ({state.hexdigest()[:16]})"
+        return f"{len(self._pool)} ({state.hexdigest()[:16]})"
 
     def save(self, checkpoint: Path) -> None:
         """Keep in a checkpoint what a resumed run needs."""
@@ -455,13 +401,13 @@ class DualSelect:
             "refresh_epoch": self._refresh_epoch,
             "fresh_position": self._fresh_position,
             # A resumed run may refresh before its first forward tells.
-            "fused": self._fused,
+            "fused": self._pool.fused,
             "chosen": self._chosen,
             "chosen_weights": self._chosen_weights,
             "reference_loss": self.reference_loss,
             "kept": self.kept,
             "seen": self.seen,
-            "pool": self._pool,
+            "pool": self._pool_digest,
             "config": self._settings,
             "adapter_sha256": self._adapter_of(checkpoint),
         }
@@ -481,10 +427,10 @@ class DualSelect:
             task, reference = file.get_tensor("task"), file.get_tensor("reference")
         if facts.get("adapter_sha256") != self._adapter_of(checkpoint):
             return False
-        if task.shape != (self._flat.size,) or facts["pool"] != self._pool:
+        if task.shape != (self._flat.size,) or facts["pool"] != self._pool_digest:
             raise ConfigurationError(
                 f"{str(path)!r}: was written with {task.numel()} trainable entries and the references {facts['pool']}, this run has {self._flat.size} and "
-                f"{self._pool}: resume with the same adapter and the same dual_select.reference_dataset"
+                f"{self._pool_digest}: resume with the same adapter and the same dual_select.reference_dataset"
             )
         if changed := [name for name, value in self._settings.items() if facts["config"].get(name) != value]:
             raise ConfigurationError(
@@ -494,13 +440,13 @@ class DualSelect:
         like = self._flat.like
         self._task, self._reference = task.to(like), reference.to(like)
         self.first_step, self.last_refresh, self._refresh_epoch = facts["first_step"], facts["last_refresh"], facts["refresh_epoch"]
-        self._fused = facts["fused"]
+        self._pool.fused = facts["fused"]
         self._fresh_position, self._chosen, self._chosen_weights = facts["fresh_position"], facts["chosen"], facts["chosen_weights"]
         self.reference_loss, self.kept, self.seen = facts["reference_loss"], facts["kept"], facts["seen"]
         self.start_norm = facts["start_norm"]
         return True
 
-    def finish(self, *, ended: bool) -> None:
+    def end(self, *, ended: bool) -> None:
         """When training ends, however it does: the log is whole, and the most-dropped rows' text lies beside it."""
         self.drain(together=ended)
         if not self._trainer.state.is_world_process_zero or not self.log.path.is_file():
@@ -511,48 +457,28 @@ class DualSelect:
         texts = {row: tokenizer.decode(data[places[row]]["input_ids"]) for row in rows if row in places}
         write_texts(self.log.path.parent, texts)
 
-    def report(self, steps: int) -> MethodReport:
-        """What was chosen until optimizer step `steps`."""
-        first = self.first_step + self.config.warmup_steps
-        acted = steps > first
-        summary = f"the run has not left its warm-up of {self.config.warmup_steps} steps"
-        if acted:
-            kept, seen = self.kept, self.seen
-            for _, columns in self._pending:
-                kept, seen = kept + int((columns[1] > 0).sum()), seen + columns.shape[1]
-            correction = (
-                f"{self.config.reference_gradient} reference gradient of weight {self.config.rho:g}" if self.config.rho else "no correction"
-            )
-            summary = (
-                f"kept {kept} of {seen} samples in optimizer steps {first + 1} to {steps}; {correction}, from {self._count} of {len(self._references)} "
-                f"references{' by KL to the starting model' if self.kl else ''}"
-            )
-            if self.first_step:
-                summary += f"; steps 1 to {self.first_step} were trained without it"
-            if self.start_norm:
-                summary += f"; {came_with(self.start_norm)}"
-        return MethodReport(
-            name="dual_select",
-            source=SOURCES["dual_select"],
-            reconstruction=False,
-            settings=self.config.model_dump(),
-            acted=acted and self.first_step == 0 and not self.start_norm,
-            summary=summary,
-            steps=(first + 1, steps) if acted else None,
-            layers={
-                module.name: LayerReport(action="steered" if acted else "left_alone", reason=None if acted else summary)
-                for module in self._modules
-            },
+    @property
+    def delay(self) -> int:
+        """The warm-up."""
+        return self.config.warmup_steps
+
+    @property
+    def not_yet(self) -> str:  # type: ignore[override]
+        """What the report says during the warm-up."""
+        return f"the run has not left its warm-up of {self.config.warmup_steps} steps"
+
+    def describe(self, first: int, last: int) -> str:
+        """See `TrainingMethod.describe`."""
+        kept, seen = self.kept, self.seen
+        for _, columns in self._pending:
+            kept, seen = kept + int((columns[1] > 0).sum()), seen + columns.shape[1]
+        correction = (
+            f"{self.config.reference_gradient} reference gradient of weight {self.config.rho:g}" if self.config.rho else "no correction"
         )
-
-
-_REMEDY = {
-    "torch_compile": "turn it off",
-    "fp16": "use bf16",
-    "packing": "set packing=False",
-    "sample_packing": "set sample_packing: false",
-    "padding_free": "set padding_free=False",
-}
+        return (
+            f"kept {kept} of {seen} samples in optimizer steps {first} to {last}; {correction}, from {self._count} of {len(self._pool)} "
+            f"references{' by KL to the starting model' if self.kl else ''}"
+        )
 
 
 def _choice(step: int, kind: Any, rows: list[int], columns: Sequence[list[float]]) -> Choice:

@@ -1,4 +1,4 @@
-"""DualSelect's reference pool, and the row numbers of the training data."""
+"""DualSelect's pool of references: the losses of its rows and the gradients of their means, each process computing a share."""
 
 from __future__ import annotations
 
@@ -7,75 +7,104 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 
+from trl_safety.adapters.lora import unwrap
+from trl_safety.adapters.per_sample import Dots, FlatFactors, Total, per_sample_gradients
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.data import load_rows
-
-ROW = "safety_row"
-"""Column of the training and reference data that says which row of the user's data set a sample is."""
+from trl_safety.training.dual_select.losses import Forward, mean_kl, sample_losses
 
 
-class RowCollator:
-    """The trainer's collator, which carries the samples' row numbers along."""
+class ReferencePool:
+    """The rows, tokenised, on a trainer's model.
 
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
+    Args:
+        trainer: with its model and collator.
+        flat: the factors that gradients are taken for.
+        rows: what the model takes, and labels.
+        lengths: tokens of every row.
+        kl: whether the rows are prompts alone, held to the starting model by KL.
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> Any:
-        """The inner collator's batch, with the row numbers of the examples that have one."""
-        rows = [example[ROW] for example in examples if ROW in example]
-        batch = self.collator([{key: value for key, value in example.items() if key != ROW} for example in examples])
-        if rows:
-            batch[ROW] = torch.tensor(rows)
-        return batch
-
-
-def with_rows(dataset: Any, setting: str) -> Dataset:
-    """A data set with the number of every row in a column of its own.
-
-    Raises:
-        ConfigurationError: it is streamed, so that its rows have no numbers and it cannot be read again and again.
+    Attributes:
+        fused: whether the trainer's forward keeps the head's logits to itself; its first forward tells.
     """
-    if not isinstance(dataset, Dataset):
-        raise ConfigurationError(
-            f"{setting} is a {type(dataset).__name__}: dual_select needs rows that can be counted and read again; give a datasets.Dataset (load "
-            "without streaming)"
-        )
-    return dataset if ROW in dataset.column_names else dataset.add_column(ROW, list(range(len(dataset))))
 
+    def __init__(self, trainer: Any, flat: FlatFactors, rows: Dataset, lengths: Sequence[int], *, kl: bool) -> None:
+        self._trainer, self._flat, self.rows, self._lengths, self.kl = trainer, flat, rows, lengths, kl
+        self.fused = False
 
-def load_references(source: str) -> Dataset:
-    """The reference data set behind `dual_select.reference_dataset`; see `load_rows`."""
-    return load_rows(source, "dual_select.reference_dataset")
+    def __len__(self) -> int:
+        return len(self.rows)
 
+    def scored(self, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, inner product of the gradient with `direction`, and squared norm of the gradient of every row, (n,) each, float64."""
+        trainer = self._trainer
+        world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        size = trainer.args.per_device_train_batch_size
+        # By length, so that a batch holds little padding.
+        mine = sorted(range(len(self)), key=lambda index: (self._lengths[index], index))[rank::world]
+        table = self._flat.like.new_zeros(len(self), 3, dtype=torch.float64)
+        for start in range(0, len(mine), size):
+            indices = mine[start : start + size]
+            scored = Dots(direction, len(indices))
+            with per_sample_gradients(self._flat, len(indices), scored):
+                losses = self.losses(indices)
+                with torch.autocast(losses.device.type, enabled=False):
+                    torch.autograd.backward(losses.sum())
+            table[indices] = torch.stack([losses.detach().double().to(table.device), scored.dots.double(), scored.squares.double()], dim=1)
+        if world > 1:
+            table = trainer.accelerator.reduce(table, reduction="sum")
+        losses, dots, squares = table.unbind(1)
+        return losses, dots, squares
 
-def prompts_only(dataset: Dataset) -> bool:
-    """Whether the references are prompts without an answer.
+    def mean_gradient(self, indices: Sequence[int], weights: Sequence[float]) -> Tensor:
+        """Σ wⱼ gⱼ / Σ wⱼ at the current parameters, (P,); each process computes a share."""
+        trainer = self._trainer
+        world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        total = self._flat.zeros()
+        mine = list(zip(indices, weights, strict=True))[rank::world]
+        size = trainer.args.per_device_train_batch_size
+        for start in range(0, len(mine), size):
+            part = mine[start : start + size]
+            summed = Total(self._flat)
+            with per_sample_gradients(self._flat, len(part), summed):
+                losses = self.losses([index for index, _ in part])
+                with torch.autocast(losses.device.type, enabled=False):
+                    torch.autograd.backward((losses * torch.tensor([weight for _, weight in part]).to(losses)).sum())
+            total += summed.vector
+        if world > 1:
+            total = trainer.accelerator.reduce(total, reduction="sum")
+        return total / sum(weights)
 
-    Raises:
-        ConfigurationError: beside the prompt there are columns that nothing reads, of which one may be the answer.
-    """
-    columns = set(dataset.column_names)
-    if "prompt" not in columns or columns & {"completion", "messages", "text", "input_ids", "labels"}:
-        return False
-    if unread := sorted(columns - {"prompt", ROW}):
-        raise ConfigurationError(
-            f"dual_select.reference_dataset: has prompt, no completion, and {', '.join(unread)}, which nothing reads: rename the answers' column to completion, or "
-            "remove the others, so that the prompts alone are held to the starting model by KL"
-        )
-    return True
+    def losses(self, indices: Sequence[int]) -> Tensor:
+        """(n,) loss of references: mean NLL of the answer's tokens, or KL(starting model ‖ current) per token of the prompt.
 
+        The model is asked directly, so that the trainer's own metrics count the user's data only.
+        """
+        trainer = self._trainer
+        inputs = trainer._prepare_inputs(trainer.data_collator([self.rows[index] for index in indices]))
+        labels = inputs.pop("labels")
+        inputs["use_cache"] = False
+        model: Any = unwrap(trainer.model)
+        with trainer.compute_loss_context_manager():
+            if self.kl:
+                logits = model(**inputs).logits
+                with torch.no_grad(), self._starting_model():
+                    aligned = model(**inputs).logits
+                mask = inputs["attention_mask"].to(torch.bool)
+                return mean_kl(aligned, logits, mask)
+            if self.fused:
+                return sample_losses(
+                    Forward(model, model(**inputs, labels=labels, fused_lm_head=True)), labels, dft=False, grad=True
+                ).losses
+            return sample_losses(Forward(model, model(**inputs)), labels, dft=False, grad=True).losses
 
-def tokenised_prompts(dataset: Dataset, tokenizer: Any, max_length: int | None) -> Dataset:
-    """Prompts with the chat template up to where the answer would begin, every token labelled."""
-
-    def tokenise(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-        ids = ids[:max_length]
-        return {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
-
-    return dataset.map(tokenise, remove_columns=[name for name in dataset.column_names if name != ROW])
+    def _starting_model(self) -> Any:
+        """The model with its adapter switched off."""
+        model: Any = unwrap(self._trainer.model)
+        if not hasattr(model, "disable_adapter"):
+            raise ConfigurationError(
+                f"{type(model).__name__} has no disable_adapter, which references without an answer need: give the trainer a PeftModel or peft_config, or "
+                "references with answers"
+            )
+        return model.disable_adapter()

@@ -55,7 +55,7 @@ def write_alignment_adapter(subspace: AlignmentSubspace, output: str | Path, *, 
         inference_mode=True,
     )
     if len(set(ranks.values())) > 1:
-        update_config(lora, None, {name: (k, 1.0) for name, k in ranks.items()})
+        update_config(lora, None, ranks, {name: (k, 1.0) for name, k in ranks.items()})
     tensors = {}
     for name, layer in subspace.layers.items():
         left, values, right = (t.float() for t in layer.factors())

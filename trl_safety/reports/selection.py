@@ -1,4 +1,4 @@
-"""`selection.jsonl`: which samples and references DualSelect kept, and why; and what a user reads from it."""
+"""`selection.jsonl`: which samples and references a method chose, and why; and what a user reads from it."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def read_choices(path: Path) -> list[Choice]:
         return [Choice.model_validate_json(line) for line in lines if line.endswith("\n")]
     except (OSError, ValidationError, UnicodeDecodeError) as error:
         raise ReportError(
-            f"{str(path)!r}: is no selection log that can be read ({str(error).splitlines()[0]}); give the output folder of a run with dual_select"
+            f"{str(path)!r}: is no selection log that can be read ({str(error).splitlines()[0]}); give the output folder of a run that selects samples"
         ) from error
 
 

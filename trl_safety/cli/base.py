@@ -1,0 +1,36 @@
+"""The application, and what its commands share. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Keep an aligned model's safety through LoRA fine-tuning: build alignment subspaces, correct, inspect and verify adapters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Adapter = Annotated[Path, typer.Argument(help="Folder of a saved LoRA adapter.", show_default=False)]
+Subspace = Annotated[
+    str, typer.Option("--subspace", "-s", help="Subspace file from `trl-safety subspace`, or a Hub id.", show_default=False)
+]
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""Of commands that hand their arguments to TRL's own parser."""
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Print our own errors as a line or two; anything else keeps its traceback."""
+    from trl_safety.errors import SafetyError
+
+    try:
+        yield
+    except SafetyError as error:
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error

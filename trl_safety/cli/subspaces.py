@@ -1,0 +1,58 @@
+"""Commands that build alignment subspaces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trl_safety.cli.base import app, errors
+from trl_safety.cli.show import relative_error
+
+
+@app.command()
+def subspace(
+    base: Annotated[str, typer.Argument(help="The unaligned model: local folder or Hub id.", show_default=False)],
+    aligned: Annotated[str, typer.Argument(help="The aligned model: local folder or Hub id.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (.safetensors).", show_default=False)],
+    adapter: Annotated[Path | None, typer.Option(help="Take the layers of this adapter.")] = None,
+    target_modules: Annotated[str | None, typer.Option(help="Layers by ending, comma-separated, or all-linear.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Singular directions to keep of each layer.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Keep as many as bring C's relative error below this.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Keep V itself, for an exact C.")] = False,
+    base_revision: Annotated[str | None, typer.Option(help="Hub revision of BASE.")] = None,
+    aligned_revision: Annotated[str | None, typer.Option(help="Hub revision of ALIGNED.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute; a GPU when there is one.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with ALIGNED.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Also upload to this Hub repository.", metavar="REPO")] = None,
+) -> None:
+    """Build the alignment subspace of a base/aligned pair, reading both tensor by tensor."""
+    with errors():
+        from trl_safety.subspace.build import build_subspace
+
+        targets: Any = target_modules
+        if target_modules is not None and target_modules.lower() != "all-linear":
+            targets = [entry.strip() for entry in target_modules.split(",") if entry.strip()]
+        built = build_subspace(
+            output,
+            base,
+            aligned,
+            target_modules=targets,
+            adapter=adapter,
+            rank=rank,
+            tolerance=tolerance,
+            whole=whole,
+            base_revision=base_revision,
+            aligned_revision=aligned_revision,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        ranks = sorted(layer.rank for layer in built.layers.values())
+        relative = max(relative_error(layer) for layer in built.layers.values())
+        typer.echo(
+            f"{output}: {len(built.layers)} layers, rank {ranks[0]} to {ranks[-1]}, {output.stat().st_size / 1e6:.1f} MB; "
+            f"C is exact to {relative:.2g} of its norm"
+        )
+        if push_to_hub:
+            typer.echo(built.push_to_hub(push_to_hub))
