@@ -1,7 +1,21 @@
-PYTHON ?= python3.11
+# PYTHON=… is the only interpreter to use; without it each stack takes the first of its versions that is in PATH, or one of pyenv's.
+PYTHON ?=
+python = $(shell for version in $(1); do \
+  for candidate in $(or $(PYTHON),"python$$version" python3 $(HOME)/.pyenv/versions/"$$version".*/bin/python); do \
+    "$$candidate" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" 2> /dev/null && command -v "$$candidate" && exit; \
+  done; \
+done)
+# 3.11 first: PyTorch for it may lie on the machine's disk.
+NEWEST_PYTHON := $(call python,3.11 3.12 3.13)
+# Axolotl 0.21 needs 3.12, and what it pins cannot be installed on 3.13.
+AXOLOTL_PYTHON := $(call python,3.12)
+# No newer Axolotl than 0.19.0 can be installed on 3.11.
+OLDEST_PYTHON := $(call python,3.11)
+
+LAB := .venv-lab
 NEWEST := .venv-newest
 AXOLOTL := .venv-axolotl
-EVAL := .venv-eval
+OLDEST := .venv-oldest
 SEEDS ?= 3
 WORKERS ?= 2
 OUTPUT ?= lab_results
@@ -9,16 +23,29 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab test lint types test-newest test-axolotl test-eval clean
+.PHONY: lab check test lint types stacks install test-newest test-axolotl test-oldest clean
 
 ## The main job on the embedded world: a table on the screen, results.json and results.png in $(OUTPUT).
-lab: $(NEWEST)/.installed
-	$(NEWEST)/bin/trl-safety lab -o $(OUTPUT) --seeds $(SEEDS)
+lab: $(LAB)/.installed
+	$(LAB)/bin/trl-safety lab -o $(OUTPUT) --seeds $(SEEDS)
+
+## For the daily loop: lint, types, and the tests of the maths, the files and the options.
+check: lint types
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) tests/methods tests/linalg tests/adapters tests/subspace tests/test_config.py tests/test_house.py
 
 ## Everything, on both stacks that users have.
-test:
-	$(MAKE) --jobs $(WORKERS) $(NEWEST)/.installed $(AXOLOTL)/.installed $(EVAL)/.installed
-	$(MAKE) lint types test-newest test-axolotl test-eval
+test: stacks
+	$(MAKE) --jobs $(WORKERS) install
+	$(MAKE) lint types test-newest $(if $(AXOLOTL_PYTHON),test-axolotl)
+	@$(MAKE) --no-print-directory stacks
+
+## Which interpreter each stack runs on, and what is left out for want of one.
+stacks:
+	@echo "The newest stack: $(or $(NEWEST_PYTHON),LEFT OUT; it needs Python 3.11 or 3.12 or 3.13)"
+	@echo "Axolotl 0.21: $(or $(AXOLOTL_PYTHON),LEFT OUT; it needs Python 3.12)"
+	@test -n "$(NEWEST_PYTHON)"
+
+install: $(NEWEST)/.installed $(if $(AXOLOTL_PYTHON),$(AXOLOTL)/.installed)
 
 lint: $(NEWEST)/.installed
 	$(NEWEST)/bin/ruff check .
@@ -32,30 +59,40 @@ test-newest: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pytest -m lab
 
 # The lab's training and the benchmarks do not depend on the stack; the lab's wiring is tested on both.
-test-axolotl: $(AXOLOTL)/.installed
-	$(AXOLOTL)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab" --ignore tests/test_benchmarks.py
+ON_AXOLOTL := -m pytest -n $(WORKERS) --dist loadfile -m "not lab" --ignore tests/test_benchmarks.py
 
-# inspect_ai cannot be installed beside Axolotl: its runner is tested in an environment of its own.
-test-eval: $(EVAL)/.installed
-	$(EVAL)/bin/python -m pytest tests/evaluation/test_inspecting.py
+test-axolotl: $(AXOLOTL)/.installed
+	$(AXOLOTL)/bin/python $(ON_AXOLOTL)
+
+## The oldest supported stack: Python 3.11, TRL 1.9.0, Transformers 5.16.1, Axolotl 0.19.0. Not part of `make test`.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python $(ON_AXOLOTL)
 
 # DeepSpeed's communication is compiled here: compiled by its first processes, one that is killed leaves a lock behind, for which
 # the next ones wait for ever. Without a C++ compiler its tests are skipped.
 DEEPSPEED := DS_ACCELERATOR=cpu DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1
 
-$(EVAL)/.installed: EXTRAS := qlora,test,eval
-$(EVAL)/.installed: constraints/eval.txt
-$(NEWEST)/.installed: EXTRAS := qlora,test
-$(NEWEST)/.installed: constraints/newest.txt
-$(AXOLOTL)/.installed: EXTRAS := qlora,test,axolotl
+$(LAB)/.installed $(NEWEST)/.installed: INTERPRETER := $(NEWEST_PYTHON)
+$(AXOLOTL)/.installed: INTERPRETER := $(AXOLOTL_PYTHON)
+$(OLDEST)/.installed: INTERPRETER := $(OLDEST_PYTHON)
+# inspect_ai cannot be installed beside Axolotl.
+$(NEWEST)/.installed: EXTRAS := [qlora,test,eval]
+$(AXOLOTL)/.installed $(OLDEST)/.installed: EXTRAS := [qlora,test,axolotl]
+$(LAB)/.installed $(NEWEST)/.installed: constraints/newest.txt
 $(AXOLOTL)/.installed: constraints/axolotl.txt
-$(NEWEST)/.installed $(AXOLOTL)/.installed: constraints/deepspeed.txt
+$(OLDEST)/.installed: constraints/oldest.txt
+$(NEWEST)/.installed $(AXOLOTL)/.installed $(OLDEST)/.installed: constraints/deepspeed.txt
+# Without --no-compile pip compiles every file of every package, most of which are never imported.
+# An environment of another version of Python is made anew.
+PIP_INSTALL := bin/pip install --quiet --no-compile
 %/.installed: pyproject.toml
-	$(PYTHON) -m venv $*
-	$*/bin/pip install --quiet torch==2.13.0 -c $(firstword $(filter constraints/%,$^))
-	$*/bin/pip install --quiet --editable ".[$(EXTRAS)]" -c $(firstword $(filter constraints/%,$^))
-	$(if $(findstring deepspeed,$^),if command -v g++ > /dev/null; then $(DEEPSPEED) $*/bin/pip install --quiet --no-cache-dir --no-build-isolation --no-deps --target $*/deepspeed -r constraints/deepspeed.txt; fi)
+	@test -n "$(INTERPRETER)" || { echo "$*: no Python that fits: see the top of the Makefile"; exit 1; }
+	@echo "$*: $(INTERPRETER)"
+	test "$$($*/bin/python --version 2> /dev/null)" = "$$($(INTERPRETER) --version)" || $(INTERPRETER) -m venv --clear $*
+	$*/$(PIP_INSTALL) torch==2.13.0 -c $(firstword $(filter constraints/%,$^))
+	$*/$(PIP_INSTALL) --editable ".$(EXTRAS)" -c $(firstword $(filter constraints/%,$^))
+	$(if $(findstring deepspeed,$^),if command -v g++ > /dev/null; then $(DEEPSPEED) $*/$(PIP_INSTALL) --no-cache-dir --no-build-isolation --no-deps --upgrade --target $*/deepspeed -r constraints/deepspeed.txt; fi)
 	touch $@
 
 clean:
-	rm -rf $(NEWEST) $(AXOLOTL) $(EVAL) lab_results
+	rm -rf $(LAB) $(NEWEST) $(AXOLOTL) $(OLDEST) lab_results

@@ -1,12 +1,15 @@
-"""The methods of trl-safety from an Axolotl YAML: `plugins: [axolotl_plugin.SafetyPlugin]` and a `safety:` block.
+"""The methods of trl-safety from an Axolotl YAML: a `safety:` block, and before Axolotl 0.21 `plugins: [axolotl_plugin.SafetyPlugin]`.
 
-Axolotl prints an `ImportError` of a plugin and trains on without it. Nothing is imported here that could fail: what is missing
+Axolotl prints an error of a plugin's own import and trains on without it. Nothing is imported here that could fail: what is missing
 is raised from the plugin's hooks, whose errors Axolotl does not catch.
 """
 
 from typing import Any
 
 __all__ = ["SafetyPlugin"]
+
+PLUGIN = "axolotl_plugin.SafetyPlugin"
+SHORT_NAME = "safety"
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, SerializeAsAny, model_validator
 
 from axolotl_plugin.rules import refuse
 from trl_safety.config.block import SafetyConfig
@@ -14,7 +14,8 @@ from trl_safety.config.block import SafetyConfig
 class SafetyPluginArgs(BaseModel):
     """Merged by Axolotl into its own configuration class under this name."""
 
-    safety: SafetyConfig
+    # As what it is: a block may hold a method of another package, of which the declared class does not know.
+    safety: SerializeAsAny[SafetyConfig]
 
     @model_validator(mode="before")
     @classmethod
@@ -24,4 +25,5 @@ class SafetyPluginArgs(BaseModel):
             block = data["safety"]
             config = SafetyConfig.parse(block.to_dict() if hasattr(block, "to_dict") else block)
             refuse(data, config)
+            return {**data, "safety": config}
         return data

@@ -1,8 +1,8 @@
 """`axolotl safety …`: Axolotl's commands for configurations with a `safety:` block, and the `trl-safety` commands.
 
-Axolotl splits a plugin's name at a dot before it imports anything, so that `plugins: [safety]` cannot work under plain
-`axolotl train`; these commands write the full name in its place and hand over. They also refuse a `safety:` block without the
-plugin line, which Axolotl would ignore.
+From Axolotl 0.21 on, plain `axolotl train` does the same. Before, Axolotl splits a plugin's name at a dot before it imports
+anything, so that `plugins: [safety]` cannot work there; these commands write the full name in its place and hand over. They also
+refuse a `safety:` block without the plugin line, which an Axolotl before 0.21 would ignore.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-SHORT_NAME, PLUGIN = "safety", "axolotl_plugin.SafetyPlugin"
+from axolotl_plugin import PLUGIN, SHORT_NAME
+
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
@@ -45,10 +46,12 @@ def resolve(path: Path) -> str | None:
     """The configuration's text with the short plugin name spelt out, or None where it is already.
 
     Raises:
-        ConfigurationError: the file is no YAML, or has no safety block or no plugin line, so that nothing would be protected.
+        ConfigurationError: the file is no YAML, or has no safety block or, before Axolotl 0.21, no plugin line, so that nothing
+            would be protected.
     """
     import yaml
 
+    from axolotl_plugin.plugin import loaded_by_axolotl
     from trl_safety.config.options import read_yaml
     from trl_safety.errors import ConfigurationError
 
@@ -58,7 +61,7 @@ def resolve(path: Path) -> str | None:
             f"config = {str(path)!r}: safety is missing: nothing would be protected; add a `safety:` block or use plain `axolotl`"
         )
     plugins = config.get("plugins") or []
-    if SHORT_NAME not in plugins and PLUGIN not in plugins:
+    if SHORT_NAME not in plugins and PLUGIN not in plugins and not loaded_by_axolotl():
         raise ConfigurationError(
             f"config = {str(path)!r}: plugins = {plugins!r}: Axolotl would ignore the `safety:` block; add `plugins: [{SHORT_NAME}]` or `plugins: [{PLUGIN}]`"
         )

@@ -1,4 +1,8 @@
-"""`SafetyPlugin`: hands Axolotl's hooks to trl_safety. No mathematics, and no import of ours before a hook runs."""
+"""`SafetyPlugin`: hands Axolotl's hooks to trl_safety. No mathematics, and no import of ours before a hook runs.
+
+Axolotl 0.21 loads it in every run, by the entry point: nothing here may fail, or do anything, where the configuration has no
+`safety:` block.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +12,58 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from axolotl.integrations.base import BasePlugin
+from axolotl.integrations import base
+from axolotl.integrations.base import BasePlugin, PluginManager
+
+from axolotl_plugin import PLUGIN, SHORT_NAME
 
 if TYPE_CHECKING:
     from trl_safety.config.block import SafetyConfig
 
 
+def loaded_by_axolotl() -> bool:
+    """Whether Axolotl (0.21 and newer) finds the plugin by its entry point, so that a `safety:` block alone is enough."""
+    found = getattr(base, "get_builtin_plugins", tuple)
+    return PLUGIN in found()
+
+
 class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annotations
-    """Validates the `safety:` block with the classes that `SafeSFTTrainer` uses, and has its methods act in Axolotl's trainer."""
+    """Validates the `safety:` block with the classes that `SafeSFTTrainer` uses, and has its methods act in Axolotl's trainer.
+
+    Attributes:
+        active: whether the run that was registered last has a `safety:` block.
+    """
 
     _written: frozenset[str] = frozenset()
     """The keys that the user wrote, before Axolotl added its own defaults."""
     _switched_off: list[str] = []  # noqa: RUF012  # replaced, never changed
     """What was switched off in the configuration for the methods."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = False
+        if loaded_by_axolotl():
+            # Axolotl takes a name of `plugins` that it finds here as loaded. It could not import this one, which has no dot.
+            PluginManager().plugins.setdefault(SHORT_NAME, BasePlugin())
+
     def register(self, cfg: Any) -> None:
         """Refuse a plugin line without a block, where nothing would be protected, and a provider's adapter to train or merge.
 
         Raises:
-            ConfigurationError: there is no `safety:` block.
+            ConfigurationError: there is no `safety:` block, but the plugin line or a misspelt key asks for one.
             AdapterError: `lora_model_dir` is a BufferLoRA or a ReinforceLoRA.
         """
+        self.active = bool(cfg.get("safety"))
+        listed = [str(name).replace(":", ".") for name in cfg.get("plugins") or []]
+        missing = None if self.active else _without_block(cfg, [name for name in listed if name in (PLUGIN, SHORT_NAME)])
+        if not self.active and missing is None:
+            return
         from trl_safety.errors import ConfigurationError
 
-        if not cfg.get("safety"):
-            close = difflib.get_close_matches("safety", [key for key in cfg if key != "safety"], n=1)
-            meant = f" (did you mean it by {close[0]!r}?)" if close else ""
-            raise ConfigurationError(
-                f"safety{meant} is missing: plugins names axolotl_plugin.SafetyPlugin, but nothing would be protected; add a `safety:` block or remove the plugin"
-            )
+        if missing is not None:
+            raise ConfigurationError(missing)
+        if loaded_by_axolotl():
+            _stand_where_listed(listed)
         self._written = frozenset(key for key, value in cfg.items() if value is not None)
         folder = cfg.get("lora_model_dir")
         if folder and (Path(folder) / "adapter_config.json").is_file():
@@ -46,9 +73,9 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
 
             refuse_provider(LoraConfig.from_pretrained(folder), f"lora_model_dir = {folder!r}")
 
-    def get_input_args(self) -> str:
-        """The class that adds the `safety` key to Axolotl's own schema."""
-        return "axolotl_plugin.args.SafetyPluginArgs"
+    def get_input_args(self) -> str | None:
+        """The class that adds the `safety` key to Axolotl's own schema, where there is a block."""
+        return "axolotl_plugin.args.SafetyPluginArgs" if self.active else None
 
     def pre_model_load(self, cfg: Any) -> None:
         """Check the options once more: Axolotl has switched some on by itself since it validated what the user wrote.
@@ -56,12 +83,16 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         Raises:
             ConfigurationError: a method could not act beside one of them.
         """
+        if not self.active:
+            return
         from axolotl_plugin.rules import check
 
         self._switched_off = check(cfg, safety_of(cfg), self._written)
 
     def get_trainer_cls(self, cfg: Any) -> Any:
         """Axolotl's trainer with the safety mixin where a method is part of the loss, else None."""
+        if not self.active:
+            return None
         from trl_safety.training.start import needs_trainer_class
 
         return _safe_trainer_class() if needs_trainer_class(safety_of(cfg)) else None
@@ -74,6 +105,8 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
             AdapterError: the model's adapter cannot be protected.
             SubspaceError: an adapted layer is not in the subspace.
         """
+        if not self.active:
+            return
         from trl_safety.errors import ConfigurationError
         from trl_safety.training.mixin import SafetyMixin
         from trl_safety.training.start import add_correction, needs_trainer_class
@@ -86,7 +119,7 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         else:
             method = next(iter(safety.methods()))
             raise ConfigurationError(
-                f"plugins = {list(cfg.get('plugins'))}: another plugin, listed before axolotl_plugin.SafetyPlugin, chose the trainer class "
+                f"plugins = {list(cfg.get('plugins') or [])}: another plugin, listed before axolotl_plugin.SafetyPlugin, chose the trainer class "
                 f"{type(trainer).__name__}, in which safety.{method} cannot act; list axolotl_plugin.SafetyPlugin first, or remove one of the two"
             )
 
@@ -95,6 +128,8 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
 
         With FSDP it writes the adapter itself, without the model's `save_pretrained`, which would have written the report.
         """
+        if not self.active:
+            return
         from trl_safety.reports.report import REPORT, add_to_card, read_report
         from trl_safety.reports.source import report_source
 
@@ -105,6 +140,43 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
             report_source(model, "default").write_beside(folder)
         if (folder / REPORT).is_file() and (folder / "README.md").is_file():
             add_to_card(folder / "README.md", read_report(folder))
+
+
+def _without_block(cfg: Any, named: list[str]) -> str | None:
+    """What is wrong if something in a configuration without a `safety:` block asks for one.
+
+    Without a plugin line, which Axolotl 0.21 does not need, a misspelt `safety` is told from other keys by what is in it.
+    """
+    close = difflib.get_close_matches("safety", [key for key in cfg if isinstance(key, str) and key != "safety"], n=1)
+    meant = f" (did you mean it by {close[0]!r}?)" if close else ""
+    if named:
+        return f"safety{meant} is missing: plugins names {named[0]}, but nothing would be protected; add a `safety:` block or remove the plugin"
+    if "safety" in cfg:
+        return f"safety = {cfg['safety']!r} has no method: nothing would be protected; add one, or remove the key"
+    if close and _looks_like_a_block(cfg[close[0]]):
+        return f"safety{meant} is missing: Axolotl ignores a key that it does not know, and nothing would be protected; correct the key"
+    return None
+
+
+def _looks_like_a_block(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    from trl_safety.config.block import METHODS
+
+    return not {"subspace", *METHODS}.isdisjoint(value)
+
+
+def _stand_where_listed(listed: list[str]) -> None:
+    """Put the plugin at its place in `plugins`, or last: the first plugin that brings a trainer class wins.
+
+    Axolotl loads entry points before the plugins of the configuration. The safety block would win silently over a plugin
+    listed before it.
+    """
+    plugins = PluginManager().plugins
+    places = [listed.index(name) for name in (PLUGIN, SHORT_NAME) if name in listed]
+    for name in [PLUGIN, *(listed[min(places) + 1 :] if places else [])]:
+        if name in plugins:
+            plugins.move_to_end(name)
 
 
 def safety_of(cfg: Any) -> SafetyConfig:

@@ -127,15 +127,21 @@ def table() -> str:
     methods = {name: options_class(name) for name in METHODS}
     lines = ["| Axolotl key | | " + " | ".join(f"`{method}`" for method in methods) + " |", "|---|---|" + "---|" * len(methods)]
     rows: dict[tuple[str, str], list[Requirement]] = {}
+    tests: dict[str, int] = {}
     for requirement in requirements_of(methods):
         if requirement.fact in KEYS:
             rows.setdefault((requirement.fact, requirement.meaning), []).append(requirement)
     for (fact, meaning), requirements in rows.items():
         keys = ", ".join(f"`{key}`" for key in KEYS[fact])
         reasons = "; ".join(dict.fromkeys(requirement.reason.replace(" of {value}", "") for requirement in requirements))
-        cells = " | ".join(cell(requirements, options) for options in methods.values())
-        lines.append(f"| {keys}: {meaning} | {reasons} | {cells} |")
-    return "\n".join(lines)
+        cells = [cell(requirements, options) for options in methods.values()]
+        for place, text in enumerate(cells):
+            if text.startswith("works ("):
+                number = tests.setdefault(text.removeprefix("works "), len(tests) + 1)
+                cells[place] = f"works [{number}]"
+        lines.append(f"| {keys}: {meaning} | {reasons} | {' | '.join(cells)} |")
+    shown = [f"[{number}] shown by {test.strip('()')}" for test, number in tests.items()]
+    return "\n".join([*lines, "", "; ".join(shown) + ". Where nothing has been tried the table says so."])
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ METHODS = [
     "buffer_reinforce",
     "alignment_vector",
     "alignment_buffer",
+    "sbr",
 ]
+SBR_WEIGHTS, SBR_PROMPTS = (5.0, 50.0, 500.0), 8
 VECTOR_GAMMAS, VECTOR_RANKS, BUFFER_GAMMAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5), (8, 32, 96), (0.25, 0.5, 0.75, 1.0, 1.3, 1.5)
 CORRECTIONS = {
     "Safe LoRA, cosine ≤ 0.35": lambda model, whole, _: apply_safe_lora(model, whole, threshold=0.35),
@@ -276,6 +278,32 @@ class Harness:
                 block = {"alignment_buffer": {"base": str(self.folder / "base"), "gamma": gamma}}
                 output, seconds = self.trained(f"alignment-buffer-{gamma:g}", seed, safety=block)
                 self.score(name, seed, self.load(output), seconds)
+
+    def sbr(self, seed: int) -> None:
+        """The states of harmful prompts held, those of benign ones in their place, and the plain adapter shrunk to the same norm."""
+        plain = self.plain(seed)
+        for weight in SBR_WEIGHTS:
+            name = f"SBR, λ = {weight:g}"
+            for kind, row in (("harmful", name), ("benign", f"{name}: the same term on benign prompts")):
+                if self.done(row, seed):
+                    continue
+                block = {"sbr": {"prompts": str(self.prompts(kind)), "number": SBR_PROMPTS, "weight": weight, "ask_first": False}}
+                output, seconds = self.trained(f"sbr-{kind}-{weight:g}", seed, safety=block)
+                self.score(row, seed, self.load(output), seconds)
+            if not self.done(control := f"{name}: plain SFT shrunk to the same ‖ΔW‖", seed):
+                shrunk = self.load(plain)
+                shrink_to(shrunk, next(row["update_norm"] for row in self.rows if row["method"] == name and row["seed"] == seed))
+                self.score(control, seed, shrunk, 0.0)
+
+    def prompts(self, kind: str) -> Path:
+        """The first prompts of a kind among the references, of which none is in the user's data or in the evaluation."""
+        path = self.work / f"prompts-{kind}.jsonl"
+        rows = rows_of(self.folder, "references.jsonl")
+        # What the references refuse is harmful.
+        refused = [self.scorer.kind(row["completion"][-1]["content"]) == "refused" for row in rows]
+        chosen = [row["prompt"] for row, harmful in zip(rows, refused, strict=True) if harmful == (kind == "harmful")][:SBR_PROMPTS]
+        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in chosen), encoding="utf-8")
+        return path
 
     def dual_select(self, seed: int) -> None:
         """The method as its authors set it, and the control: the references mixed into the data."""

@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py [--hidden 512] [--layers 8] [--length 128] [--batches 4 8 16] [--pool 64] [--kinds …]
 
-Public trainers' steps on one model and one batch: plain SFT; AsFT; DualSelect; beside a frozen buffer; and single-sample passes,
+Public trainers' steps on one model and one batch: plain SFT; AsFT; SBR with 8 prompts of 40 tokens; DualSelect; beside a frozen buffer; and single-sample passes,
 computed from DualSelect's description (a forward and backward per sample, whose gradients are all kept). The median of rounds that
 take them in turn. A refresh of DualSelect's pool is reported apart, and spread over the steps between two. Peak memory is the
 process's resident memory above that before the first step (on a GPU, the allocator's peak), each in a process of its own.
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from trl_safety import AlignmentSubspace, BufferTrainer, SafeSFTConfig, SafeSFTTrainer
@@ -30,7 +30,8 @@ from trl_safety.adapters.fingerprint import sample
 from trl_safety.subspace.layer import LayerSubspace, Provenance
 
 VOCABULARY, RANK = 2048, 16
-KINDS = ("plain", "asft", "dual_select", "buffer", "loop")
+KINDS = ("plain", "asft", "sbr", "dual_select", "buffer", "loop")
+SBR_PROMPTS, SBR_TOKENS = 8, 40
 REFRESH_EVERY = 100
 
 
@@ -121,9 +122,9 @@ def steps(kind: str, options: argparse.Namespace, batch: int, count: int, folder
     ids = torch.randint(3, VOCABULARY, (max(batch, options.pool), options.length)).tolist()
     rows = Dataset.from_list([{"input_ids": row, "labels": row, "completion_mask": [1] * len(row)} for row in ids])
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="</s>"
-    )
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
     clock = Clock()
 
     def make(cls: Any, output: str, **kwargs: Any) -> Any:
@@ -153,6 +154,10 @@ def steps(kind: str, options: argparse.Namespace, batch: int, count: int, folder
         extra = {"safety": {"dual_select": dual}, "reference_dataset": rows.select(range(options.pool))}
     elif kind == "asft":
         extra = {"safety": {"asft": {"weight": 1.0}}, "subspace": random_subspace(model, options.subspace_rank)}
+    elif kind == "sbr":
+        words_of = torch.randint(3, VOCABULARY, (SBR_PROMPTS, SBR_TOKENS)).tolist()
+        prompts = [" ".join(f"w{word}" for word in row) for row in words_of]
+        extra = {"safety": {"sbr": {"prompts": prompts, "number": SBR_PROMPTS, "ask_first": False}}}
     elif kind == "buffer":
         extra = {"safety": {"buffer_reinforce": {"buffer": options.provider}}}
     elif kind == "provider":

@@ -51,6 +51,10 @@ def tiny_version(config: dict[str, Any], pair: Path, output: Path) -> dict[str, 
     if "dual_select" in config["safety"]:
         config["safety"]["dual_select"] |= {"reference_dataset": str(pair / "train.jsonl"), "references": 4, "warmup_steps": 1}
         return config
+    if "sbr" in config["safety"]:
+        (pair / "prompts.jsonl").write_text('{"prompt": "w3 w4"}\n{"prompt": "w5"}\n')
+        config["safety"]["sbr"] |= {"prompts": str(pair / "prompts.jsonl"), "number": 2}
+        return config
     if "alignment_buffer" in config["safety"]:
         config["safety"]["alignment_buffer"] |= {"base": str(pair / "base")}
         (pair / "prompts.jsonl").write_text('{"prompt": "w3 w4"}\n{"prompt": "w5"}\n')

@@ -44,6 +44,7 @@ _HOMES = {
     "SafetyEvalConfig": "trl_safety.config.evaluation",
     "SafetyMixin": "trl_safety.training.mixin",
     "SafetyReport": "trl_safety.reports.report",
+    "SbrConfig": "trl_safety.config.sbr",
     "SubspaceConfig": "trl_safety.config.subspace",
     "SubspaceError": "trl_safety.errors",
     "TrainingMethod": "trl_safety.training.method",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from trl_safety.config.requirements import Requirement as Requirement
     from trl_safety.config.safe_lora import SafeLoRAConfig as SafeLoRAConfig
     from trl_safety.config.safe_lora import SafeLoraConfig as SafeLoraConfig
+    from trl_safety.config.sbr import SbrConfig as SbrConfig
     from trl_safety.config.subspace import SubspaceConfig as SubspaceConfig
     from trl_safety.corrections.alignment_vector import AlignmentVectorCallback as AlignmentVectorCallback
     from trl_safety.corrections.alignment_vector import apply_alignment_vector as apply_alignment_vector

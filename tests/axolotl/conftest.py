@@ -7,9 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+# Read when Axolotl is imported, here or in the server that its processes are forked from: without it every one of them waits for a
+# telemetry that it cannot reach.
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 
 import pytest
 import torch
@@ -87,13 +91,14 @@ def config(world: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 SITE = Path(__file__).parent / "site"
-"""Has FSDP and DeepSpeed run on a CPU."""
+"""Has several processes, FSDP and DeepSpeed run on a CPU."""
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
 """Where `make` installs it; see tests/training/test_engines.py."""
 CPU = {
     "use_cpu": True,
-    # Axolotl's own default is one worker, which imports everything anew.
+    # Axolotl's own defaults are processes that import everything anew.
     "dataloader_num_workers": 0,
+    "dataset_num_proc": 1,
     "bf16": False,
     "fp16": False,
     "tf32": False,
@@ -115,15 +120,24 @@ Axolotl = Callable[..., str]
 def axolotl(tmp_path: Path) -> Axolotl:
     """Write a configuration, run `axolotl COMMAND… FILE ARGUMENTS…` on it, and return what it said.
 
-    `train` in one process unless told otherwise: Axolotl's default launcher is accelerate, which starts a second one.
+    `train` and `evaluate` in one process unless told otherwise: Axolotl's default launcher is accelerate, which starts a second one. Folders
+    that are to be `first` on the path, or something to `say` to it, take a new interpreter.
     """
 
-    def run(command: str, configuration: dict[str, Any], *arguments: str, code: int = 0, launcher: str | None = "python") -> str:
+    def run(
+        command: str,
+        configuration: dict[str, Any],
+        *arguments: str,
+        code: int = 0,
+        launcher: str | None = "python",
+        first: Sequence[Path] = (),
+        say: str | None = None,
+    ) -> str:
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(configuration, sort_keys=False))
-        environment = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
-        if launcher and "--launcher" not in arguments and command != "safety train":
-            launched = ["--launcher", launcher] if command == "train" else []
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        if launcher and "--launcher" not in arguments and command != "safety train" and not first and say is None:
+            launched = ["--launcher", launcher] if command in ("train", "evaluate") else []
             (done,) = processes.run(
                 "axolotl.cli.main", *command.split(), path, *launched, *arguments, environment=environment, folder=tmp_path
             )
@@ -132,16 +146,18 @@ def axolotl(tmp_path: Path) -> Axolotl:
             binaries = Path(sys.executable).parent
             environment |= {
                 "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-                "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+                "PYTHONPATH": os.pathsep.join([*map(str, first), str(Path(__file__).parent.parent.parent), str(SITE)]),
             }
             if "fsdp_config" in configuration or "deepspeed" in configuration:
-                environment["PYTHONPATH"] += f"{os.pathsep}{SITE}"
+                environment["ENGINE_ON_CPU"] = "1"
             if "deepspeed" in configuration:
                 environment["PYTHONPATH"] += f"{os.pathsep}{DEEPSPEED}"
                 environment["PATH"] = f"{DEEPSPEED / 'bin'}{os.pathsep}{environment['PATH']}"
                 environment["DS_ACCELERATOR"] = "cpu"
             line = [str(binaries / "axolotl"), *command.split(), str(path), *arguments]
-            ended = subprocess.run(line, capture_output=True, text=True, env={**os.environ, **environment}, cwd=tmp_path, check=False)
+            ended = subprocess.run(
+                line, input=say, capture_output=True, text=True, env={**os.environ, **environment}, cwd=tmp_path, check=False
+            )
             status, said = ended.returncode, ended.stdout + ended.stderr
         assert (status == 0) == (code == 0), said[-6000:]
         return said

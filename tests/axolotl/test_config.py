@@ -11,7 +11,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 
 from axolotl_plugin.cli import resolve
-from axolotl_plugin.plugin import safety_of
+from axolotl_plugin.plugin import loaded_by_axolotl, safety_of
 from axolotl_plugin.rules import KEYS, axolotl_facts, check, refuse, table
 from tests.axolotl.conftest import CPU, Axolotl, protect
 from trl_safety.config.block import METHODS, SafetyConfig, options_class
@@ -68,6 +68,7 @@ def test_the_block_survives_axolotls_validation(world: Path, config: dict[str, A
 MINIMAL: dict[str, dict[str, Any]] = {
     "alignment_buffer": {"how": "weights"},
     "buffer_reinforce": {"buffer": "buffer"},
+    "sbr": {"prompts": "prompts.jsonl"},
 }
 
 
@@ -142,6 +143,7 @@ def test_wrong_blocks_are_errors(world: Path, config: dict[str, Any], change: An
         validated(options)
 
 
+@pytest.mark.skipif(loaded_by_axolotl(), reason="the short name works: test_entry_point.py")
 def test_the_short_name_dies_in_axolotl_itself(world: Path, config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not enough values to unpack"):
         validated({**protect(config, world, asft={}), "plugins": ["safety"]})
@@ -168,6 +170,10 @@ def tiny_version(options: dict[str, Any], world: Path, tmp_path: Path) -> dict[s
     options |= {"sequence_len": 64, "special_tokens": {"pad_token": "<pad>"}, "logging_steps": 1, **CPU}
     if "dual_select" in options["safety"]:
         options["safety"]["dual_select"] |= {"reference_dataset": str(world / "train.jsonl"), "references": 4, "warmup_steps": 1}
+        return options
+    if "sbr" in options["safety"]:
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "w3 w4"}\n{"prompt": "w5"}\n')
+        options["safety"]["sbr"] |= {"prompts": str(tmp_path / "prompts.jsonl"), "number": 2}
         return options
     if "alignment_buffer" in options["safety"]:
         options["safety"]["alignment_buffer"] |= {"base": str(world / "base")}

@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from axolotl_plugin.plugin import loaded_by_axolotl
 from tests import tiny
 from tests.axolotl.conftest import DEEPSPEED, Axolotl, protect
 from tests.training.test_corrections import assert_close, updates
@@ -23,7 +24,7 @@ from trl_safety.corrections.buffer_reinforce import USER_ADAPTER
 from trl_safety.corrections.folder import correct_folder
 from trl_safety.corrections.registry import correction_for
 from trl_safety.errors import ReportError
-from trl_safety.reports.report import verify
+from trl_safety.reports.report import read_report, verify
 from trl_safety.reports.selection import SELECTION, read_choices, read_selection
 
 
@@ -63,7 +64,14 @@ def test_corrections_equal_those_of_the_saved_adapter_and_without_the_plugin_not
         for name, update in updates(loaded(world, tmp_path / method)).items():
             change = merged.get_submodule(name).weight.double() - aligned.get_submodule(name).weight.double()
             assert (change - update).norm() <= 1e-3 * update.norm() + 1e-6
-    # A block without the plugin line is ignored by Axolotl, which only `verify` and `axolotl safety train` can tell.
+
+
+@pytest.mark.skipif(loaded_by_axolotl(), reason="a block alone is enough: test_entry_point.py")
+def test_a_block_without_the_plugin_line_is_ignored_by_axolotl(
+    world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path
+) -> None:
+    """Only `verify` and `axolotl safety train` can tell."""
+    axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
     unprotected = protect({**config, "output_dir": str(tmp_path / "ignored")}, world, safe_lora={"threshold": 1.0})
     del unprotected["plugins"]
     axolotl("train", unprotected)
@@ -270,3 +278,23 @@ def test_another_plugins_trainer_class_is_said(world: Path, config: dict[str, An
     options = protect(config, world, asft={"weight": 0.5})
     options["plugins"] = ["tests.axolotl.other_plugin.OtherPlugin", *options["plugins"]]
     assert "another plugin, listed before" in axolotl("train", options, code=1)
+
+
+def test_sbr_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    """Beside packed rows; without the term the states move, and so the adapter is another."""
+    (tmp_path / "harmful.jsonl").write_text('{"prompt": "w41 w42"}\n{"prompt": "w43"}\n')
+    saved = {}
+    for weight in (1e-9, 500.0):
+        output = tmp_path / str(weight)
+        options = protect(
+            {**config, "output_dir": str(output), "sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 2},
+            world,
+            sbr={"prompts": str(tmp_path / "harmful.jsonl"), "number": 2, "weight": weight},
+        )
+        del options["safety"]["subspace"]
+        axolotl("train", options)
+        saved[weight] = read_report(output).methods[0]
+    distances = {weight: float(report.summary.split("start and ")[1].split(" at")[0]) for weight, report in saved.items()}
+    assert saved[500.0].acted
+    assert saved[500.0].steps == (1, 3)
+    assert distances[500.0] < 0.7 * distances[1e-9]

@@ -1,4 +1,4 @@
-"""inspect_ai's own runner on the tiny model, offline. It cannot be installed beside Axolotl; `make test-eval` has it."""
+"""inspect_ai's own runner on the tiny model, offline. It cannot be installed beside Axolotl; the newest stack has it."""
 
 from pathlib import Path
 

@@ -142,8 +142,8 @@ class TestValidity:
         outcomes = experiment.run(lab_folder, seeds=2, first_seed=0)
         content = json.loads((lab_folder / "results.json").read_text())
         assert (lab_folder / "results.png").read_bytes().startswith(b"\x89PNG")
-        assert len(content["runs"]) == len(outcomes) == 54
-        assert sum(outcome.control for outcome in outcomes) == 16
+        assert len(content["runs"]) == len(outcomes) == 60
+        assert sum(outcome.control for outcome in outcomes) == 20
         assert sum(outcome.kept_forbidden is not None for outcome in outcomes) == 2
         for outcome in outcomes:
             assert 0 <= outcome.attack <= 1

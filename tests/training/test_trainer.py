@@ -338,3 +338,23 @@ def test_a_callback_and_a_block_work_together_or_are_refused(tmp_path: Path, gqa
     with pytest.raises(ConfigurationError, match="keep one of them"):
         plain.train()
     assert plain.state.global_step == 0
+
+
+@pytest.mark.parametrize("correction", [{}, {"safe_lora": {"threshold": 1.0}}])
+def test_what_the_host_switched_off_stands_in_the_report(
+    tmp_path: Path, gqa_subspace: AlignmentSubspace, correction: dict[str, Any]
+) -> None:
+    trainer = tiny.trainer(tmp_path, max_steps=1)
+    trainer.start_safety({"asft": {}, **correction}, gqa_subspace, switched_off=["lora_qkv_kernel = True was switched off"])
+    trainer.train()
+    trainer.save_model()
+    assert verify(tmp_path).switched_off == ["lora_qkv_kernel = True was switched off"]
+    assert "lora_qkv_kernel = True was switched off" in (tmp_path / "README.md").read_text()
+    assert "switched_off" not in tiny_report(tmp_path / "without", gqa_subspace)
+
+
+def tiny_report(output: Path, subspace: AlignmentSubspace) -> str:
+    trainer = tiny.trainer(output, safety={"asft": {}}, subspace=subspace, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    return (output / "safety_report.json").read_text()

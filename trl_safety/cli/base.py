@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ def errors() -> Iterator[None]:
     """Print our own errors as a line or two; anything else keeps its traceback."""
     from trl_safety.errors import SafetyError
 
+    # PEFT imports bitsandbytes, which says on some processors that a kernel for 4-bit layers could not be fetched: a matter of speed,
+    # and of no command that loads no such layer.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         yield
     except SafetyError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -12,9 +12,12 @@ from trl_safety.config.requirements import (
     BUFFERS,
     HOOKS_BESIDE_COMPILATION,
     HOOKS_BESIDE_FUSED_KERNELS,
+    ON_SHARDS,
     PLUGIN_TRAINER,
+    SHOWN,
     Requirement,
     one_of,
+    revised,
 )
 
 _LOW_RANK: dict[str, Any] = {"when": lambda options: options.how == "low_rank", "when_text": "with how: low_rank"}
@@ -28,12 +31,13 @@ class AlignmentBufferConfig(MethodOptions):
     stage: ClassVar[Stage] = "weights"
     excludes: ClassVar[tuple[str, str] | None] = BUFFERS
     needs: ClassVar[str] = "the pair of checkpoints, or an alignment subspace with a rank"
+    shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
     costs: ClassVar[str] = "nothing in a step; an exchange of the frozen weights around every evaluation"
     whole_model: ClassVar[str | None] = "acts on the whole model"
     changes_weights: ClassVar[bool] = True
     requirements: ClassVar[tuple[Requirement, ...]] = (
-        replace(HOOKS_BESIDE_FUSED_KERNELS, **_LOW_RANK),
-        replace(HOOKS_BESIDE_COMPILATION, **_LOW_RANK),
+        revised(HOOKS_BESIDE_FUSED_KERNELS, **_LOW_RANK),
+        revised(HOOKS_BESIDE_COMPILATION, **_LOW_RANK),
         PLUGIN_TRAINER,
         Requirement(
             "base_weights",

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from trl_safety.config.method import MethodOptions, Stage
 from trl_safety.config.options import Operator
-from trl_safety.config.requirements import PLUGIN_TRAINER, Requirement
+from trl_safety.config.requirements import ON_SHARDS, PLUGIN_TRAINER, SHOWN, Requirement
 
 
 class AsftConfig(MethodOptions):
@@ -21,6 +21,7 @@ class AsftConfig(MethodOptions):
     needs: ClassVar[str] = "an alignment subspace"
     requirements: ClassVar[tuple[Requirement, ...]] = (PLUGIN_TRAINER,)
     curves: ClassVar[Mapping[str, str]] = {"asft_penalty": "the update outside the subspace, squared, before its weight"}
+    shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
     costs: ClassVar[str] = "a few per cent of a step, and the subspace's factors on the device"
 
     weight: Annotated[float, Field(ge=0)] = 1.0

@@ -24,6 +24,7 @@ from trl_safety.config.evaluation import SafetyEvalConfig
 from trl_safety.config.method import STAGES, MethodOptions
 from trl_safety.config.options import Options, models_in, read_yaml, validate
 from trl_safety.config.safe_lora import SafeLoraConfig
+from trl_safety.config.sbr import SbrConfig
 from trl_safety.config.subspace import SubspaceSource
 from trl_safety.errors import ConfigurationError
 
@@ -38,6 +39,7 @@ class SafetyConfig(Options):
     alignment_buffer: AlignmentBufferConfig | None = None
     dual_select: DualSelectConfig | None = None
     asft: AsftConfig | None = None
+    sbr: SbrConfig | None = None
     safe_lora: SafeLoraConfig | None = None
     csulora: CsuloraConfig | None = None
     alignment_vector: AlignmentVectorConfig | None = None

@@ -14,7 +14,9 @@ from trl_safety.config.requirements import (
     BUFFERS,
     HOOKS_BESIDE_COMPILATION,
     HOOKS_BESIDE_FUSED_KERNELS,
+    ON_SHARDS,
     PLUGIN_TRAINER,
+    SHOWN,
     Requirement,
     one_of,
 )
@@ -71,6 +73,7 @@ class BufferReinforceConfig(_MergeOptions, MethodOptions):
         "removed_share": "share of its square that lay along the user's directions and was removed",
         "kept_directions": "number of the user's directions",
     }
+    shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
     costs: ClassVar[str] = "a second frozen adapter in every training step; the merge takes seconds"
     whole_model: ClassVar[str | None] = "acts on the whole model"
     changes_weights: ClassVar[bool] = True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from trl_safety.config.method import MethodOptions, Stage
+from trl_safety.config.requirements import ON_SHARDS, SHOWN
 
 
 class CorrectionConfig(MethodOptions):
@@ -13,6 +15,7 @@ class CorrectionConfig(MethodOptions):
     stage: ClassVar[Stage] = "correction"
     excludes: ClassVar[tuple[str, str] | None] = ("correction", "both rewrite the trained adapter")
     needs: ClassVar[str] = "an alignment subspace"
+    shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
     costs: ClassVar[str] = "nothing while training; seconds when it ends"
 
     corrected_checkpoints: bool = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -13,16 +12,18 @@ from trl_safety.config.requirements import (
     HOOKS_BESIDE_COMPILATION,
     HOOKS_BESIDE_FUSED_KERNELS,
     PLUGIN_TRAINER,
+    SHOWN,
     Requirement,
     is_true,
     one_of,
+    revised,
 )
 from trl_safety.errors import AdapterError
 
 _NO_SAMPLES = "the gradients of single samples cannot be told apart then"
 _REQUIREMENTS = (
-    replace(HOOKS_BESIDE_FUSED_KERNELS, reason="fused kernels bypass the modules in which the samples' gradients are read"),
-    replace(HOOKS_BESIDE_COMPILATION, reason=f"{_NO_SAMPLES}: a compiled model bypasses the hooks that read them"),
+    revised(HOOKS_BESIDE_FUSED_KERNELS, reason="fused kernels bypass the modules in which the samples' gradients are read"),
+    revised(HOOKS_BESIDE_COMPILATION, reason=f"{_NO_SAMPLES}: a compiled model bypasses the hooks that read them"),
     PLUGIN_TRAINER,
     Requirement("precision", one_of("fp16"), "fp16", "it works in float32 and bfloat16", {"any": "use bf16"}),
     Requirement(
@@ -102,6 +103,7 @@ class DualSelectConfig(MethodOptions):
         "kept_share": "share of samples that DualSelect kept",
         "conflict": "share of samples whose gradient is against the safety references'",
     }
+    shown: ClassVar[Mapping[str, str]] = SHOWN
     costs: ClassVar[str] = "a few per cent of a step, and a pass over the pool once an epoch"
     whole_model: ClassVar[str | None] = "steers the whole update"
     reads_references: ClassVar[str | None] = "reference_dataset"

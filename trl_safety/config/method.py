@@ -49,7 +49,7 @@ class MethodOptions(Options):
     measured: ClassVar[Mapping[str, str]] = {}
     """What its report measures in every layer, and what each is, for the page of a run."""
     shown: ClassVar[Mapping[str, str]] = {}
-    """Fact → the test that shows that the method acts beside it."""
+    """"fact: meaning" of a requirement that the method does not have → the test that shows that it acts there."""
 
     @property
     def subspace_use(self) -> Literal["reads", "names", "none"]:

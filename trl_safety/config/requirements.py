@@ -7,7 +7,7 @@ block and returns all violations at once. The compatibility page is printed from
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from trl_safety.errors import AdapterError, ConfigurationError
@@ -122,6 +122,11 @@ def one_of(*values: Any) -> Callable[[Any, Any], bool]:
     return lambda value, options: value in values
 
 
+def revised(requirement: Requirement, **changes: Any) -> Requirement:
+    """The requirement with some of its attributes changed."""
+    return replace(requirement, **changes)
+
+
 @dataclass(frozen=True)
 class Violation:
     """One requirement that a host's configuration breaks, and the methods that it stops."""
@@ -219,7 +224,7 @@ def cell(requirements: Sequence[Requirement], options: type[Declaring]) -> str:
     if own is not None:
         words = {"never": "refused", "unless_spelt_out": "refused where spelt out, else switched off", "always": "switched off"}
         return f"{words[own.switch_off]} {own.when_text}".strip()
-    test = options.shown.get(requirements[0].fact)
+    test = options.shown.get(f"{requirements[0].fact}: {requirements[0].meaning}")
     return f"works (`{test}`)" if test else "not tried"
 
 
@@ -332,3 +337,17 @@ PLUGIN_TRAINER = Requirement(
 
 BUFFERS = ("buffer", "are two buffers, of which the second would be trained on the first")
 """The group of methods that train on other weights than are used."""
+
+_BESIDE = "tests/training/test_beside.py::test_acts_or_is_refused"
+SHOWN = {
+    "rows: packed": _BESIDE,
+    "compiled: true": _BESIDE,
+    "trained_besides: set": _BESIDE,
+    "streamed: streamed": _BESIDE,
+    "batch: one sample": _BESIDE,
+    "batch_varies: auto_find_batch_size": _BESIDE,
+    "label_smoothing: above 0": _BESIDE,
+}
+"""What this package's tests show of all of its methods that have no requirement there."""
+ON_SHARDS = {"engine: FSDP, or DeepSpeed of any stage": "tests/training/test_engines.py::test_two_processes_equal_one"}
+"""What they show of the methods that act on whole factors alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 import statistics
@@ -43,6 +44,8 @@ from trl_safety.lab.settings import (
     PROVIDER,
     REFERENCES,
     SAMPLES,
+    SBR_PROMPTS,
+    SBR_WEIGHT,
     SUBSPACE_RANK,
     VECTOR_GAMMAS,
 )
@@ -155,6 +158,7 @@ class Lab:
         yield from self._buffer_reinforce(seed, model, seconds)
         yield from self._alignment_vector(seed, model, seconds)
         yield from self._alignment_buffer(seed)
+        yield from self._sbr(seed)
 
     def _corrections(self, seed: int, trained: Any, seconds: float) -> Iterator[Outcome]:
         state = {name: value.detach().clone() for name, value in trained.state_dict().items() if "lora_" in name}
@@ -178,6 +182,23 @@ class Lab:
         outcome = self._outcome(f"AsFT, λ = {weight:g}", seed, model, seconds)
         yield outcome
         yield self._l2(seed, weight, outcome)
+
+    def _sbr(self, seed: int) -> Iterator[Outcome]:
+        """The states of forbidden requests held, those of benign ones in their place, and as small an update by plain L2."""
+        world, rng = self.world, random.Random(self.world_seed)  # noqa: S311  # no secret here
+        name = f"SBR, λ = {SBR_WEIGHT:g}"
+        outcomes = []
+        for row, topics in ((name, world.seen_forbidden), (f"{name}: the same term on benign prompts", world.benign)):
+            asked = [found.messages()["prompt"] for found in world.requests(rng, topics, 4 * SBR_PROMPTS)]
+            prompts = list({json.dumps(prompt): prompt for prompt in asked}.values())[:SBR_PROMPTS]
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "prompts.jsonl"
+                path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+                block = {"prompts": str(path), "number": len(prompts), "weight": SBR_WEIGHT, "ask_first": False}
+                model, seconds = self.fine_tune(seed, safety={"sbr": block})
+            outcomes.append(self._outcome(row, seed, model, seconds, control=row != name))
+        yield from outcomes
+        yield self._l2(seed, 0.1, outcomes[0])
 
     def _dual_select(self, seed: int) -> Iterator[Outcome]:
         references = self.references(seed)
@@ -250,7 +271,7 @@ class Lab:
             yield self._outcome(f"alignment buffer, γ = {gamma:g}", seed, model, seconds)
 
     def _l2(self, seed: int, weight: float, target: Outcome) -> Outcome:
-        """Plain L2 on ΔW whose final norm is AsFT's: AsFT with C = 0, its weight found by the secant rule on logarithms."""
+        """Plain L2 on ΔW whose final norm is the target's: AsFT with C = 0, its weight found by the secant rule on logarithms."""
         nothing = AlignmentSubspace(
             {name: dataclasses.replace(layer, singular_values=torch.zeros(layer.rank)) for name, layer in self.ranked.layers.items()},
             self.ranked.provenance,
@@ -259,7 +280,7 @@ class Lab:
         guess = weight
         for _ in range(MOST_CONTROL_RUNS):
             model, seconds = self.fine_tune(seed, safety={"asft": {"weight": guess}}, subspace=nothing)
-            tried.append((guess, self._outcome(f"AsFT, λ = {weight:g}: L2 of the same ‖ΔW‖", seed, model, seconds, control=True)))
+            tried.append((guess, self._outcome(f"{target.method}: L2 of the same ‖ΔW‖", seed, model, seconds, control=True)))
             tried.sort(key=lambda pair: abs(_log_ratio(pair[1], target)))
             if abs(_log_ratio(tried[0][1], target)) <= NORM_TOLERANCE:
                 break

@@ -221,6 +221,13 @@ class AlignmentSubspace:
                 f"name ({str(error).splitlines()[0]}); give the path of a subspace file or check the id and your access"
             ) from error
 
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the file, and a card, into a folder that `from_pretrained` reads. Returns the file's path; see `save` for errors."""
+        path = self.save(Path(folder) / HUB_FILE)
+        with replacing(Path(folder) / "README.md", error=SubspaceError, setting="output") as temporary:
+            temporary.write_text(self._card(Path(folder).name), encoding="utf-8")
+        return path
+
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
         """Upload the file, with a card, so that others need not hold the unaligned base. Returns the commit's address."""
         import tempfile
@@ -230,7 +237,7 @@ class AlignmentSubspace:
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save(Path(folder) / HUB_FILE)
+            self.save_pretrained(folder)
             (Path(folder) / "README.md").write_text(self._card(repo_id), encoding="utf-8")
             commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload alignment subspace")
         return str(commit)

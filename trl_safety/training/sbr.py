@@ -1,0 +1,263 @@
+"""SBR in training: the prompts, their states before fine-tuning, and the term that holds them there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from trl_safety.adapters.lora import unwrap
+from trl_safety.config.block import SafetyConfig
+from trl_safety.config.sbr import SbrConfig
+from trl_safety.errors import ConfigurationError
+from trl_safety.methods import sbr
+from trl_safety.scoring import KeywordJudge, Prompt, complete
+from trl_safety.training.data import load_rows
+from trl_safety.training.loss_term import LossTerm
+from trl_safety.training.method import Context
+
+logger = logging.getLogger(__name__)
+
+ASKED_TOKENS = 32
+
+
+class Sbr(LossTerm):
+    """λ · mean_k mean_d (h_θ(x_k) − h_0(x_k))², with h the last layer's state at the last prompt token, once per optimizer step.
+
+    h_0 is the model's without its adapter and without dropout, from before the first step; h_θ is computed as the trainer trains. The
+    prompts are padded on the right whatever the tokenizer's side, every process has all of them, and no logits are computed.
+
+    Raises:
+        ConfigurationError: there are too few prompts, an empty one, one that is longer than the model takes, or no tokenizer.
+    """
+
+    name = "sbr"
+    action = "held"
+    covers_past = True
+    config: SbrConfig
+
+    def __init__(self, config: SbrConfig, context: Context) -> None:
+        super().__init__(config, context)
+        trainer = context.trainer
+        self._tokenizer = trainer.processing_class
+        if self._tokenizer is None or not callable(self._tokenizer):
+            raise ConfigurationError("sbr: the trainer has no tokenizer (processing_class), which reads the prompts; give one")
+        self._prompts = read_prompts(config)
+        self._ids = [_tokens(prompt, self._tokenizer) for prompt in self._prompts]
+        self._check(unwrap(trainer.model))
+        self._reference: Tensor | None = None
+        self.distances: tuple[float, float] | None = None
+        """At the start of the run and when it was measured last."""
+
+    @classmethod
+    def ready(cls, config: SbrConfig, block: SafetyConfig, trainer: Any, references: Any) -> None:
+        """See `TrainingMethod.ready`.
+
+        Raises:
+            ConfigurationError: gradients of several processes would not be averaged.
+        """
+        selecting = next((name for name, options in block.methods().items() if options.stage == "selection"), None)
+        if selecting and trainer.accelerator.num_processes > 1:
+            raise ConfigurationError(
+                f"sbr beside {selecting} on {trainer.accelerator.num_processes} processes: {selecting} averages its own gradients alone, and the states' differ "
+                "with every process' dropout; use one process, or one of the two"
+            )
+
+    def _check(self, model: Any) -> None:
+        empty = next((i for i, ids in enumerate(self._ids) if not ids), None)
+        if empty is not None:
+            raise ConfigurationError(f"sbr.prompts: number {empty + 1} is empty; remove it")
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        most = getattr(config, "max_position_embeddings", None)
+        longest = max(range(len(self._ids)), key=lambda i: len(self._ids[i]))
+        if most is not None and len(self._ids[longest]) > most:
+            raise ConfigurationError(
+                f"sbr.prompts: number {longest + 1} has {len(self._ids[longest])} tokens, the model takes {most}; shorten or remove it"
+            )
+
+    # The states.
+
+    def _states(self) -> Tensor:
+        """(K, d) of the model as it is now, float32."""
+        trainer = self.context.trainer
+        model: Any = unwrap(trainer.model)
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        device = next(model.parameters()).device
+        lengths = torch.tensor([len(ids) for ids in self._ids])
+        width = int(lengths.max())
+        ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in self._ids], device=device)
+        mask = (torch.arange(width) < lengths.unsqueeze(1)).long().to(device)
+        with trainer.compute_loss_context_manager():
+            # Without the head, whose logits nobody needs.
+            output = causal.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is None:
+            raise ConfigurationError(
+                f"sbr: {type(causal.base_model).__name__} gives no last hidden state, which sbr bounds; use another method, or a model class that does"
+            )
+        return sbr.last_states(hidden, lengths)
+
+    @torch.no_grad()
+    def _still(self) -> Tensor:
+        """The states without dropout; the model's mode stays as it was."""
+        model: Any = unwrap(self.context.trainer.model)
+        training = model.training
+        model.eval()
+        try:
+            return self._states()
+        finally:
+            model.train(training)
+
+    def term(self) -> Tensor:
+        """See `LossTerm.term`."""
+        assert self._reference is not None  # noqa: S101  # set when training began
+        states = self._states()
+        with torch.autocast(states.device.type, enabled=False):
+            return sbr.distance(states, self._reference)
+
+    def share(self, steps: int) -> float:
+        """The whole term with the last accumulated micro-batch: the weights are the same in all of them."""
+        return 1.0 if self.context.trainer.accelerator.sync_gradients else 0.0
+
+    # The run.
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Take h_0 from the model without its adapter, before a buffer is in its weights; a resumed run takes the same."""
+        super().begin(checkpoint)
+        trainer = self.context.trainer
+        model: Any = unwrap(trainer.model)
+        if not hasattr(model, "disable_adapter"):
+            raise ConfigurationError(
+                f"{type(model).__name__} has no disable_adapter, without which sbr has no states to hold to: give the trainer a PeftModel or peft_config"
+            )
+        with model.disable_adapter():
+            self._reference = self._still()
+            answers = self._answers(model) if self.config.ask_first else []
+        if trainer.state.is_world_process_zero:
+            self._warn(answers)
+        now = self._measure()
+        self.distances = (now, now)
+
+    def _answers(self, model: Any) -> list[str]:
+        prompts = [Prompt(prompt if isinstance(prompt, str) else tuple(prompt)) for prompt in _as_messages(self._prompts, self._tokenizer)]
+        return complete(model, self._tokenizer, prompts, new_tokens=ASKED_TOKENS, batch_size=len(prompts))
+
+    def _warn(self, answers: Sequence[str]) -> None:
+        judge = KeywordJudge()
+        verdicts = judge.verdicts([Prompt(_short(prompt)) for prompt in self._prompts], list(answers)) if answers else []
+        for prompt, verdict in zip(self._prompts, verdicts, strict=False):
+            if verdict == "complied":
+                logger.warning("sbr.prompts: the starting model does not refuse %r: it bounds nothing worth keeping", _short(prompt))
+        data = self.context.trainer.train_dataset
+        if isinstance(data, Dataset) and "input_ids" in data.column_names:
+            wanted = {tuple(ids): prompt for ids, prompt in zip(self._ids, self._prompts, strict=True)}
+            found: set[int] = set()
+            for row in data.select_columns("input_ids"):
+                for place, ids in enumerate(wanted):
+                    if place not in found and tuple(row["input_ids"][: len(ids)]) == ids:
+                        found.add(place)
+                        logger.warning(
+                            "sbr.prompts: %r is also a prompt of the training data, whose answer it holds back", _short(wanted[ids])
+                        )
+
+    def _measure(self) -> float:
+        assert self._reference is not None  # noqa: S101
+        distance = float(sbr.distance(self._still(), self._reference))
+        if self.distances is not None:
+            self.distances = (self.distances[0], distance)
+        return distance
+
+    def before_save(self) -> None:
+        """The report beside what is saved next has the distance now."""
+        self._measure()
+
+    def metrics(self) -> dict[str, float]:
+        """The distance without dropout and without its weight."""
+        return {"sbr": self._measure()} if self._reference is not None else {}
+
+    # The report.
+
+    @property
+    def idle(self) -> str | None:
+        """A weight of 0 measures alone."""
+        return "weight 0: the distance was measured, nothing was protected" if self.config.weight == 0 else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The prompts are no part of a report that is published: their number and a digest of their tokens are."""
+        settings = super().settings
+        where = settings["prompts"] if isinstance(settings["prompts"], str) else f"{len(self._prompts)} given"
+        return {**settings, "prompts": where, "prompts_sha256": hashlib.sha256(json.dumps(self._ids).encode()).hexdigest()[:16]}
+
+    def describe(self, first: int, last: int) -> str:
+        """See `TrainingMethod.describe`."""
+        start, end = self.distances or (float("nan"), float("nan"))
+        return (
+            f"the states of {len(self._prompts)} prompts held with weight {self.config.weight:g} in optimizer steps {first} to {last}; their mean squared "
+            f"distance from the model without the adapter was {start:.3g} at the start and {end:.3g} at the end"
+        )
+
+
+def read_prompts(config: SbrConfig) -> list[Any]:
+    """The first K prompts: texts, or messages.
+
+    Raises:
+        ConfigurationError: there are fewer, the column is missing, or a row holds no prompt.
+    """
+    if isinstance(config.prompts, list):
+        prompts: list[Any] = list(config.prompts)
+        if config.column is not None:
+            raise ConfigurationError(f"sbr.column = {config.column!r}: is used with a file or a data set alone; remove it")
+    else:
+        rows = load_rows(config.prompts, "sbr.prompts")
+        column = config.column or next((name for name in ("prompt", "messages", "text") if name in rows.column_names), None)
+        if column is None or column not in rows.column_names:
+            raise ConfigurationError(
+                f"sbr.column = {config.column!r}: the prompts in {config.prompts!r} have the columns {', '.join(rows.column_names)}; name the one to use"
+            )
+        if "completion" in rows.column_names:
+            logger.warning("sbr.prompts: the column completion is not read: the prompts alone are used")
+        prompts = [_without_answer(value) for value in rows[: config.number][column]]
+    if len(prompts) < config.number:
+        raise ConfigurationError(f"sbr.number = {config.number}: there are {len(prompts)} prompts; give more, or use a smaller number")
+    prompts = prompts[: config.number]
+    for place, prompt in enumerate(prompts):
+        texts = (
+            [prompt] if isinstance(prompt, str) else [turn.get("content") for turn in prompt if isinstance(turn, dict)] if prompt else []
+        )
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ConfigurationError(f"sbr.prompts: number {place + 1} is {prompt!r}, which holds no prompt; give text or chat messages")
+    return prompts
+
+
+def _without_answer(value: Any) -> Any:
+    """Messages up to the last one of the user's."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+        return value[:-1]
+    return value
+
+
+def _tokens(prompt: Any, tokenizer: Any) -> list[int]:
+    """A prompt's tokens up to where the answer would begin, by the chat template where there is one."""
+    (prompt,) = _as_messages([prompt], tokenizer)
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def _as_messages(prompts: Sequence[Any], tokenizer: Any) -> list[Any]:
+    """A text is the user's message where there is a chat template, and what the model continues where there is none."""
+    chats = bool(getattr(tokenizer, "chat_template", None))
+    return [[{"role": "user", "content": prompt}] if isinstance(prompt, str) and chats else prompt for prompt in prompts]
+
+
+def _short(prompt: Any) -> str:
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+    return text if len(text) <= 60 else text[:57] + "…"
