@@ -130,7 +130,8 @@ def disjoint(tensors: dict[str, torch.Tensor]) -> None:
 NOTHING: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], dict[str, Any]]] = {
     "B": (zeroed("B"), {}),
     "A": (zeroed("A"), {}),
-    "scaling": (lambda _: None, {"lora_alpha": 0}),
+    # A correction's mark holds the alpha of the layer that it stands at.
+    "scaling": (lambda _: None, {"lora_alpha": 0, "alpha_pattern": {}}),
     "pattern": (lambda _: None, {"alpha_pattern": {".*": 0}}),
     "cancels": (cancels, {}),
     "disjoint": (disjoint, {}),

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from tests import references, tiny
 from trl_safety import AlignmentSubspace, CSULoRACallback, SafeLoRACallback, SafeSFTConfig, SafetyConfig, asft_penalty
 from trl_safety.errors import AdapterError, ConfigurationError, SubspaceError
-from trl_safety.reports.report import read_report
+from trl_safety.reports.report import read_report, verify
 
 ASFT = {"asft": {"weight": 2.0}}
 SMOOTHING = pytest.param(
