@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,23 @@ def gqa_model() -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(DATA / "gqa-aligned")
     return PeftModel.from_pretrained(model, str(DATA / "gqa-adapter"), is_trainable=True)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A Hub cache; called, it puts a model's revisions there as `huggingface_hub` lays them out."""
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+
+    def put(repo: str, **revisions: str) -> None:
+        root = hub / f"models--{repo.replace('/', '--')}"
+        for number, (name, source) in enumerate(revisions.items()):
+            commit = f"{number:040x}"
+            shutil.copytree(source, root / "snapshots" / commit)
+            (root / "refs").mkdir(exist_ok=True)
+            (root / "refs" / name).write_text(commit)
+
+    return put
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,17 @@ def model(name: str = "gqa-aligned", **kwargs: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(DATA / name, **kwargs)
 
 
+def wide(folder: Path, seed: int = 0) -> str:
+    """A model whose rows are whole blocks of 64, saved with a tokenizer: bitsandbytes mixes others up on a CPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def lora(**kwargs: Any) -> LoraConfig:
     """LoRA whose update is not zero at the start, so that penalties have gradients from the first step on."""
     options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", "init_lora_weights": False}

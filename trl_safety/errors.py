@@ -27,3 +27,8 @@ class AdapterError(SafetyError, ValueError):
 
 class ReportError(SafetyError, ValueError):
     """A safety report is missing, damaged, or does not describe the adapter beside it."""
+
+
+def reason(error: BaseException) -> str:
+    """What another library's error says, as part of a message of ours: its first line, or its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

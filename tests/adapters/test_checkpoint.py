@@ -1,14 +1,19 @@
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tests.tiny import DATA
+from trl_safety import AlignmentSubspace
 from trl_safety.adapters.checkpoint import Checkpoint, digest
 from trl_safety.errors import CheckpointError
+from trl_safety.subspace.build import build_subspace
 
 LAYER = "model.layers.0.self_attn.q_proj"
 
@@ -101,6 +106,90 @@ def test_neither_folder_nor_hub(tmp_path: Path) -> None:
         Checkpoint(tmp_path / "missing" / "folder")
     with pytest.raises(CheckpointError, match="neither"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one-file", "shards"])
+def test_from_the_cache_without_a_network(folder: Path, hub_cache: Callable[..., None], shards: bool) -> None:
+    if shards:
+        shard(folder)
+    hub_cache("org/model", main=str(folder), old=str(DATA / "gqa-base"))
+    found = Checkpoint("org/model")
+    assert torch.equal(found.read(LAYER), Checkpoint(DATA / "gqa-aligned").read(LAYER))
+    assert found.revision == f"{0:040x}"
+    old = Checkpoint("org/model", "old")
+    assert torch.equal(old.read(LAYER), Checkpoint(DATA / "gqa-base").read(LAYER))
+    assert old.revision == f"{1:040x}"
+    assert torch.equal(Checkpoint("org/model", f"{1:040x}").read(LAYER), old.read(LAYER))
+    for revision in ("v9", f"{2:040x}"):
+        with pytest.raises(CheckpointError, match="could not be fetched from the Hub"):
+            Checkpoint("org/model", revision)
+
+
+def test_a_pair_from_the_cache(tmp_path: Path, hub_cache: Callable[..., None]) -> None:
+    hub_cache("org/base", main=str(DATA / "gqa-base"))
+    hub_cache("org/aligned", main=str(DATA / "gqa-aligned"))
+    options = {"target_modules": "all-linear", "rank": 4, "progress": False}
+    built = build_subspace(tmp_path / "S.safetensors", "org/base", "org/aligned", **options)
+    assert built.identity == AlignmentSubspace.from_pair(DATA / "gqa-base", DATA / "gqa-aligned", **options).identity
+    assert built.provenance.base_revision == f"{0:040x}"
+
+
+@pytest.mark.parametrize("missing", [["model.safetensors"], ["model.safetensors", "config.json"]])
+def test_what_the_cache_lacks(folder: Path, hub_cache: Callable[..., None], missing: list[str]) -> None:
+    """Somebody looked at the configuration alone: the weights may be on the Hub."""
+    for file in missing:
+        (folder / file).unlink()
+    hub_cache("org/model", main=str(folder))
+    with pytest.raises(CheckpointError, match="could not be fetched from the Hub"):
+        Checkpoint("org/model")
+
+
+def test_one_file_counts_where_there_are_shards_too(folder: Path) -> None:
+    """As for Transformers: the shards may be left over from a larger save."""
+    whole = (folder / "model.safetensors").read_bytes()
+    shard(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    rewrite(folder, lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"] + 1}))
+    assert torch.equal(Checkpoint(folder).read(LAYER), AutoModelForCausalLM.from_pretrained(folder).get_submodule(LAYER).weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", ""),
+        ("config.json", "[]"),
+        ("model.safetensors.index.json", "{}"),
+        ("model.safetensors.index.json", "3"),
+        ("model.safetensors.index.json", '{"weight_map": ["a"]}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
+    ],
+)
+def test_damaged_descriptions(folder: Path, file: str, content: str) -> None:
+    shard(folder)
+    (folder / file).write_text(content)
+    with pytest.raises(CheckpointError, match="fetch or save"):
+        Checkpoint(folder)
+
+
+def test_a_class_that_is_not_known_is_read_by_its_own_names(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "no_such_model"}')
+    assert torch.equal(Checkpoint(folder).read(LAYER), Checkpoint(DATA / "gqa-aligned").read(LAYER))
+
+
+def test_four_bits_without_bitsandbytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = f"{LAYER}.weight"
+    rewrite(folder, lambda t: t.update({f"{key}.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)}))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(CheckpointError, match="without bitsandbytes"):
+        Checkpoint(folder, quantised=True).weight(LAYER)
+
+
+def test_four_bits_that_are_damaged(folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    key = f"{LAYER}.weight"
+    rewrite(folder, lambda t: t.update({f"{key}.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)}))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        Checkpoint(folder, quantised=True).weight(LAYER)
 
 
 def test_digest_tells_values_shapes_and_dtypes_apart() -> None:

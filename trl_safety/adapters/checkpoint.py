@@ -1,18 +1,25 @@
-"""A model checkpoint as tensors by name: one safetensors file or shards, local or on the Hub, read one tensor at a time."""
+"""A model checkpoint as tensors by name: one safetensors file or shards, local or on the Hub, read one tensor at a time.
+
+A model's parameters are asked for by the names that the model class gives them. Checkpoints on the Hub often have older ones, which
+Transformers renames (and some of which it splits or joins) when it loads; so do we, by its own table.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from trl_safety.adapters.architecture import UNREADABLE, Conversion, origins, skeleton
 from trl_safety.adapters.names import strip_wrappers
-from trl_safety.errors import CheckpointError
+from trl_safety.errors import CheckpointError, reason
+from trl_safety.linalg.finite import is_finite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -27,7 +34,6 @@ class Checkpoint:
         source: as the user named it.
         revision: the Hub commit that is read, or None for a folder.
         config: the checkpoint's `config.json`, empty if it has none.
-        modules: names of the modules that have a two-dimensional weight, mapped to the tensor's name.
     """
 
     def __init__(self, source: str | Path, revision: str | None = None, *, quantised: bool = False) -> None:
@@ -45,6 +51,7 @@ class Checkpoint:
         self._folder = Path(source) if Path(source).is_dir() else None
         self._asked_revision = revision
         self.revision: str | None = None
+        self._unreached: Exception | None = None
         self._handles: dict[str, Any] = {}
         self._paths: dict[str, Path] = {}
         config = self._find("config.json")
@@ -55,10 +62,32 @@ class Checkpoint:
                 "Name the full-precision checkpoint that it was made from"
             )
         self._files = self._locate()
-        self.modules = {strip_wrappers(name.removesuffix(".weight")): name for name in self._files if name.endswith(".weight")}
+
+    def skeleton(self, *, trust_remote_code: bool = False) -> nn.Module | None:
+        """The model's class without weights; see `architecture.skeleton`."""
+        return skeleton(self.source, self.revision, self.config, trust_remote_code=trust_remote_code)
+
+    @cached_property
+    def _origins(self) -> dict[str, str | Conversion]:
+        """Parameter → where it comes from; the stored names themselves where the model class is not known."""
+        try:
+            model = self.skeleton()
+        except CheckpointError:
+            model = None
+        return origins(model, self._files) if hasattr(model, "base_model_prefix") else {name: name for name in self._files}
+
+    @cached_property
+    def parameters(self) -> dict[str, str]:
+        """Every parameter, by its name in the model class → the name to ask `shape` and `tensor` for."""
+        return {name: origin if isinstance(origin, str) else name for name, origin in self._origins.items()}
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """Every module with a weight, by its name in the model class → the name to ask `shape` and `tensor` for."""
+        return {strip_wrappers(name.removesuffix(".weight")): asked for name, asked in self.parameters.items() if name.endswith(".weight")}
 
     def read(self, module: str) -> Tensor:
-        """The weight of a module as stored: shape and dtype of the file, on the CPU.
+        """The weight of a module: shape and dtype of the file, on the CPU.
 
         Raises:
             CheckpointError: it is quantised, is no matrix, holds NaN or infinity, or its file is damaged.
@@ -74,18 +103,31 @@ class Checkpoint:
 
         Returns:
             As `read`; or dequantised, where bitsandbytes stored it in 4 bits; or None, where it is quantised in another way.
+
+        Raises:
+            CheckpointError: as `read`; or it is quantised by bitsandbytes, which is not installed.
         """
         name = self.modules[module]
-        handle = self._open(self._files[name])
+        if name not in self._files:
+            stored = self._conversion(name).stored
+            return (self.read(module), False) if all(self._dtype(part) in FULL_PRECISION for _, part in stored) else (None, True)
         parts = {part.removeprefix(f"{name}."): part for part in self._files if part.startswith(f"{name}.")}
         # Before the dtype: with bnb_4bit_quant_storage the packed entries lie in a tensor of any dtype.
         if not any(QUANT_STATE in part for part in parts):
-            return (self.read(module), False) if handle.get_slice(name).get_dtype() in FULL_PRECISION else (None, True)
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        state = {part: self._open(self._files[stored]).get_tensor(stored) for part, stored in parts.items()}
-        weight: Tensor = dequantize_4bit(handle.get_tensor(name), QuantState.from_dict(state, torch.device("cpu")))
-        return weight, True
+            return (self.read(module), False) if self._dtype(name) in FULL_PRECISION else (None, True)
+        try:
+            from bitsandbytes.functional import QuantState, dequantize_4bit
+        except ImportError as error:
+            raise CheckpointError(
+                f"{self.source!r} is stored in 4 bits, which cannot be read without bitsandbytes ({reason(error)}): pip install 'trl-safety[qlora]'"
+            ) from error
+        try:
+            state = {part: self._open(self._files[stored]).get_tensor(stored) for part, stored in parts.items()}
+            packed = self._open(self._files[name]).get_tensor(name)
+            weight: Tensor = dequantize_4bit(packed, QuantState.from_dict(state, torch.device("cpu")))
+        except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            raise self._damaged(self._files[name], error) from error
+        return self._finite(name, weight), True
 
     @property
     def names(self) -> list[str]:
@@ -93,18 +135,34 @@ class Checkpoint:
         return list(self._files)
 
     def file_of(self, name: str) -> str:
-        """The name of the file that holds a tensor."""
+        """The name of the file that holds a stored tensor."""
         return self._files[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
+        """A tensor's shape, without reading it; `name` as of `names`, `parameters` or `modules`."""
+        if name not in self._files:
+            return tuple(self._conversion(name).model.state_dict()[name].shape)
         try:
             return tuple(self._open(self._files[name]).get_slice(name).get_shape())
         except SafetensorError as error:
             raise self._damaged(self._files[name], error) from error
 
     def tensor(self, name: str) -> Tensor:
-        """Any tensor by its stored name; see `read`."""
+        """Any tensor, `name` as of `names`, `parameters` or `modules`; see `read`."""
+        if name in self._files:
+            return self._stored(name)
+        conversion = self._conversion(name)
+        try:
+            return conversion.compute(self._stored)[name].contiguous()
+        except UNREADABLE as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"layer {name!r} of {self.source!r} cannot be made from {conversion.stored[0][1]!r} as Transformers does ({reason(error)}): fetch or save the "
+                "checkpoint again"
+            ) from error
+
+    def _stored(self, name: str) -> Tensor:
         file = self._files[name]
         # Opened anew for each tensor: what was read through one mapping counts as this process's memory until the mapping is gone.
         handle = self._map(file)
@@ -117,20 +175,44 @@ class Checkpoint:
             tensor: Tensor = handle.get_tensor(name)
         except SafetensorError as error:
             raise self._damaged(self._files[name], error) from error
-        if not bool(torch.isfinite(tensor).all()):
+        return self._finite(name, tensor)
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if not is_finite(tensor):
             raise CheckpointError(
                 f"layer {name!r} of {self.source!r} holds NaN or infinity: the checkpoint is broken, fetch or save it again"
             )
         return tensor
 
+    def _conversion(self, name: str) -> Conversion:
+        found = self._origins[name]
+        assert isinstance(found, Conversion)  # noqa: S101  # what is not stored is computed
+        return found
+
+    def _dtype(self, name: str) -> str:
+        try:
+            dtype: str = self._open(self._files[name]).get_slice(name).get_dtype()
+        except SafetensorError as error:
+            raise self._damaged(self._files[name], error) from error
+        return dtype
+
     def _locate(self) -> dict[str, str]:
-        """Tensor name → file name."""
-        index = self._find(INDEX)
-        if index:
-            files: dict[str, str] = _json(index).get("weight_map", {})
+        """Tensor name → file name. Where there are both one file and shards, the one file counts, as for Transformers."""
+        own = self.config.get("transformers_weights")
+        for file in [own] if isinstance(own, str) else [SINGLE, INDEX]:
+            found = self._find(file)
+            if found is None:
+                continue
+            if found.suffix != ".json":
+                return dict.fromkeys(self._open(file).keys(), file)
+            files = _json(found).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(part, str) for part in files.values()):
+                raise CheckpointError(
+                    f"{str(found)!r} has no weight_map that names a file for every tensor: fetch or save the checkpoint again"
+                )
             return files
-        if self._find(SINGLE):
-            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        if self._unreached is not None:
+            raise self._unreachable(self._unreached)
         pickled = self._folder and [path.name for path in self._folder.glob("*.bin")]
         hint = (
             f"its weights are pickled ({pickled[0]}), which is never read; load and save it with Transformers to get safetensors"
@@ -165,6 +247,7 @@ class Checkpoint:
         return self._paths[file]
 
     def _find(self, file: str) -> Path | None:
+        """One of the checkpoint's files, or None where it has none of this name."""
         if self._folder is not None:
             path = self._folder / file
             return path if path.is_file() else None
@@ -174,19 +257,33 @@ class Checkpoint:
         try:
             path = Path(hf_hub_download(self.source, file, revision=self._asked_revision))
         except LocalEntryNotFoundError as error:
-            raise self._unreachable(error) from error
+            # Without a network a model is what the cache holds of it; that a file is not there may be all that there is to know.
+            if not self._cached():
+                raise self._unreachable(error) from error
+            self._unreached = error
+            return None
         except EntryNotFoundError:
             return None
-        except (HFValidationError, HfHubHTTPError, OSError) as error:
+        except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
             raise self._unreachable(error) from error
-        if "snapshots" in path.parts:
-            self.revision = path.parts[path.parts.index("snapshots") + 1]
+        if path.parent.parent.name == "snapshots":
+            self.revision = path.parent.name
         return path
 
+    def _cached(self) -> bool:
+        """Whether the Hub's cache holds anything of this model at this revision."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            snapshot_download(self.source, revision=self._asked_revision, local_files_only=True, allow_patterns=[])
+        except (HFValidationError, OSError, ValueError):
+            return False
+        return True
+
     def _unreachable(self, error: Exception) -> CheckpointError:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return CheckpointError(
-            f"{self.source!r} is no local folder and could not be fetched from the Hub ({reason}): check the path or id, the "
+            f"{self.source!r} is no local folder and could not be fetched from the Hub ({reason(error)}): check the path or id, the "
             "revision, the network and your access"
         )
 
@@ -204,11 +301,24 @@ def digest(tensor: Tensor) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} is no valid JSON ({error}): fetch or save the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{str(path)!r} holds a {type(content).__name__} where an object is expected: fetch or save the checkpoint again"
+        )
     return content
 
 
 def _quantisation(config: Any) -> str:
     return str(config.get("quant_method", "unknown method")) if isinstance(config, dict) else "unknown method"
+
+
+def why_no_bitsandbytes() -> str | None:
+    """Why bitsandbytes, which reads and makes 4-bit weights, cannot be used here; None where it can."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        return reason(error)
+    return None

@@ -88,13 +88,14 @@ class WeightExchange:
                     continue
                 seen.add(id(parameter))
                 found[name] = module, attribute, parameter
-        hidden = match(sorted(weights - parameters), self._aligned.names)
-        if packed := [name for name, stored in hidden.items() if stored is not None and len(self._aligned.shape(stored)) > 1]:
+        stored_as = [checkpoint.parameters for checkpoint in (self._base, self._aligned)]
+        hidden = match(sorted(weights - parameters), stored_as[1])
+        if packed := [name for name, there in hidden.items() if there is not None and len(self._aligned.shape(stored_as[1][there])) > 1]:
             raise AdapterError(
                 f"{self._setting}: the model keeps {packed[0]!r} in a form that is no parameter (GPTQ, AWQ, EETQ), which cannot be exchanged: load the model "
                 "in 4 bits (bitsandbytes) or full precision, or use how: low_rank"
             )
-        places = [match(found, checkpoint.names) for checkpoint in (self._base, self._aligned)]
+        places = [{name: known.get(to or "") for name, to in match(found, known).items()} for known in stored_as]
         for name, (module, attribute, parameter) in found.items():
             stored = [place[name] for place in places]
             if stored[0] is None or stored[1] is None:

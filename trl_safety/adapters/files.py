@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from trl_safety.version import __version__
 
 
 @contextlib.contextmanager
@@ -67,6 +70,29 @@ def new_folder(path: Path, *, error: type[Exception], setting: str, replace: boo
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_newer(one: str, other: str) -> bool:
+    """Whether a version, as programs write their own into files, is above another."""
+    first, second = ([int(part) for part in re.findall(r"\d+", version)[:3]] for version in (one, other))
+    return first > second
+
+
+def other_schema(found: object, reads: int, wrote: object, again: str) -> str:
+    """What a message says of a file of ours that has another schema version, and what helps.
+
+    Args:
+        found: the file's schema version.
+        reads: the one that this version reads.
+        wrote: the version that the file says it was written by.
+        again: how to make the file anew.
+    """
+    update = (
+        f"; it was written by trl-safety {wrote}: pip install trl-safety=={wrote}, or "
+        if isinstance(wrote, str) and wrote != __version__
+        else "; "
+    )
+    return f"has schema version {found!r}, trl-safety {__version__} reads {reads}{update}{again}"
 
 
 def sha256(path: Path) -> str:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft import __version__ as peft_version
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trl_safety.adapters.files import new_folder
-from trl_safety.adapters.lora import check_config, strays
-from trl_safety.adapters.names import strip_wrappers
-from trl_safety.errors import AdapterError
+from trl_safety.adapters.files import is_newer, new_folder
+from trl_safety.adapters.lora import DIVERGED, check_config, strays
+from trl_safety.adapters.names import WRAPPERS, strip_wrappers
+from trl_safety.errors import AdapterError, reason
+from trl_safety.linalg.finite import is_finite
+from trl_safety.linalg.low_rank import is_zero_product
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -43,6 +48,11 @@ class Factors:
         """(out, in)."""
         return self.B.shape[0], self.A.shape[1]
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether the layer has no update: B, A or the scaling is zero, or the product cancels."""
+        return self.scaling == 0 or is_zero_product(self.B, self.A)
+
 
 class AdapterFolder:
     """A saved LoRA adapter.
@@ -63,7 +73,12 @@ class AdapterFolder:
         sides: dict[str, dict[str, Tensor]] = {}
         self.others: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise AdapterError(
+                    f"{str(path)!r}: tensor {name!r} holds NaN or infinity, so that the model would answer nonsense: {DIVERGED}"
+                )
             found = FACTOR.fullmatch(name)
+            _check_name(path, name, found)
             if found and tensor.ndim == 2:
                 sides.setdefault(found["path"], {})[found["side"]] = tensor
             elif "lora_magnitude_vector" in name or "lora_embedding" in name or found:
@@ -88,6 +103,11 @@ class AdapterFolder:
         if not self.factors:
             raise AdapterError(f"{str(path)!r}: holds no LoRA factors; give the folder of a trained LoRA adapter")
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether no layer has an update, so that loading the adapter changes nothing that a method acts on."""
+        return all(factors.is_zero for factors in self.factors.values())
+
     @classmethod
     def open(cls, path: str | Path) -> AdapterFolder:
         """Read a folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -105,8 +125,9 @@ class AdapterFolder:
                 else ""
             )
             raise AdapterError(f"adapter = {str(path)!r}: has no {WEIGHTS}{pickled}")
-        config = _read_config(folder / CONFIG)
-        check_config(config)
+        config = read_config(folder / CONFIG)
+        with _usable(folder / CONFIG):
+            check_config(config)
         try:
             with safe_open(str(folder / WEIGHTS), framework="pt") as handle:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # no mapping
@@ -115,7 +136,8 @@ class AdapterFolder:
             raise AdapterError(
                 f"{str(folder / WEIGHTS)!r} is truncated or no safetensors file ({error}): save the adapter again"
             ) from error
-        return cls(folder, config, tensors, metadata)
+        with _usable(folder / CONFIG):
+            return cls(folder, config, tensors, metadata)
 
     def write(
         self,
@@ -170,10 +192,38 @@ class AdapterFolder:
                 f"{str(self.path)!r}: layer {module!r} has rank {rank}, its configuration says {expected}: the two files do not belong together"
             )
         alpha = (config.alpha_pattern or {}).get(get_pattern_key((config.alpha_pattern or {}).keys(), module), config.lora_alpha)
-        return float(alpha / (rank**0.5 if config.use_rslora else rank))
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise AdapterError(
+                f"{str(self.path / CONFIG)!r}: lora_alpha of layer {module!r} is {alpha!r}, which is no number: put in what it was trained with, or train it again"
+            )
+        # A layer of rank 0 has no update, whatever its scaling.
+        return float(alpha / (rank**0.5 if config.use_rslora else rank)) if rank else 0.0
 
 
-def _read_config(path: Path) -> Any:
+def _check_name(path: Path, name: str, factor: re.Match[str] | None) -> None:
+    """Refuse a tensor that PEFT would leave out: its names are those of the model's state, one for one, behind `base_model.model.`"""
+    parts = name.removeprefix(PEFT_PREFIX).split(".")
+    # Beside factors an embedding that is adapted itself is saved from within PEFT's wrapper.
+    wrapped = set(parts) & (WRAPPERS if factor else WRAPPERS - {"base_layer"})
+    if not name.startswith(PEFT_PREFIX) or wrapped:
+        right = f"{PEFT_PREFIX}{strip_wrappers(name)}"
+        raise AdapterError(
+            f"{str(path)!r}: tensor {name!r} is not named as PEFT needs it, which would put nothing of it on a model and only warn: save the adapter again from the "
+            f"PeftModel itself (accelerator.unwrap_model(model).save_pretrained), or rename the tensors ({right!r})"
+        )
+    if factor is None and {"lora_A", "lora_B"} & set(parts) and not name.endswith(".lora_B.bias"):
+        raise AdapterError(
+            f"{str(path)!r}: tensor {name!r} is not named as PEFT needs it, which puts the adapter's name in by itself: save the adapter with the PeftModel's own "
+            "save_pretrained, or rename the tensors ('….lora_A.weight', '….lora_B.weight')"
+        )
+
+
+def read_config(path: Path) -> Any:
+    """An adapter's `adapter_config.json` as PEFT reads it.
+
+    Raises:
+        AdapterError: it is damaged, not LoRA's, or sets what this PEFT does not know.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -183,7 +233,40 @@ def _read_config(path: Path) -> Any:
         raise AdapterError(f"{str(path)!r}: peft_type = {kind!r}; only LoRA adapters have an update ΔW = s·B·A")
     known = set(LoraConfig.__dataclass_fields__)
     if strange := [key for key, value in raw.items() if key not in known and value]:
-        raise AdapterError(
-            f"{str(path)!r}: sets {', '.join(strange)}, which this PEFT does not know and would ignore; install the PEFT that wrote it ({raw.get('peft_version')})"
+        wrote = raw.get("peft_version")
+        remedy = (
+            f"it was written by PEFT {wrote}: pip install peft=={wrote}"
+            if isinstance(wrote, str) and is_newer(wrote, peft_version)
+            else "no newer PEFT is said to have written it, so that another tool put it there: load the adapter with that tool and save it as plain LoRA, or take "
+            "it out of the file if it changes nothing about the update s·B·A"
         )
-    return LoraConfig.from_pretrained(str(path.parent))
+        raise AdapterError(f"{str(path)!r}: sets {', '.join(strange)}, which PEFT {peft_version} does not know and would ignore; {remedy}")
+    if not isinstance(raw.get("base_model_name_or_path"), str | None):
+        raise AdapterError(
+            f"{str(path)!r}: base_model_name_or_path = {raw['base_model_name_or_path']!r}: is no name of a model; put it in, or null"
+        )
+    with _usable(path):
+        config = LoraConfig.from_pretrained(str(path.parent))
+        for option in ("rank_pattern", "alpha_pattern"):
+            dict(getattr(config, option) or {})
+        [int(index) for some in token_lists(config) for index in some]
+    return config
+
+
+def token_lists(config: Any) -> list[list[int]]:
+    """The tokens that a configuration trains beside LoRA, a list for every layer that has them."""
+    indices = config.trainable_token_indices or []
+    return list(indices.values()) if isinstance(indices, dict) else [indices]
+
+
+@contextlib.contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Say of options of other types than PEFT expects, and of patterns that are none, which file they are in."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError, re.error) as error:
+        raise AdapterError(
+            f"{str(path)!r} is no configuration that PEFT {peft_version} can use ({reason(error)}): save the adapter again"
+        ) from error

@@ -14,11 +14,19 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from trl_safety.adapters.names import strip_wrappers
-from trl_safety.adapters.shards import is_sharded
+from trl_safety.adapters.shards import is_sharded, placeholders
 from trl_safety.errors import AdapterError
 
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base weight as it is; all others (PiSSA, OLoRA, CorDA, LoftQ, …) move part of it into B·A."""
+
+
+CONVERTIBLE = ("pissa", "corda", "olora", "lora_ga")
+"""Of those the ones that PEFT turns into plain LoRA when it saves."""
+
+DIVERGED = (
+    "the training diverged or ran over in float16; take an earlier checkpoint, or train again in bfloat16 or with a lower learning rate"
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,29 @@ def lora_modules(model: nn.Module, adapter: str | None = None) -> list[LoraModul
             "the same model object; load the model anew"
         )
     return modules
+
+
+def check_finite(modules: Iterable[LoraModule]) -> None:
+    """Refuse a live adapter whose factors are no numbers.
+
+    What other processes hold, or have yet to give to this one, is not looked at here: it is when the saved adapter is read.
+
+    Raises:
+        AdapterError: naming the first such tensor.
+    """
+    if placeholders():
+        return
+    factors = [
+        (f"{module.name}.{side}", factor.detach())
+        for module in modules
+        for side, factor in (("lora_A", module.A), ("lora_B", module.B))
+        if not is_sharded(factor) and not factor.is_meta and factor.is_floating_point()
+    ]
+    # One transfer from the accelerator, not one a layer.
+    finite = [torch.isfinite(factor).all() for _, factor in factors]
+    if finite and not bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
+        name = next(name for (name, _), flag in zip(factors, finite, strict=True) if not flag)
+        raise AdapterError(f"tensor {name!r} of the model's adapter holds NaN or infinity, so that the model answers nonsense: {DIVERGED}")
 
 
 def strays(config: Any, names: Iterable[str]) -> list[str]:
@@ -209,12 +240,14 @@ def check_config(config: Any) -> None:
     for option in dict.fromkeys(["use_dora", "use_qalora", *variants]):
         if value := getattr(config, option, None):
             raise AdapterError(
-                f"{option} = {value!r}: the update of this LoRA variant is not s·B·A, so that it cannot be protected; unset it"
+                f"{option} = {value!r}: the update of this LoRA variant is not s·B·A, so that it cannot be protected; train without it"
             )
     if config.init_lora_weights not in PLAIN_INITIALISATIONS:
+        known = str(config.init_lora_weights).lower().startswith(CONVERTIBLE)
+        convert = ", or convert the adapter to plain LoRA when saving (path_initial_model_for_weight_conversion)" if known else ""
         raise AdapterError(
             f"init_lora_weights = {config.init_lora_weights!r}: moves part of the aligned weight into the adapter, so that B·A is not what "
-            "training changed; use True, or convert the adapter to plain LoRA when saving (path_initial_model_for_weight_conversion)"
+            f"training changed; train with True{convert}"
         )
     if config.target_parameters:
         raise AdapterError(
@@ -222,7 +255,7 @@ def check_config(config: Any) -> None:
         )
     if config.layer_replication:
         raise AdapterError(
-            f"layer_replication = {config.layer_replication!r}: replicated layers are in no checkpoint of the pair; unset it"
+            f"layer_replication = {config.layer_replication!r}: replicated layers are in no checkpoint of the pair; train without it"
         )
 
 

@@ -18,14 +18,22 @@ import torch
 from torch import Tensor
 
 from trl_safety.adapters.checkpoint import Checkpoint
-from trl_safety.adapters.files import replacing
-from trl_safety.adapters.fingerprint import CASTS, FULL_PRECISION_DIFFERENCE, QUANTISED_DIFFERENCE, sample
+from trl_safety.adapters.files import other_schema, replacing
+from trl_safety.adapters.fingerprint import (
+    CASTS,
+    FINGERPRINT_ENTRIES,
+    FULL_PRECISION_DIFFERENCE,
+    NOT_VERIFIED,
+    QUANTISED_DIFFERENCE,
+    sample,
+)
 from trl_safety.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
 from trl_safety.adapters.lora import full_precision
 from trl_safety.adapters.marks import kind_of
 from trl_safety.adapters.names import match
 from trl_safety.adapters.shards import CHECKED_ELSEWHERE, placeholders
-from trl_safety.errors import AdapterError, CheckpointError
+from trl_safety.errors import AdapterError, CheckpointError, reason
+from trl_safety.linalg.finite import is_finite
 from trl_safety.version import __version__
 
 RECORD = "safety_adapter.json"
@@ -42,7 +50,8 @@ class AdapterRecord:
         kind: "buffer", "reinforce" or "user".
         base_model: name of the model that it was trained on.
         quantised: whether that model was loaded quantised, so that the samples are those of rounded weights.
-        samples: module → 256 entries of the frozen weight, by which the model is recognised.
+        samples: module → 256 entries of the frozen weight, by which the model is recognised; empty where it was taken in without its
+            model, so that nothing can be compared.
     """
 
     kind: str
@@ -80,15 +89,21 @@ class AdapterRecord:
         if not path.is_file():
             raise AdapterError(
                 f"{str(folder)!r} has no {RECORD}, which says whose model the adapter is for: make buffers with `trl-safety buffer` and "
-                "reinforcing LoRAs with `trl-safety reinforce`, and keep their files together"
+                "reinforcing LoRAs with `trl-safety reinforce`, and keep their files together; take in what others trained with `trl-safety adopt`"
             )
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
             if facts.get("schema_version") != SCHEMA_VERSION:
+                again = "make the adapter again"
                 raise AdapterError(
-                    f"{str(path)!r}: has schema version {facts.get('schema_version')!r}, this trl-safety reads {SCHEMA_VERSION}"
+                    f"{str(path)!r}: {other_schema(facts.get('schema_version'), SCHEMA_VERSION, facts.get('trl_safety'), again)}"
                 )
             samples = {name: torch.frombuffer(bytearray.fromhex(text), dtype=torch.float32) for name, text in facts["samples"].items()}
+            for name, entries in samples.items():
+                if entries.numel() != FINGERPRINT_ENTRIES or not is_finite(entries):
+                    raise AdapterError(
+                        f"{str(path)!r}: the samples of layer {name!r} are not {FINGERPRINT_ENTRIES} numbers; make the adapter again"
+                    )
             return cls(**{**facts, "samples": samples})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, AdapterError):
@@ -108,7 +123,7 @@ class AdapterRecord:
         Raises:
             AdapterError: a layer's weights are another model's.
         """
-        if placeholders():
+        if placeholders() and self.samples:
             return CHECKED_ELSEWHERE
         entries, quantised = _entries({name: layer for name, layer in layers.items() if name in self.samples})
         return self._check(entries, quantised, setting, "the model")
@@ -120,6 +135,8 @@ class AdapterRecord:
 
     def check_checkpoint(self, folder: str, setting: str) -> str:
         """Refuse a stored model that is not the recorded one; see `check_layers`."""
+        if not self.samples:
+            return self._check({}, False, setting, folder)
         checkpoint = Checkpoint(folder, quantised=True)
         # At random: every so many layers would be the same kind of layer again and again.
         names = random.Random(0).sample(list(self.samples), min(LAYERS_COMPARED, len(self.samples)))  # noqa: S311  # no secret here
@@ -131,6 +148,8 @@ class AdapterRecord:
         return self._check(entries, any(quantised for _, quantised in read.values()), setting, folder)
 
     def _check(self, entries: Mapping[str, Tensor], quantised: bool, setting: str, whose: str) -> str:
+        if not self.samples:
+            return f"{NOT_VERIFIED}: {setting} was taken in without its model ({self.base_model or 'of no name'}), so that {whose} was compared with nothing"
         if not entries:
             raise AdapterError(f"{setting}: none of its layers is in {whose}: it was trained on {self.base_model!r}, another kind of model")
         rounded = quantised or self.quantised
@@ -163,23 +182,31 @@ def open_kind(source: str | Path, kind: str, setting: str) -> tuple[AdapterFolde
     marked = kind_of(adapter.config)
     if record.kind != kind or marked != kind:
         raise AdapterError(f"{setting} = {str(source)!r}: is a {record.kind} adapter (marked {marked}), not a {kind} one: {REMEDY[kind]}")
-    if adapter.others or adapter.config.lora_bias:
-        other = next(iter(adapter.others), "lora_bias")
-        raise AdapterError(
-            f"{setting} = {str(source)!r}: holds more than LoRA factors ({other!r}); train it without biases and modules_to_save"
-        )
-    if not any(bool(factors.B.any()) and bool(factors.A.any()) for factors in adapter.factors.values()):
-        raise AdapterError(
-            f"{setting} = {str(source)!r}: its update is zero in every layer, so that it would do nothing: it was saved before it was trained"
-        )
-    if missing := [name for name in adapter.factors if name not in record.samples]:
+    refuse_unusable(adapter, f"{setting} = {str(source)!r}")
+    if record.samples and (missing := [name for name in adapter.factors if name not in record.samples]):
         raise AdapterError(
             f"{setting} = {str(source)!r}: its record knows nothing of layer {missing[0]!r}: the files do not belong together"
         )
     return adapter, record
 
 
-REMEDY = {"buffer": "make one with `trl-safety buffer`", "reinforce": "make one with `trl-safety reinforce`"}
+def refuse_unusable(adapter: AdapterFolder, setting: str) -> None:
+    """Refuse what is no provider's adapter, whatever its kind.
+
+    Raises:
+        AdapterError: it holds more than LoRA factors, or does nothing.
+    """
+    if adapter.others or adapter.config.lora_bias:
+        other = next(iter(adapter.others), "lora_bias")
+        raise AdapterError(f"{setting}: holds more than LoRA factors ({other!r}); train it without biases and modules_to_save")
+    if adapter.is_zero:
+        raise AdapterError(f"{setting}: its update is zero in every layer, so that it would do nothing: it was saved before it was trained")
+
+
+REMEDY = {
+    "buffer": "make one with `trl-safety buffer`, or take one in with `trl-safety adopt --as buffer`",
+    "reinforce": "make one with `trl-safety reinforce`, or take one in with `trl-safety adopt --as reinforce`",
+}
 
 
 def local_folder(source: str | Path, setting: str) -> Path:
@@ -197,7 +224,7 @@ def local_folder(source: str | Path, setting: str) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS, RECORD]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterError(
-            f"{setting} = {str(source)!r}: is neither a folder nor a Hub repository that can be reached ({str(error).splitlines()[0]})"
+            f"{setting} = {str(source)!r}: is neither a folder nor a Hub repository that can be reached ({reason(error)})"
         ) from error
 
 

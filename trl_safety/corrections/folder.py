@@ -18,8 +18,8 @@ from trl_safety.reports.report import (
     SafetyReport,
     describe_subspace,
     describes,
-    fingerprints,
     read_report,
+    settled,
     with_section,
 )
 from trl_safety.subspace.artifact import AlignmentSubspace
@@ -81,18 +81,13 @@ def correct_folder(
     )
     card = folder.path / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    folder.write(
-        Path(output),
-        new,
-        config,
-        setting="output",
-        replace=replace,
-        report=lambda written: {
-            REPORT: report.model_copy(update=fingerprints(written)).text(),
-            "README.md": with_section(text, report),
-        },
-    )
-    return report
+
+    def texts(written: Path) -> dict[str, str]:
+        final = settled(report, written)
+        return {REPORT: final.text(), "README.md": with_section(text, final)}
+
+    folder.write(Path(output), new, config, setting="output", replace=replace, report=texts)
+    return settled(report, Path(output))
 
 
 def carried_methods(folder: Path) -> list[MethodReport]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from trl_safety.adapters.fingerprint import NOT_VERIFIED
-from trl_safety.adapters.lora import LoraModule, adapter_config, adapter_name, lora_modules, not_covered, unwrap
+from trl_safety.adapters.lora import LoraModule, adapter_config, adapter_name, check_finite, lora_modules, not_covered, unwrap
 from trl_safety.adapters.marks import refuse_corrected, refuse_provider
 from trl_safety.adapters.names import is_named
 from trl_safety.reports.report import MethodReport, SafetyReport, describe_subspace
@@ -71,6 +71,7 @@ def prepare(
     skip_modules = list(skip_modules)
     adapter = adapter_name(model, adapter)
     modules = lora_modules(model, adapter)
+    check_finite(modules)
     config = adapter_config(model, adapter)
     for name, other in cast(Any, unwrap(model)).peft_config.items():
         # PEFT saves every adapter that is loaded, not the active one alone.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.linalg import qr, svd
+from torch.linalg import matrix_norm, qr, svd
+
+CANCELLED = 1e-12
+"""Share of ‖B‖·‖A‖ that float64 leaves of a product that is zero in exact arithmetic, with a margin."""
 
 
 def gram(X: Tensor) -> Tensor:
@@ -24,6 +27,21 @@ def product_inner(X: Tensor, Y: Tensor, A: Tensor) -> Tensor:
 def product_norm_squared(X: Tensor, A: Tensor) -> Tensor:
     """‖X A‖²_F without the product; X is (out, r), A is (r, in)."""
     return product_inner(X, X, A)
+
+
+def is_zero_product(B: Tensor, A: Tensor) -> bool:
+    """Whether B·A is nothing: a factor is zero, or what they add up to cancels but for the rounding of float64.
+
+    Args:
+        B: (out, r), finite.
+        A: (r, in), finite.
+    """
+    if not (B.any() and A.any()):
+        return True
+    left, right = qr(B.double(), mode="r")[1], qr(A.mT.double(), mode="r")[1]
+    # Each scaled by itself first, so that tiny factors are not taken for a product that cancels.
+    product = (left / matrix_norm(left)) @ (right / matrix_norm(right)).mT
+    return float(matrix_norm(product)) <= CANCELLED
 
 
 def truncate_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,13 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trl_safety.adapters.files import replacing, sha256
-from trl_safety.adapters.folder import CONFIG, WEIGHTS
+from trl_safety.adapters.files import other_schema, replacing, sha256
+from trl_safety.adapters.folder import CONFIG, WEIGHTS, AdapterFolder, read_config
 from trl_safety.adapters.marks import KINDS, kind_of
-from trl_safety.errors import ReportError
+from trl_safety.errors import AdapterError, ReportError, reason
 from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.version import __version__
 
@@ -27,6 +26,8 @@ SCHEMA_VERSION = 1
 
 MEANINGLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 """Keys of `adapter_config.json` that users and tools rewrite without changing what the adapter does."""
+
+NO_UPDATE = "its update is zero in every layer, so that no method acted on anything: train the adapter"
 
 CARD_START, CARD_END = "<!-- trl-safety -->", "<!-- /trl-safety -->"
 
@@ -130,15 +131,38 @@ def write_report(folder: Path, report: SafetyReport) -> None:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise ReportError(f"{str(folder)!r} holds no {WEIGHTS}: save the adapter with safe_serialization=True, pickles are not supported")
-    report = report.model_copy(update=fingerprints(folder))
+    report = settled(report, folder)
     with replacing(folder / REPORT, error=ReportError, setting="output folder") as temporary:
         temporary.write_text(report.text(), encoding="utf-8")
     add_to_card(folder / "README.md", report)
 
 
+def settled(report: SafetyReport, folder: Path) -> SafetyReport:
+    """The report of the adapter that lies in a folder: with its hashes, and not as protected where it has no update at all.
+
+    Raises:
+        ReportError: the adapter's configuration cannot be read.
+    """
+    try:
+        empty = AdapterFolder.open(folder).is_zero
+    except AdapterError:
+        # What was trained is kept with its report, whatever it is; `verify` refuses it.
+        empty = False
+    return (_not_acted(report, NO_UPDATE) if empty else report).model_copy(update=fingerprints(folder))
+
+
 def fingerprints(folder: Path) -> dict[str, str]:
-    """The hashes by which a report knows its adapter: of the weights, and of the options that decide what they mean."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    """The hashes by which a report knows its adapter: of the weights, and of the options that decide what they mean.
+
+    Raises:
+        ReportError: the adapter's configuration cannot be read.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{str(folder / CONFIG)!r} is no valid JSON ({reason(error)}): save the adapter again") from error
+    if not isinstance(config, dict):
+        raise ReportError(f"{str(folder / CONFIG)!r} holds a {type(config).__name__} where an object is expected: save the adapter again")
     return {"adapter_sha256": sha256(folder / WEIGHTS), "config_sha256": hashlib.sha256(meaning(config).encode()).hexdigest()}
 
 
@@ -159,7 +183,11 @@ def describes(report: SafetyReport, folder: Path) -> bool:
 
 def changed_since(report: SafetyReport) -> SafetyReport:
     """The report of an adapter that was changed after the methods had acted, by training it further, say."""
-    note = "; BUT the adapter was changed afterwards, without protection"
+    return _not_acted(report, "the adapter was changed afterwards, without protection")
+
+
+def _not_acted(report: SafetyReport, why: str) -> SafetyReport:
+    note = f"; BUT {why}"
     methods = [method.model_copy(update={"acted": False, "summary": method.summary.removesuffix(note) + note}) for method in report.methods]
     return report.model_copy(update={"protected": False, "methods": methods})
 
@@ -191,13 +219,13 @@ def read_report(folder: str | Path) -> SafetyReport:
 
     Raises:
         ReportError: there is none (nothing of ours protected the adapter), or it is damaged or of another version.
+        AdapterError: there is none, and the adapter's configuration cannot be read.
     """
     path = Path(folder) / REPORT
     if not Path(folder).is_dir():
         raise ReportError(f"adapter = {str(folder)!r}: no such folder; give the folder of a saved adapter")
     if not path.is_file():
-        config = Path(folder) / CONFIG
-        if config.is_file() and (kind := kind_of(LoraConfig.from_pretrained(str(folder)))) in KINDS:
+        if (Path(folder) / CONFIG).is_file() and (kind := kind_of(read_config(Path(folder) / CONFIG))) in KINDS:
             raise ReportError(f"adapter = {str(folder)!r}: is {KINDS[kind]}; give the user's adapter")
         raise ReportError(
             f"adapter = {str(folder)!r}: has no {REPORT}, so that no method of trl-safety protected it: train it with SafeSFTTrainer or the "
@@ -207,11 +235,12 @@ def read_report(folder: str | Path) -> SafetyReport:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
-            raise ReportError(f"{str(path)!r}: has schema version {version!r}, this trl-safety reads {SCHEMA_VERSION}")
+            wrote = content.get("trl_safety") if isinstance(content, dict) else None
+            raise ReportError(f"{str(path)!r}: {other_schema(version, SCHEMA_VERSION, wrote, 'correct or train the adapter again')}")
         return SafetyReport.model_validate(content)
     except (OSError, ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ReportError(
-            f"{str(path)!r}: is damaged ({str(error).splitlines()[0]}); the adapter cannot be trusted, correct or train it again"
+            f"{str(path)!r}: is damaged ({reason(error)}); the adapter cannot be trusted, correct or train it again"
         ) from error
 
 
@@ -219,7 +248,9 @@ def verify(folder: str | Path) -> SafetyReport:
     """Check that an adapter folder is protected and is what its report describes.
 
     Raises:
-        ReportError: no report, a file changed since, a checkpoint that is not corrected yet, or no method acted.
+        ReportError: no report, a file changed since, a checkpoint that is not corrected yet, no method acted, or the adapter has no
+            update to act on.
+        AdapterError: the adapter cannot be read, is named as PEFT does not load it, or holds what are no numbers.
     """
     report = read_report(folder)
     weights = Path(folder) / WEIGHTS
@@ -233,4 +264,6 @@ def verify(folder: str | Path) -> SafetyReport:
         why = "; ".join(f"{method.name}: {method.summary}" for method in report.methods)
         stage = " It was saved on the way: corrections and merges act when training ends." if report.stage == "training" else ""
         raise ReportError(f"adapter = {str(folder)!r}: is NOT protected ({why}).{stage}")
+    if AdapterFolder.open(folder).is_zero:
+        raise ReportError(f"adapter = {str(folder)!r}: is NOT protected: {NO_UPDATE}")
     return report

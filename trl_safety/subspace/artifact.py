@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trl_safety.adapters.files import replacing
+from trl_safety.adapters.files import other_schema, replacing
 from trl_safety.adapters.names import is_named, match
 from trl_safety.errors import SubspaceError
 from trl_safety.subspace.fit import PairFit
@@ -147,7 +147,8 @@ class AlignmentSubspace:
         """Read a file written by `save`. Tensors are memory-mapped: a layer costs memory when it is used.
 
         Raises:
-            SubspaceError: it is missing, truncated, no safetensors file, or no alignment subspace of this version.
+            SubspaceError: it is missing, truncated, no safetensors file, no alignment subspace of this version, or holds what are no
+                numbers; of the large tensors that is seen when they are used.
         """
         name = str(path)
         if not Path(path).is_file():
@@ -162,10 +163,9 @@ class AlignmentSubspace:
                 content = json.loads(header)
                 version = content["provenance"]["schema_version"]
                 if version != SCHEMA_VERSION:
-                    raise SubspaceError(
-                        f"subspace = {name!r}: has schema version {version}, this trl-safety reads {SCHEMA_VERSION}; rebuild it or "
-                        "install the version that wrote it"
-                    )
+                    again = "make it again with `trl-safety subspace`"
+                    wrote = content["provenance"].get("trl_safety")
+                    raise SubspaceError(f"subspace = {name!r}: {other_schema(version, SCHEMA_VERSION, wrote, again)}")
                 keys = set(handle.keys())
                 origin = _Origin.of(Path(path))
                 layers = {
@@ -187,13 +187,16 @@ class AlignmentSubspace:
                     )
                     for layer, row in content["layers"].items()
                 }
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+                provenance = Provenance(**content["provenance"])
+            for layer in layers.values():
+                layer.check(name)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             if isinstance(error, SubspaceError):
                 raise
             raise SubspaceError(
                 f"subspace = {name!r}: is truncated or no safetensors file ({error}); make it again with `trl-safety subspace`"
             ) from error
-        return cls(layers, Provenance(**content["provenance"]))
+        return cls(layers, provenance)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, token: str | None = None) -> AlignmentSubspace:

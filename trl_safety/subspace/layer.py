@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trl_safety.adapters.fingerprint import relative_differences
+from trl_safety.adapters.fingerprint import FINGERPRINT_ENTRIES, relative_differences
 from trl_safety.errors import SubspaceError
+from trl_safety.linalg.finite import is_finite
 from trl_safety.linalg.operators import LowRankOperator, Operator, WholeOperator
 from trl_safety.version import __version__
 
@@ -46,9 +48,9 @@ class _Origin:
                 return held
             with safe_open(str(self.path), framework="pt") as handle:
                 tensor: Tensor = handle.get_tensor(key)
-                return tensor
         except (OSError, SafetensorError):
             return held
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,48 @@ class LayerSubspace:
         caller's ends with its use.
         """
         held: Tensor | None = getattr(self, name)
-        return held if held is None or self.origin is None else self.origin.read(f"{self.name}:{name}", held)
+        if held is None or self.origin is None:
+            return held
+        tensor = self.origin.read(f"{self.name}:{name}", held)
+        if not is_finite(tensor):
+            raise self._no_numbers(str(self.origin.path), name)
+        return tensor
+
+    def check(self, source: str) -> None:
+        """See that the parts are of one layer, and numbers, as far as that is seen without reading the large ones.
+
+        Raises:
+            SubspaceError: naming what is not.
+        """
+        out, width = self.shape
+        rank = 0 if self.left is None else self.left.shape[-1]
+        shapes = {
+            "left": (out, rank),
+            "singular_values": (rank,),
+            "right": (width, rank),
+            "whole": (out, width),
+            "samples": (2, FINGERPRINT_ENTRIES),
+        }
+        parts = {part: tensor for part in shapes if (tensor := getattr(self, part)) is not None}
+        if set(parts) not in ({"left", "singular_values", "right", "samples"}, {"whole", "samples"}):
+            raise SubspaceError(f"subspace = {source!r}: layer {self.name!r} is incomplete; make the file again with `trl-safety subspace`")
+        for part, tensor in parts.items():
+            if tuple(tensor.shape) != shapes[part]:
+                raise SubspaceError(
+                    f"subspace = {source!r}: tensor {f'{self.name}:{part}'!r} has shape {list(tensor.shape)} in place of {list(shapes[part])}; make the file "
+                    "again with `trl-safety subspace`"
+                )
+        for part in ("samples", "singular_values"):
+            if part in parts and not is_finite(parts[part]):
+                raise self._no_numbers(source, part)
+        for part in ("frobenius_norm", "error_bound"):
+            if not isinstance(getattr(self, part), int | float) or not math.isfinite(getattr(self, part)):
+                raise self._no_numbers(source, part)
+
+    def _no_numbers(self, source: str, part: str) -> SubspaceError:
+        return SubspaceError(
+            f"subspace = {source!r}: tensor {f'{self.name}:{part}'!r} holds NaN or infinity: the file is damaged; make it again with `trl-safety subspace`"
+        )
 
     def operator(self, kind: Literal["scaled", "orthogonal"]) -> Operator:
         """C = VVᵀ/‖V‖_F ("scaled") or P = UₖUₖᵀ ("orthogonal").

@@ -1,6 +1,6 @@
 """Which modules of a checkpoint an adapter would wrap, decided by PEFT's own rules on the model's own classes.
 
-Transformers is imported here, and only to build the model class on the meta device: no weight is allocated.
+The model's class is built on the meta device: no weight is allocated.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from trl_safety.adapters.checkpoint import Checkpoint
-from trl_safety.adapters.names import is_named, match, strip_wrappers
-from trl_safety.errors import CheckpointError, SubspaceError
+from trl_safety.adapters.names import is_named, match
+from trl_safety.errors import SubspaceError
 
 ALL_LINEAR = "all-linear"
 
@@ -56,7 +55,7 @@ def resolve_targets(
         raise SubspaceError(
             "give either target_modules (names, a regular expression or 'all-linear') or adapter (a trained adapter's folder)"
         )
-    skeleton = _skeleton(checkpoint, trust_remote_code)
+    skeleton = checkpoint.skeleton(trust_remote_code=trust_remote_code)
     linear = _linear_modules(skeleton, checkpoint)
     if adapter is not None:
         from trl_safety.adapters.folder import AdapterFolder
@@ -78,35 +77,15 @@ def resolve_targets(
         tensor_module = stored[name] or tied.get(name)
         if tensor_module is None:
             raise SubspaceError(
-                f"layer {name!r} has no weight in {checkpoint.source!r}: the checkpoint stores it under another name or not at "
-                "all; leave it out of target_modules"
+                f"layer {name!r} has no weight in {checkpoint.source!r}, which is no whole checkpoint of its model class: fetch or save it again, or "
+                + (
+                    "name the other layers in target_modules in place of adapter"
+                    if adapter is not None
+                    else "leave the layer out of target_modules"
+                )
             )
-        targets[name] = Target(strip_wrappers(tensor_module), linear[name])
+        targets[name] = Target(tensor_module, linear[name])
     return targets
-
-
-def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module | None:
-    """The model on the meta device, or None for a folder without a `config.json`."""
-    if not checkpoint.config:
-        return None
-    import transformers
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision, trust_remote_code=trust_remote_code)
-        architecture = (config.architectures or [None])[0]
-        remote = getattr(config, "auto_map", None) if trust_remote_code else None
-        with torch.device("meta"):
-            if not remote and architecture and hasattr(transformers, architecture):
-                model: nn.Module = getattr(transformers, architecture)(config)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise CheckpointError(
-            f"the model class of {checkpoint.source!r} (model_type {checkpoint.config.get('model_type')!r}) cannot be built: "
-            f"{str(error).splitlines()[0]}. If the model brings its own code and you trust it, set trust_remote_code"
-        ) from error
-    return model
 
 
 def _linear_modules(skeleton: nn.Module | None, checkpoint: Checkpoint) -> dict[str, bool]:

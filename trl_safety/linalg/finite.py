@@ -1,0 +1,14 @@
+"""Whether a tensor holds numbers alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinity. A tensor of whole numbers is finite."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    # torch has no such test for 8-bit floats.
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
