@@ -307,11 +307,12 @@ def test_another_plugins_trainer_class_is_said(world: Path, config: dict[str, An
 def test_sbr_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
     """Beside packed rows; without the term the states move, and so the adapter is another."""
     (tmp_path / "harmful.jsonl").write_text('{"prompt": "w41 w42"}\n{"prompt": "w43"}\n')
+    long = {"max_steps": 12, "optimizer": "adamw_torch", "learning_rate": 0.02}
     saved = {}
     for weight in (1e-9, 500.0):
         output = tmp_path / str(weight)
         options = protect(
-            {**config, "output_dir": str(output), "sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 2},
+            {**config, "output_dir": str(output), "sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 2, **long},
             world,
             sbr={"prompts": str(tmp_path / "harmful.jsonl"), "number": 2, "weight": weight},
         )
@@ -320,5 +321,5 @@ def test_sbr_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: A
         saved[weight] = read_report(output).methods[0]
     distances = {weight: float(report.summary.split("start and ")[1].split(" at")[0]) for weight, report in saved.items()}
     assert saved[500.0].acted
-    assert saved[500.0].steps == (1, 3)
-    assert distances[500.0] < 0.7 * distances[1e-9]
+    assert saved[500.0].steps == (1, 12)
+    assert distances[500.0] < 0.5 * distances[1e-9]
