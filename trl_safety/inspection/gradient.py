@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor
 from torch.nn import functional
 
+from trl_safety.adapters.architecture import UNREADABLE
 from trl_safety.adapters.files import replacing
 from trl_safety.adapters.folder import CONFIG, AdapterFolder, Factors
 from trl_safety.adapters.frozen import FrozenAdapter
@@ -93,13 +94,13 @@ def safety_gradient(
         options |= {"quantization_config": config, "device_map": {"": str(where)}}
     try:
         net = AutoModelForCausalLM.from_pretrained(str(model), **options)
-    except OSError as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    except UNREADABLE as error:
         raise ConfigurationError(
             f"model = {str(model)!r}: cannot be loaded ({str(error).splitlines()[0]}); give a folder or a Hub id"
         ) from error
     net = net if load_in_4bit else net.to(where)
     net.eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(str(model))
     tokens = [supervised(row, tokenizer, max_length) for row in rows.select(range(min(samples, len(rows))))]
     if not all(any(label != IGNORED for label in labels) for _, labels in tokens):
         raise ConfigurationError(f"data = {data!r}: a row has no answer within max_length = {max_length}: raise it, or remove the row")
