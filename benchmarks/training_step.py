@@ -155,7 +155,7 @@ def steps(kind: str, options: argparse.Namespace, batch: int, count: int, folder
     elif kind == "asft":
         extra = {"safety": {"asft": {"weight": 1.0}}, "subspace": random_subspace(model, options.subspace_rank)}
     elif kind == "sbr":
-        words_of = torch.randint(3, VOCABULARY, (SBR_PROMPTS, SBR_TOKENS)).tolist()
+        words_of = torch.randint(3, VOCABULARY, (SBR_PROMPTS, min(SBR_TOKENS, options.length))).tolist()
         prompts = [" ".join(f"w{word}" for word in row) for row in words_of]
         extra = {"safety": {"sbr": {"prompts": prompts, "number": SBR_PROMPTS, "ask_first": False}}}
     elif kind == "buffer":

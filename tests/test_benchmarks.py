@@ -57,7 +57,7 @@ def test_training_step() -> None:
     row = json.loads(out.splitlines()[-1])
     assert row["dual_select_to_plain"] > 0
     assert row["buffer_to_plain"] > 0
-    assert set(row["peak_MB"]) == {"plain", "asft", "dual_select", "buffer", "loop"}
+    assert set(row["peak_MB"]) == {"plain", "asft", "sbr", "dual_select", "buffer", "loop"}
 
 
 def test_scale(tmp_path: Path) -> None:

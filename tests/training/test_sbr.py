@@ -181,14 +181,16 @@ class TestPrompts:
         shapes = {
             "prompt": {"prompt": "w41", "completion": "w3"},
             "goal": {"goal": "w41"},
+            "messages": {"messages": [{"role": "user", "content": "w41"}, {"role": "assistant", "content": "w3"}]},
+            "conversations": {"conversations": [{"from": "human", "value": "w41"}, {"from": "gpt", "value": "w3"}]},
         }
         for name, row in shapes.items():
             path = tmp_path / f"{name}.jsonl"
             path.write_text("\n".join(json.dumps(row) for _ in range(3)))
-            options = block(prompts=str(path), number=2, column=None if name == "prompt" else name)
+            options = block(prompts=str(path), number=2, column=name if name == "goal" else None)
             with caplog.at_level(logging.WARNING):
                 trainer = tiny.trainer(tmp_path / name, safety=options)
-            assert trainer._safety.methods[0]._prompts == ["w41", "w41"]
+            assert trainer._safety.methods[0]._prompts == [({"role": "user", "content": "w41"},)] * 2
         assert "the column completion is not read" in caplog.text
 
     @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ class TestPrompts:
         [
             ({"prompts": []}, "there are 0 prompts"),
             ({"number": 9}, r"sbr.number = 9: there are 4 prompts"),
-            ({"prompts": ["w1", " "], "number": 2}, "number 2 is ' ', which holds no prompt"),
+            ({"prompts": ["w1", " "], "number": 2}, "number 2 is empty"),
             ({"prompts": ["w1 " * 5000], "number": 1}, "number 1 has 5000 tokens, the model takes"),
             ({"prompts": "nowhere.jsonl"}, "sbr.prompts = 'nowhere.jsonl'"),
             ({"weight": -1}, r"sbr.weight = -1"),

@@ -17,7 +17,9 @@ from trl_safety.adapters.lora import unwrap
 from trl_safety.config.block import SafetyConfig
 from trl_safety.config.sbr import SbrConfig
 from trl_safety.errors import ConfigurationError
+from trl_safety.messages import Messages, ShapeError, conversation, texts_of
 from trl_safety.methods import sbr
+from trl_safety.rendering import chat_template, render, text_tokenizer, token_ids
 from trl_safety.scoring import KeywordJudge, Prompt, complete
 from trl_safety.training.data import load_rows
 from trl_safety.training.loss_term import LossTerm
@@ -146,7 +148,7 @@ class Sbr(LossTerm):
         self.distances = (now, now)
 
     def _answers(self, model: Any) -> list[str]:
-        prompts = [Prompt(prompt if isinstance(prompt, str) else tuple(prompt)) for prompt in _as_messages(self._prompts, self._tokenizer)]
+        prompts = [Prompt(prompt) for prompt in self._prompts]
         return complete(model, self._tokenizer, prompts, new_tokens=ASKED_TOKENS, batch_size=len(prompts))
 
     def _warn(self, answers: Sequence[str]) -> None:
@@ -205,59 +207,52 @@ class Sbr(LossTerm):
         )
 
 
-def read_prompts(config: SbrConfig) -> list[Any]:
-    """The first K prompts: texts, or messages.
+def read_prompts(config: SbrConfig) -> list[Messages]:
+    """The first K prompts as messages; a text is one message of the user's.
 
     Raises:
         ConfigurationError: there are fewer, the column is missing, or a row holds no prompt.
     """
+    rows: list[dict[str, Any]]
     if isinstance(config.prompts, list):
-        prompts: list[Any] = list(config.prompts)
+        rows = [{"prompt": prompt} for prompt in config.prompts]
         if config.column is not None:
             raise ConfigurationError(f"sbr.column = {config.column!r}: is used with a file or a data set alone; remove it")
     else:
-        rows = load_rows(config.prompts, "sbr.prompts")
-        column = config.column or next((name for name in ("prompt", "messages", "text") if name in rows.column_names), None)
-        if column is None or column not in rows.column_names:
+        data = load_rows(config.prompts, "sbr.prompts")
+        if config.column is not None and config.column not in data.column_names:
             raise ConfigurationError(
-                f"sbr.column = {config.column!r}: the prompts in {config.prompts!r} have the columns {', '.join(rows.column_names)}; name the one to use"
+                f"sbr.column = {config.column!r}: the prompts in {config.prompts!r} have the columns {', '.join(data.column_names)}; name the one to use"
             )
-        if "completion" in rows.column_names:
+        if "completion" in data.column_names:
             logger.warning("sbr.prompts: the column completion is not read: the prompts alone are used")
-        prompts = [_without_answer(value) for value in rows[: config.number][column]]
-    if len(prompts) < config.number:
-        raise ConfigurationError(f"sbr.number = {config.number}: there are {len(prompts)} prompts; give more, or use a smaller number")
-    prompts = prompts[: config.number]
-    for place, prompt in enumerate(prompts):
-        texts = (
-            [prompt] if isinstance(prompt, str) else [turn.get("content") for turn in prompt if isinstance(turn, dict)] if prompt else []
-        )
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ConfigurationError(f"sbr.prompts: number {place + 1} is {prompt!r}, which holds no prompt; give text or chat messages")
-    return prompts
+        rows = list(data.select(range(min(config.number, len(data)))))
+        if config.column is not None:
+            rows = [{"prompt": row[config.column]} for row in rows]
+    if len(rows) < config.number:
+        raise ConfigurationError(f"sbr.number = {config.number}: there are {len(rows)} prompts; give more, or use a smaller number")
+    return [_prompt(row, place) for place, row in enumerate(rows[: config.number], 1)]
 
 
-def _without_answer(value: Any) -> Any:
-    """Messages up to the last one of the user's."""
-    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
-        return value[:-1]
-    return value
+def _prompt(row: dict[str, Any], place: int) -> Messages:
+    """A row's prompt, without its answer."""
+    try:
+        asked, _ = conversation(row)
+        messages = ({"role": "user", "content": asked},) if isinstance(asked, str) else asked
+        empty = not any(text.strip() for text in texts_of(messages))
+    except ShapeError as error:
+        raise ConfigurationError(f"sbr.prompts: number {place}: {error}; give prompt, messages, or name the column") from error
+    if empty:
+        raise ConfigurationError(f"sbr.prompts: number {place} is empty; remove it")
+    return messages
 
 
-def _tokens(prompt: Any, tokenizer: Any) -> list[int]:
+def _tokens(prompt: Messages, tokenizer: Any) -> list[int]:
     """A prompt's tokens up to where the answer would begin, by the chat template where there is one."""
-    (prompt,) = _as_messages([prompt], tokenizer)
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+    rendered = render(prompt, tokenizer)
+    return token_ids(rendered, tokenizer) if chat_template(tokenizer) else list(text_tokenizer(tokenizer)(rendered)["input_ids"])
 
 
-def _as_messages(prompts: Sequence[Any], tokenizer: Any) -> list[Any]:
-    """A text is the user's message where there is a chat template, and what the model continues where there is none."""
-    chats = bool(getattr(tokenizer, "chat_template", None))
-    return [[{"role": "user", "content": prompt}] if isinstance(prompt, str) and chats else prompt for prompt in prompts]
-
-
-def _short(prompt: Any) -> str:
-    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+def _short(prompt: Messages) -> str:
+    text = texts_of(prompt)[-1]
     return text if len(text) <= 60 else text[:57] + "…"
