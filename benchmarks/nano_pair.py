@@ -44,7 +44,7 @@ from trl_safety import (
 from trl_safety.adapters.lora import lora_modules
 from trl_safety.evaluation.sweep import sweep
 from trl_safety.evaluation.sweep_page import write_results
-from trl_safety.lab.experiment import random_like, shrink_like, shrink_to
+from trl_safety.lab.controls import random_like, shrink_like, shrink_to
 from trl_safety.reports.selection import SELECTION, Choice, most_dropped, read_choices
 from trl_safety.scoring import Prompt, Verdict, read_sets
 from trl_safety.training.factor_groups import update_norm
@@ -337,7 +337,9 @@ class Harness:
         kinds = list(load_dataset("json", data_files=str(self.folder / "data" / "train_poisoned.jsonl"), split="train")["kind"])
         harmful = kinds.count("harmful")
         found = sum(kinds[row.row] == "harmful" for row in most_dropped(choices)[:harmful])
-        print(f"{name}, seed {seed}: {found} of the {harmful} harmful rows are among the {harmful} most-dropped of {len(kinds)}", flush=True)
+        print(
+            f"{name}, seed {seed}: {found} of the {harmful} harmful rows are among the {harmful} most-dropped of {len(kinds)}", flush=True
+        )
         return choices
 
 
