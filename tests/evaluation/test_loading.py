@@ -25,9 +25,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from typer.testing import CliRunner
 
 from tests import tiny
 from trl_safety.adapters.folder import AdapterFolder
+from trl_safety.cli.app import app
 from trl_safety.errors import AdapterError, ConfigurationError
 from trl_safety.evaluation.loading import attach, load_model
 
@@ -156,6 +158,39 @@ def test_the_revision_that_the_adapter_names(tmp_path: Path, hub_cache: Callable
         load_model("org/model", None, revision="v9")
     with pytest.raises(ConfigurationError, match="is a folder, which has no revisions"):
         load_model(tmp_path / "old", None, revision="v1")
+
+
+def test_the_revision_that_a_command_names(tmp_path: Path, hub_cache: Callable[..., None]) -> None:
+    tiny.model("gqa-base").save_pretrained(tmp_path / "old")
+    tiny.tokenizer().save_pretrained(tmp_path / "old")
+    hub_cache("org/model", main=aligned(tmp_path / "new"), v1=str(tmp_path / "old"))
+    adapter = adapter_of(aligned(tmp_path / "base"), tmp_path / "adapter")
+    tiny.rewrite_json(adapter / "adapter_config.json", base_model_name_or_path="org/model", revision="v1")
+    (tmp_path / "harmful.jsonl").write_text("".join(json.dumps({"prompt": f"w{number} w5"}) + "\n" for number in range(9)))
+
+    def completions(name: str, *line: str) -> list[str]:
+        result = CliRunner().invoke(app, ["eval", *line, "--harmful", str(tmp_path / "harmful.jsonl"), "-o", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+        return [json.loads(row)["completion"] for row in (tmp_path / name / "completions.jsonl").read_text().splitlines()]
+
+    old, new = completions("old-alone", str(tmp_path / "old")), completions("new-alone", str(tmp_path / "new"))
+    assert old != new
+    assert completions("main", "org/model") == new
+    assert completions("v1", "org/model", "--revision", "v1") == old
+    # With an adapter on it: its own base's revision, where none is asked for.
+    named = completions("named", "org/model", "--adapter", str(adapter))
+    asked = completions("asked", "org/model", "--adapter", str(adapter), "--revision", "main")
+    tiny.rewrite_json(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "new"), revision=None)
+    assert completions("on-new", str(tmp_path / "new"), "--adapter", str(adapter)) == asked != named
+    for command, line in (
+        ("eval", ["org/model"]),
+        ("sweep", [str(adapter), "--model", "org/model", "--method", "safe_lora", "--grid", "threshold=1"]),
+    ):
+        wanted = [command, *line, "--revision", "v9", "--harmful", str(tmp_path / "harmful.jsonl"), "-o", str(tmp_path / "no")]
+        result = CliRunner().invoke(app, wanted)
+        assert result.exit_code == 1
+        assert "revision = 'v9': 'org/model' has none of this name" in result.output
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_revision_of_a_folder_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

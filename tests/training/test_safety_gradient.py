@@ -1,6 +1,7 @@
 """The diagnostic against a float64 computation that forms every weight's gradient."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,12 @@ def test_refused(world: Path, tmp_path: Path) -> None:
     whole.save(tmp_path / "W.safetensors")
     with pytest.raises(SubspaceError, match="keeps V whole"):
         safety_gradient(world / "aligned", str(world / "train.jsonl"), tmp_path / "W.safetensors")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["{}", "no", ""])
+def test_a_damaged_model(world: Path, tmp_path: Path, file: str, content: str) -> None:
+    shutil.copytree(world / "aligned", tmp_path / "aligned")
+    (tmp_path / "aligned" / file).write_text(content)
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        safety_gradient(tmp_path / "aligned", str(world / "train.jsonl"), world / "reinforce")

@@ -69,6 +69,9 @@ def sweep(
     controls: Annotated[bool, typer.Option(help="Also score the adapter shrunk to each point's norm.")] = True,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of completions.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 32,
+    revision: Annotated[
+        str | None, typer.Option(help="Hub revision of the model.  [default: the one that the adapter names of its base]")
+    ] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the model in NF4.")] = False,
 ) -> None:
     """Try a correction at many strengths, score each, and choose the setting that meets your constraints."""
@@ -90,7 +93,7 @@ def sweep(
         axes = sweeping.parse_grid(grid)
         sweeping.grid_points(method, axes)
         space = AlignmentSubspace.from_pretrained(subspace) if subspace else None
-        loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit)
+        loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit, revision=revision)
         try:
             found = sweeping.sweep(
                 loaded,

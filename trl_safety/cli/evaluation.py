@@ -36,6 +36,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Of each of those tasks, the first so many samples.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of completions.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 32,
+    revision: Annotated[
+        str | None, typer.Option(help="Hub revision of MODEL.  [default: the one that the adapter names of its base]")
+    ] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the model in NF4.")] = False,
 ) -> None:
     """Ask prompts, judge the completions, and say with intervals what is refused, complied with and right; before and after."""
@@ -83,7 +86,7 @@ def evaluate(
         if baseline is not None and baseline != evaluating.ALIGNED and not (Path(baseline) / CONFIG).is_file():
             # Asked before the model is loaded: never two models in memory.
             before = evaluating.evaluate_one(*load_model(baseline, None, load_in_4bit=load_in_4bit), sets, judges, name=baseline, **options)
-        loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit)
+        loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit, revision=revision)
         try:
             evaluation, _ = evaluating.evaluate(
                 loaded, tokenizer, sets, judges, name=model, adapter=str(adapter) if adapter else None, baseline=before, **options

@@ -17,7 +17,7 @@ from trl_safety.adapters.files import replacing
 from trl_safety.adapters.folder import CONFIG, AdapterFolder, Factors
 from trl_safety.adapters.frozen import FrozenAdapter
 from trl_safety.adapters.record import open_kind
-from trl_safety.errors import ConfigurationError, SafetyError
+from trl_safety.errors import ConfigurationError, SafetyError, reason
 from trl_safety.inspection.layers import common_prefix
 from trl_safety.linalg.alignment import slope_score
 from trl_safety.linalg.low_rank import product_norm_squared
@@ -96,9 +96,7 @@ def safety_gradient(
         net = AutoModelForCausalLM.from_pretrained(str(model), **options)
         tokenizer = AutoTokenizer.from_pretrained(str(model))
     except UNREADABLE as error:
-        raise ConfigurationError(
-            f"model = {str(model)!r}: cannot be loaded ({str(error).splitlines()[0]}); give a folder or a Hub id"
-        ) from error
+        raise ConfigurationError(f"model = {str(model)!r}: cannot be loaded ({reason(error)}); give a folder or a Hub id") from error
     net = net if load_in_4bit else net.to(where)
     net.eval().requires_grad_(False)
     tokens = [supervised(row, tokenizer, max_length) for row in rows.select(range(min(samples, len(rows))))]
