@@ -72,7 +72,7 @@ def test_folder_and_live_are_the_dense_sum(tmp_path: Path, full: AlignmentSubspa
     close(updates(tmp_path / "live"), expected)
     if gamma > 0:
         verify(tmp_path / "live")
-    with pytest.raises(AdapterError, match="corrected by alignment_vector already"):
+    with pytest.raises(AdapterError, match="already corrected by alignment_vector"):
         apply_alignment_vector(gqa_model, full)
 
 

@@ -453,7 +453,7 @@ class TestMerge:
     def test_training_on_after_the_merge_is_refused(self, provider: Path, tmp_path: Path) -> None:
         trainer = tiny.trainer(tmp_path, safety=block(provider))
         trainer.train()
-        with pytest.raises(AdapterError, match="corrected by buffer_reinforce already"):
+        with pytest.raises(AdapterError, match="already corrected by buffer_reinforce"):
             trainer.train()
 
 
@@ -584,7 +584,7 @@ class TestRefused:
             (folder / RECORD).write_text(json.dumps(facts))
         else:
             (folder / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes()[:500])
-        with pytest.raises(SafetyError, match=r"safety_adapter.json|is a buffer adapter|its record knows nothing|truncated"):
+        with pytest.raises(SafetyError, match=r"safety_adapter.json|is a buffer adapter|its record does not know|truncated"):
             tiny.trainer(tmp_path / "out", safety={"buffer_reinforce": {"buffer": str(folder)}})
 
     def test_a_layer_that_the_model_lacks(self, provider: Path, tmp_path: Path) -> None:

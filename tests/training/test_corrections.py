@@ -143,7 +143,7 @@ def test_nothing_to_do_changes_no_bit(tmp_path: Path, gqa_subspace: AlignmentSub
 
 def test_correcting_twice_is_refused_everywhere(tmp_path: Path, gqa_subspace: AlignmentSubspace, gqa_model: Any) -> None:
     apply_safe_lora(gqa_model, gqa_subspace, threshold=1.0)
-    with pytest.raises(AdapterError, match="corrected by safe_lora already"):
+    with pytest.raises(AdapterError, match="already corrected by safe_lora"):
         apply_csulora(gqa_model, gqa_subspace)
     gqa_model.save_pretrained(tmp_path / "once")
     loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path / "once"), is_trainable=True)

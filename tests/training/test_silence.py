@@ -343,7 +343,7 @@ class TestBuffersAndVectors:
         model = tiny.model()
         first = tiny.trainer(tmp_path / "a", base=model, peft_config=tiny.lora(target_modules=["q_proj", "k_proj"]))
         first.train()
-        with pytest.raises(AdapterError, match="left from another adapter that was put on the same model object"):
+        with pytest.raises(AdapterError, match="left over from another adapter on the same model object"):
             tiny.trainer(tmp_path / "b", base=model, peft_config=tiny.lora(target_modules=["q_proj"]), safety=self.block(provider))
         # And on disk, where PEFT would leave the further factors out.
         first.save_model()
@@ -792,5 +792,5 @@ class TestWeightsThatAreNoParameters:
             layer = next(module for path, module in model.named_modules() if path.endswith(name))
             weight = layer._parameters.pop("weight").data
             layer.register_buffer("weight", weight)
-        with pytest.raises(AdapterError, match="in a form that is no parameter"):
+        with pytest.raises(AdapterError, match="in a form that is not a parameter"):
             tiny.trainer(tmp_path, base=model, safety={"alignment_buffer": {**PAIR, "base": str(tmp_path / "base")}})

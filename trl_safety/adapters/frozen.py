@@ -107,7 +107,7 @@ class FrozenAdapter:
             x = args[0]
             B, A = self._factors[name]
             if A.device != x.device:
-                # Layers of one model may lie on several devices; each pair of factors moves to its layer once.
+                # Layers of one model may be on several devices; each pair of factors moves to its layer once.
                 B, A = self._factors[name] = B.to(x.device), A.to(x.device)
             self._fired.add(name)
             update = functional.linear(functional.linear(x.to(A.dtype), A) * scaling, B)
