@@ -202,7 +202,7 @@ def test_vocabularies_that_differ(tmp_path: Path) -> None:
         ({"alignment_buffer": {"base": PAIR["aligned"], "aligned": PAIR["base"]}}, {}, AdapterError, "load the aligned model of the pair"),
         ({"alignment_buffer": {"how": "low_rank"}}, {}, ConfigurationError, "subspace is missing"),
         ({"alignment_buffer": {"how": "low_rank", "base": "x"}}, {}, ConfigurationError, "base = 'x' is not used with how: low_rank"),
-        ({**block(), "buffer_reinforce": {"buffer": "x"}}, {}, ConfigurationError, "two buffers"),
+        ({**block(), "buffer_reinforce": {"buffer": "x"}}, {}, ConfigurationError, "both buffers"),
         ({**block(), "skip_modules": ["q_proj"]}, {}, ConfigurationError, "skip_modules"),
     ],
 )

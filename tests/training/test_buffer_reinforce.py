@@ -528,7 +528,7 @@ class TestRefused:
             ({"buffer": "missing"}, {}, AdapterError, "neither a folder nor a Hub repository"),
             ({"buffer": "REINFORCE"}, {}, AdapterError, "is a reinforce adapter"),
             ({"buffer": "BUFFER", "reinforce": "BUFFER"}, {}, AdapterError, "is a buffer adapter"),
-            ({"buffer": "BUFFER", "alpha": 0.2}, {}, ConfigurationError, "alpha = 0.2 is used in the merge alone"),
+            ({"buffer": "BUFFER", "alpha": 0.2}, {}, ConfigurationError, "alpha = 0.2 is used only in the merge"),
             ({"buffer": "BUFFER", "reinforce": "REINFORCE", "alpha": 1.5}, {}, ConfigurationError, "alpha = 1.5"),
             ({"reinforce": "REINFORCE"}, {}, ConfigurationError, "buffer"),
             ({"buffer": "BUFFER"}, {"torch_compile": True}, ConfigurationError, "torch_compile = True"),

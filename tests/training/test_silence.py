@@ -235,10 +235,10 @@ def test_weights_that_cannot_be_read_are_not_called_verified(gqa_model: Any, gqa
 def test_a_method_with_nothing_behind_it_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "safety.yaml"
     path.write_text("subspace: S\nasft:\nsafe_lora: {}\n")
-    with pytest.raises(ConfigurationError, match="asft has nothing behind it"):
+    with pytest.raises(ConfigurationError, match="asft is empty"):
         SafetyConfig.parse(path)
     path.write_text("subspace: S\nasft: {weight: 5}\nasft: {weight: 0}\n")
-    with pytest.raises(ConfigurationError, match="'asft' is there twice"):
+    with pytest.raises(ConfigurationError, match="'asft' appears twice"):
         SafetyConfig.parse(path)
 
 

@@ -53,7 +53,9 @@ def adopt(adapter: str | Path, output: str | Path, kind: str, model: str | Path 
         if base and Path(base).is_dir() and Path(base).resolve() != Path(model).resolve():
             checked += f"; {record.check_checkpoint(base, setting)}"
         elif base != str(model):
-            checked += f"; {NOT_VERIFIED}: whether it was trained on that model, since {base or 'the model that it names'} is not available here"
+            checked += (
+                f"; {NOT_VERIFIED}: whether it was trained on that model, since {base or 'the model that it names'} is not available here"
+            )
     config = copy.deepcopy(folder.config)
     mark(config, kind, folder.factors)
     folder.write(Path(output), {}, config, setting="output", report=lambda _: {RECORD: record.text()})

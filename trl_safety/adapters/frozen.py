@@ -53,8 +53,8 @@ class FrozenAdapter:
             factors = saved[name]
             if factors.shape != linear_shape(layer):
                 raise AdapterError(
-                    f"{setting}: its layer {name!r} is {factors.shape[0]} × {factors.shape[1]}, but {' × '.join(map(str, linear_shape(layer)))} in the model: it was "
-                    "made for another one"
+                    f"{setting}: its layer {name!r} is {factors.shape[0]} × {factors.shape[1]}, but {' × '.join(map(str, linear_shape(layer)))} in the model: it "
+                    "was made for another one"
                 )
             self._modules[name], self.layers[name] = module, layer
             self._factors[name] = tuple(t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (factors.B, factors.A))  # type: ignore[assignment]

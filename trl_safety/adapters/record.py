@@ -184,9 +184,7 @@ def open_kind(source: str | Path, kind: str, setting: str) -> tuple[AdapterFolde
         raise AdapterError(f"{setting} = {str(source)!r}: is a {record.kind} adapter (marked {marked}), not a {kind} one: {REMEDY[kind]}")
     refuse_unusable(adapter, f"{setting} = {str(source)!r}")
     if record.samples and (missing := [name for name in adapter.factors if name not in record.samples]):
-        raise AdapterError(
-            f"{setting} = {str(source)!r}: its record does not know layer {missing[0]!r}: the files do not belong together"
-        )
+        raise AdapterError(f"{setting} = {str(source)!r}: its record does not know layer {missing[0]!r}: the files do not belong together")
     return adapter, record
 
 
