@@ -408,7 +408,7 @@ class TestMerge:
             app, ["merge-reinforce", str(tmp_path / "merged"), str(provider / "reinforce"), "-o", str(tmp_path / "m2")]
         )
         assert result.exit_code == 1
-        assert "was merged with a ReinforceLoRA already" in result.output
+        assert "was already merged with a ReinforceLoRA" in result.output
 
     def test_cut_back_to_a_rank(self, provider: Path, tmp_path: Path) -> None:
         trainer = tiny.trainer(tmp_path, safety=block(provider, rank=4))
@@ -564,7 +564,7 @@ class TestRefused:
         plain.train()
         plain.save_model()
         report = merge_reinforce(tmp_path / "user", provider / "reinforce", tmp_path / "out")
-        assert "has no report of a buffer" in report.methods[0].summary
+        assert "has no report on a buffer" in report.methods[0].summary
         assert "match those of" in report.base_check
 
     @pytest.mark.parametrize("damage", ["record", "mark", "layer", "json", "weights"])
