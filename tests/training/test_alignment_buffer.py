@@ -215,5 +215,5 @@ def test_refused_before_training(
 
 def test_a_whole_subspace_is_no_low_rank_buffer(tmp_path: Path) -> None:
     whole = AlignmentSubspace.from_pair(DATA / "gqa-base", DATA / "gqa-aligned", target_modules="all-linear", whole=True, progress=False)
-    with pytest.raises(SubspaceError, match="keeps V whole, which a low-rank buffer cannot take out"):
+    with pytest.raises(SubspaceError, match="keeps V whole, which a low-rank buffer cannot subtract"):
         tiny.trainer(tmp_path, safety={"alignment_buffer": {"how": "low_rank"}}, subspace=whole)

@@ -62,7 +62,7 @@ def test_killed_while_a_checkpoint_is_saved(tmp_path: Path, source: Path, gqa_su
     # Transformers would go on from the weights alone, at step 0 and with a new optimizer.
     trainer = tiny.trainer(out, safety=ASFT, subspace=gqa_subspace)
     for checkpoint in (True, str(half)):
-        with pytest.raises(ConfigurationError, match=r"checkpoint-4.*its saving was interrupted; remove it"):
+        with pytest.raises(ConfigurationError, match=r"checkpoint-4.*the save was interrupted; remove it"):
             trainer.train(resume_from_checkpoint=checkpoint)
     shutil.rmtree(half)
     assert run(out, source, resume=True) == 0

@@ -1,5 +1,5 @@
-"""`SafeSFTTrainer` and `SafeSFTConfig`, TRL's SFT with a `safety` block, and the trainers of a provider's adapters. With `sft.py` the
-only file that imports trl.
+"""`SafeSFTTrainer` and `SafeSFTConfig`, TRL's SFT with a `safety` block, and the trainers of a provider's adapters. In this room only
+this file and `sft.py` import trl.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class SafeSFTConfig(SFTConfig):
     """`trl.SFTConfig` plus one field; with `safety=None` nothing differs from the parent.
 
     Args:
-        safety: the safety block: a `SafetyConfig`, a mapping, the path of a YAML file, or (on a command line) JSON. It is kept
-            as a plain mapping, so that the arguments can be saved and logged.
+        safety: the safety block: a `SafetyConfig`, a mapping, the path of a YAML file, or (on a command line) JSON. It is
+            stored as a plain mapping, so that the arguments can be saved and logged.
 
     Raises:
         ConfigurationError: an option is unknown, out of bounds or contradictory.
@@ -62,20 +62,20 @@ class SafeSFTConfig(SFTConfig):
 
     @property
     def train_batch_size(self) -> int:
-        """As the parent's. Every Trainer asks for it when it is made, so that it is the place to refuse one without protection."""
+        """The parent's. Every Trainer reads it when created, so a trainer that would ignore the block is refused here."""
         if self.safety is not None and not self._taken:
-            raise ConfigurationError("args.safety is set, but the trainer is no SafeSFTTrainer and would ignore it: use SafeSFTTrainer")
+            raise ConfigurationError("args.safety is set, but the trainer is not a SafeSFTTrainer and would ignore it: use SafeSFTTrainer")
         size: int = super().train_batch_size
         return size
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or what a checkpoint keeps of it, is nobody's."""
+        """A copy, or what a checkpoint stores of it, belongs to no trainer."""
         return {name: value for name, value in vars(self).items() if name != "_taken"}
 
 
 @contextmanager
 def _served(args: Any) -> Iterator[None]:
-    """Within it a SafeSFTTrainer works with these arguments; any other trainer that does would ignore their block."""
+    """Within this context the arguments belong to a SafeSFTTrainer; any other trainer would ignore their block."""
     if not isinstance(args, SafeSFTConfig) or args._taken:
         yield
         return
@@ -87,18 +87,18 @@ def _served(args: Any) -> Iterator[None]:
 
 
 class SafeSFTTrainer(SafetyMixin, SFTTrainer):
-    """`trl.SFTTrainer` that keeps the model's safety.
+    """`trl.SFTTrainer` that preserves the model's safety.
 
-    A drop-in: the same arguments, and without a safety block the same computation bit for bit. With one it differs in: what
-    the methods add to the training loss is part of the logged `loss`, a correction is applied when training ends,
-    `safety/…` metrics are in every log, and `safety_report.json` lies beside every saved adapter.
+    A drop-in replacement: it takes the same arguments, and without a safety block it computes the same, bit for bit. With one, the logged
+    `loss` includes the methods' terms, a correction is applied when training ends, every log has `safety/…` metrics, and
+    `safety_report.json` is saved beside every adapter.
 
     Args:
         *args: as in `SFTTrainer`.
         safety: the safety block: a `SafetyConfig`, a mapping, or the path of a YAML file. Or `args.safety`.
-        reference_dataset: the pool of safe references of a method that reads one, in any format that `train_dataset` takes, or prompts
-            alone; in place of that method's own option.
-        subspace: an `AlignmentSubspace` (or its file or Hub id), in place of the block's `subspace`.
+        reference_dataset: the pool of safe references for a method that reads one, in any format that `train_dataset` takes, or as prompts
+            only; used instead of the method's own option.
+        subspace: an `AlignmentSubspace` (or its file or Hub id), used instead of the block's `subspace`.
         **kwargs: as in `SFTTrainer`.
 
     Raises:
@@ -123,7 +123,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         block = safety if safety is not None else in_args
         config = SafetyConfig.parse(block) if block is not None else None
         if in_args is not None:
-            # A copy: the user's own arguments, given to another trainer, are refused by it.
+            # A copy, so that any other trainer still refuses the user's own arguments.
             taken: Any = copy.copy(training_args)
             args, kwargs = (args, {**kwargs, "args": taken}) if "args" in kwargs else ((args[0], taken, *args[2:]), kwargs)
         references = self._references(config, reference_dataset)
@@ -150,7 +150,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
 
     @staticmethod
     def _references(config: SafetyConfig | None, given: Dataset | None) -> dict[str, Dataset]:
-        """The pools of the methods that read one, before the parent loads a model."""
+        """The pools of the methods that read one, loaded before the parent loads a model."""
         wanted = pools(config) if config else {}
         if given is not None and not wanted:
             raise ConfigurationError(
@@ -159,7 +159,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         return {name: _pool(setting, getattr(config, name), given) for name, setting in wanted.items()}
 
     def _prepared(self, config: SafetyConfig | None, references: Mapping[str, Dataset], formatting_func: Any) -> dict[str, References]:
-        """The pools' tokens, of which the answers' alone are supervised, whatever the format of the training data."""
+        """The tokenised pools. Only answers are supervised, whatever the format of the training data."""
         prepared = {}
         for name, setting in (pools(config) if config else {}).items():
             raw = references[name]
@@ -177,7 +177,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
                 )
             else:
                 check_format(raw, self.args.dataset_text_field if formatting_func is None else None, setting)
-                # The parent took this from the training data.
+                # The parent derived this from the training data.
                 own = getattr(self, "completion_only_loss")  # noqa: B009  # the parent is unknown to the type check
                 self.completion_only_loss = True
                 try:
@@ -201,8 +201,8 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
 class BufferTrainer(ProviderMixin, SFTTrainer):
     """`trl.SFTTrainer` that trains a BufferLoRA (arXiv 2605.24550): plain SFT on harmful requests and answers, on the aligned model.
 
-    A drop-in with the parent's arguments. It makes the model harmful: every saved folder is marked as what it is, nothing is
-    uploaded, and trl-safety refuses it wherever a user's adapter is meant. Differs from the authors' code in that mark alone.
+    It takes the parent's arguments. The adapter makes the model harmful: every saved folder is marked as a buffer, nothing is
+    uploaded, and trl-safety refuses it wherever a user's adapter is expected. Differs from the authors' code only in that mark.
 
     Raises:
         AdapterError: the adapter trains more than plain LoRA factors.
@@ -212,7 +212,7 @@ class BufferTrainer(ProviderMixin, SFTTrainer):
     kind = "buffer"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # The parent creates the repository as soon as it is made.
+        # The parent creates the Hub repository in its constructor.
         refuse_push(kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
         self.start_provider(None)
@@ -222,8 +222,8 @@ class ReinforceTrainer(ProviderMixin, SFTTrainer):
     """`trl.SFTTrainer` that trains a ReinforceLoRA (arXiv 2605.24550): SFT on harmful requests and refusals, and on benign pairs, beside
     the frozen buffer.
 
-    A drop-in with the parent's arguments. Differs from the authors' code in attaching the buffer within training steps alone,
-    where that merges it into the model: evaluation happens without it.
+    It takes the parent's arguments. Differs from the authors' code, which merges the buffer into the model: here it is attached only
+    during training steps, so evaluation runs without it.
 
     Args:
         *args: as in `SFTTrainer`.
@@ -231,7 +231,7 @@ class ReinforceTrainer(ProviderMixin, SFTTrainer):
         **kwargs: as in `SFTTrainer`.
 
     Raises:
-        AdapterError: the adapter trains more than plain LoRA factors, or the buffer is missing or another model's.
+        AdapterError: the adapter trains more than plain LoRA factors, or the buffer is missing or belongs to another model.
         ConfigurationError: `torch_compile` is on.
     """
 
@@ -255,7 +255,7 @@ def _pool(setting: str, options: Any, given: Dataset | None) -> Dataset:
 
 
 def _numbered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The trainer's arguments with the training rows numbered before TRL filters and shuffles them."""
+    """The trainer's arguments, with the training rows numbered before TRL filters and shuffles them."""
     if len(args) > TRAIN_DATASET:
         return (*args[:TRAIN_DATASET], with_rows(args[TRAIN_DATASET], "train_dataset"), *args[TRAIN_DATASET + 1 :]), kwargs
     return args, {**kwargs, "train_dataset": with_rows(kwargs.get("train_dataset"), "train_dataset")}
