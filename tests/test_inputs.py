@@ -205,7 +205,7 @@ def test_whatever_a_conversation_is_there_is_no_other_error(value: Any) -> None:
 
 
 def test_rows_of_a_file(tmp_path: Path) -> None:
-    """As users' files are: a mark of byte order, separators within strings, a column that is not in the first row."""
+    """As in users' files: a byte order mark, line separators within strings, a column that is not in the first row."""
     rows = [{"prompt": "a\u2028b", "completion": "x"}, {"prompt": "c\u0085d", "completion": "y", "id": 7}]
     content = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     for name in ("rows.jsonl", "rows.json"):
@@ -304,7 +304,7 @@ def test_a_damaged_selection_log(tmp_path: Path) -> None:
     assert len(read_choices(path)) == 1
     file(tmp_path, choice.encode() + b"\n" + '{"step": "é'.encode()[:-1], SELECTION)
     assert len(read_choices(path)) == 1
-    for content, message in ((f"{choice}\n\n7\n", "no selection log that can be read, line 3"), ('{"step": 1}\n', "line 1")):
+    for content, message in ((f"{choice}\n\n7\n", "not a readable selection log, line 3"), ('{"step": 1}\n', "line 1")):
         with pytest.raises(ReportError, match=message):
             read_choices(file(tmp_path, content, SELECTION))
     file(tmp_path, choice + "\n", SELECTION)
@@ -349,7 +349,7 @@ def trained(row: dict[str, Any], tokenizer: Any) -> str:
     ids=["prompt", "messages", "sharegpt", "turns", "parts"],
 )
 def test_the_whole_answer_and_nothing_else_is_trained(template: str, row: dict[str, Any]) -> None:
-    """Also where the answer begins as the prompt would go on: `w2`."""
+    """Even if the answer begins like the prompt's continuation: `w2`."""
     assert trained(row, words(template)) == "w2 w3 </s>"
 
 
@@ -412,7 +412,7 @@ def test_a_pools_answers_alone_are_trained_whatever_the_datas_format(tmp_path: P
         assert kept == [53, 54, 2]
         assert row["input_ids"][-3:] == kept
         assert len(row["input_ids"]) == 5
-    # What the training data supervises is as it was.
+    # The supervision of the training data is unchanged.
     labels = trainer.train_dataset[0]["labels"]
     assert (IGNORED in labels) == (data in ("tokens", "prompt"))
 
