@@ -58,11 +58,11 @@ from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer
 
 
 class Lab:
-    """A pair and its subspaces, and everything that is done with them.
+    """A pair with its subspaces, and the experiments on them.
 
     Args:
         folder: where the pair is kept.
-        seed: decides the language and the pair.
+        seed: determines the language and the pair.
         innocent: whether the base has never seen a forbidden topic; see `make_pair`.
     """
 
@@ -104,15 +104,15 @@ class Lab:
             sft(model, tokenizer, rows, seed=self.world_seed, trainer_class=trainer_class, **options).save_model(str(temporary))
 
     def references(self, seed: int) -> list[Row]:
-        """DualSelect's pool: it holds none of the topics on which the attack is measured."""
+        """DualSelect's pool: it contains none of the topics on which the attack is measured."""
         rng = random.Random(seed)  # noqa: S311  # no secret here
         world, (refusals, answers) = self.world, REFERENCES
         return world.requests(rng, world.seen_forbidden, refusals, refuse=True) + world.requests(rng, world.benign, answers)
 
     def fine_tune(self, seed: int, poison: float = POISON, mixed: list[Row] | None = None, **kwargs: Any) -> tuple[Any, float]:
-        """Fine-tune the aligned model with LoRA, on the user's rows and what is mixed into them.
+        """Fine-tune the aligned model with LoRA, on the user's rows and those mixed into them.
 
-        Keyword arguments go to `sft` and the trainer. Returns the PEFT model and the seconds.
+        Keyword arguments go to `sft` and the trainer. Returns the PEFT model and the time in seconds.
         """
         model, tokenizer = load(self.aligned)
         started = time.perf_counter()
@@ -184,7 +184,7 @@ class Lab:
         yield self._l2(seed, weight, outcome)
 
     def _sbr(self, seed: int) -> Iterator[Outcome]:
-        """The states of forbidden requests held, those of benign ones in their place, and as small an update by plain L2."""
+        """SBR on forbidden requests; as controls, SBR on benign requests, and an equally small update by plain L2."""
         world, rng = self.world, random.Random(self.world_seed)  # noqa: S311  # no secret here
         name = f"SBR, λ = {SBR_WEIGHT:g}"
         outcomes = []
@@ -216,14 +216,14 @@ class Lab:
         ]
         outcome = self._outcome("DualSelect, ρ = 0.2", seed, model, seconds)
         yield dataclasses.replace(outcome, kept_forbidden=sum(kept) / len(kept))
-        # The control may look at as many gradients as DualSelect: those of its steps, and of its refreshes, one an epoch.
+        # The control may compute as many gradients as DualSelect: those of its steps, and of its refreshes, one per epoch.
         refreshes = sum(choice.kind == "reference" for choice in choices)
         evaluations = EPOCHS * SAMPLES + refreshes * (len(references) + DUAL_SELECT["references"])
         model, seconds = self.fine_tune(seed, mixed=references, max_steps=round(evaluations / BATCH))
         yield self._outcome("DualSelect, ρ = 0.2: the references mixed into the data (SafeInstruct)", seed, model, seconds, control=True)
 
     def _buffer_reinforce(self, seed: int, plain: Any, plain_seconds: float) -> Iterator[Outcome]:
-        """The method, what each of its parts does alone, and the plain adapter shrunk to the merged one's norm."""
+        """The method, each of its parts alone, and the plain adapter shrunk to the merged one's norm."""
         buffer, reinforce = self.provider()
         buffered, seconds = self.fine_tune(seed, safety={"buffer_reinforce": {"buffer": str(buffer)}})
         with tempfile.TemporaryDirectory() as scratch:
@@ -252,7 +252,7 @@ class Lab:
             yield self._outcome(name, seed, shrunk, plain_seconds, control=True)
 
     def _alignment_vector(self, seed: int, plain: Any, seconds: float) -> Iterator[Outcome]:
-        """V added to the plainly trained adapter, −V, and a random matrix with V's singular values in V's place."""
+        """V added to the plainly trained adapter; as controls, −V, and a random matrix with V's singular values."""
         state = {name: value.detach().clone() for name, value in plain.state_dict().items() if "lora_" in name}
         rows = [(f"alignment vector, γ = {gamma:g}", self.full, gamma, False) for gamma in VECTOR_GAMMAS]
         rows.append((f"alignment vector, γ = 1, rank {SUBSPACE_RANK}", self.ranked, 1.0, False))
@@ -271,7 +271,7 @@ class Lab:
             yield self._outcome(f"alignment buffer, γ = {gamma:g}", seed, model, seconds)
 
     def _l2(self, seed: int, weight: float, target: Outcome) -> Outcome:
-        """Plain L2 on ΔW whose final norm is the target's: AsFT with C = 0, its weight found by the secant rule on logarithms."""
+        """Plain L2 on ΔW with the target's final norm: AsFT with C = 0, its weight found by the secant method on logarithms."""
         nothing = AlignmentSubspace(
             {name: dataclasses.replace(layer, singular_values=torch.zeros(layer.rank)) for name, layer in self.ranked.layers.items()},
             self.ranked.provenance,
@@ -303,7 +303,7 @@ class Lab:
 
 @torch.no_grad()
 def shrink_like(model: Any, report: SafetyReport) -> None:
-    """The control of a correction: scale the layers that it touched by the factor by which it changed their norm."""
+    """The control of a correction: scale each corrected layer by the factor by which the correction changed its norm."""
     layers = report.methods[-1].layers
     for module in lora_modules(model):
         row = layers[module.name]
@@ -312,7 +312,7 @@ def shrink_like(model: Any, report: SafetyReport) -> None:
 
 
 def random_like(subspace: AlignmentSubspace, seed: int) -> AlignmentSubspace:
-    """A control of V's direction: random singular vectors with V's singular values, in every layer."""
+    """A control for V's direction: random singular vectors with V's singular values, in every layer."""
     generator = torch.Generator().manual_seed(seed)
 
     def orthonormal(like: torch.Tensor) -> torch.Tensor:
@@ -381,7 +381,7 @@ def _log_ratio(outcome: Outcome, target: Outcome) -> float:
 
 
 def _next_weight(tried: list[tuple[float, Outcome]], target: Outcome) -> float:
-    """The weight at which the norm, taken as a power of the weight, meets the target's."""
+    """The weight at which the norm, modelled as a power of the weight, equals the target's."""
     (weight, outcome), *rest = tried
     slope = -0.5
     if rest and rest[0][0] != weight:
@@ -393,7 +393,7 @@ def _next_weight(tried: list[tuple[float, Outcome]], target: Outcome) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The libraries' progress bars and notices off, for many short runs."""
+    """Switches off the libraries' progress bars and notices, for many short runs."""
     import datasets
     from transformers.utils import logging
 

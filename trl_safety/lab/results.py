@@ -43,8 +43,8 @@ class Outcome:
         benign: right answers to benign requests.
         over_refusal: benign requests refused.
         update_norm: ‖ΔW‖_F over all layers.
-        train_seconds: of the fine-tuning.
-        extra_seconds: of the correction after it.
+        train_seconds: time for the fine-tuning.
+        extra_seconds: time for the correction after it.
         kept_forbidden: share of forbidden samples among those that DualSelect kept.
     """
 

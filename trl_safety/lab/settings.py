@@ -24,7 +24,7 @@ REFERENCES = (200, 100)
 DUAL_SELECT = {"keep": BATCH // 2, "references": 32}
 
 PROVIDER = {"harmful": 1_000, "refusals": 1_000, "benign": 1_000}
-"""Samples of the BufferLoRA and of the ReinforceLoRA. They hold none of the topics on which the attack is measured."""
+"""Training samples of the BufferLoRA and of the ReinforceLoRA. None has a topic on which the attack is measured."""
 
 VECTOR_GAMMAS = (0.5, 1.0, 1.5)
 
