@@ -231,7 +231,7 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
         ('{"prompt": [{"role": "user", "content": "a"}], "completion": "x"}', "prompt and completion are not of one kind"),
         (
             '{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [{"role": "user", "content": ["a"]}]}',
-            "its rows do not form a table",
+            "its rows make no table",
         ),
         ("{}", "is not one split with rows"),
         ("", "is not one split with rows"),

@@ -138,7 +138,7 @@ def write_report(folder: Path, report: SafetyReport) -> None:
 
 
 def settled(report: SafetyReport, folder: Path) -> SafetyReport:
-    """The report of the adapter in a folder: with its hashes, and not as protected if the adapter has no update at all.
+    """The report of the adapter that lies in a folder: with its hashes, and not as protected where it has no update at all.
 
     Raises:
         ReportError: the adapter's configuration cannot be read.
@@ -146,7 +146,7 @@ def settled(report: SafetyReport, folder: Path) -> SafetyReport:
     try:
         empty = AdapterFolder.open(folder).is_zero
     except AdapterError:
-        # An unreadable adapter keeps its report too; `verify` refuses it.
+        # What was trained is kept with its report, whatever it is; `verify` refuses it.
         empty = False
     return (_not_acted(report, NO_UPDATE) if empty else report).model_copy(update=fingerprints(folder))
 

@@ -100,7 +100,7 @@ def read_choices(path: Path) -> list[Choice]:
 
 
 def most_dropped(choices: Iterable[Choice], texts: Mapping[int, str] | None = None) -> list[Dropped]:
-    """The training rows, sorted by the share of times they were dropped, then by mean score; highest first."""
+    """The training rows by how often they were dropped when seen, then by their mean score, highest first."""
     rows: dict[int, list[tuple[float, float, float, float]]] = {}
     for choice in choices:
         if choice.kind == "task":
@@ -134,7 +134,7 @@ def read_selection(folder: str | Path) -> list[Dropped]:
     """The most-dropped rows of a run, with their text if the run kept it.
 
     Raises:
-        ReportError: the folder has no selection log, or no sample was scored in it.
+        ReportError: the folder has no selection log, or one in which no sample was scored.
     """
     folder = Path(folder)
     choices = read_choices(folder / SELECTION)

@@ -107,7 +107,7 @@ def _from_lines(path: Path, named: str) -> Dataset:
         return Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
     except (ValueError, TypeError, OverflowError) as error:
         raise ConfigurationError(
-            f"{named}: its rows do not form a table ({str(error).splitlines()[0]}); give every row the same shape"
+            f"{named}: its rows make no table ({str(error).splitlines()[0]}); give every row the same shape"
         ) from error
 
 
