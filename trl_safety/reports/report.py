@@ -182,7 +182,7 @@ def describes(report: SafetyReport, folder: Path) -> bool:
 
 
 def changed_since(report: SafetyReport) -> SafetyReport:
-    """The report of an adapter that was changed after the methods had acted, for example by further training."""
+    """The report of an adapter that was changed after the methods had acted, by training it further, say."""
     return _not_acted(report, "the adapter was changed afterwards, without protection")
 
 

@@ -33,7 +33,7 @@ class Choice(BaseModel):
     """The optimizer step, from 1; for a refresh, the step that follows it."""
     kind: Literal["reference", "task"]
     indices: list[int]
-    """Row numbers in the user's data set, or in the reference data set, as given to the trainer."""
+    """Rows of the user's data set, or of the reference data set, as it was given to the trainer."""
     weights: list[float]
     scores: list[float]
     losses: list[float]
@@ -143,7 +143,9 @@ def read_selection(folder: str | Path) -> list[Dropped]:
         named = f"{str(folder / TEXTS)!r}"
         for number, entry in read_lines(folder / TEXTS, named, error=ReportError):
             if not isinstance(entry.get("row"), int) or not isinstance(entry.get("text"), str):
-                raise ReportError(f"{named}, line {number}: has no row and text; remove the file to show the rows without their text")
+                raise ReportError(
+                    f"{named}, line {number}: has no row and text; remove the file, and the rows are shown without their text"
+                )
             texts[entry["row"]] = entry["text"]
     table = most_dropped(choices, texts)
     if not table:

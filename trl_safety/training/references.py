@@ -1,4 +1,4 @@
-"""Pools of reference rows, prepared like the training data, and the numbers of the training rows."""
+"""Pools of reference rows, prepared as the training data is, and the numbers of the training rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from trl_safety.training.data import IGNORED, splittable, supervised
 logger = logging.getLogger(__name__)
 
 ROW = "safety_row"
-"""Column of the training and reference data: a sample's row number in the user's data set."""
+"""Column of the training and reference data that says which row of the user's data set a sample is."""
 
 
 class RowCollator:
-    """The trainer's collator; passes the samples' row numbers through."""
+    """The trainer's collator, which carries the samples' row numbers along."""
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
@@ -38,14 +38,14 @@ class RowCollator:
 
 
 def with_rows(dataset: Any, setting: str) -> Dataset:
-    """The data set with an added column of row numbers.
+    """A data set with the number of every row in a column of its own.
 
     Raises:
-        ConfigurationError: it is streamed, so its rows cannot be numbered or read repeatedly.
+        ConfigurationError: it is streamed, so that its rows have no numbers and it cannot be read again and again.
     """
     if not isinstance(dataset, Dataset):
         raise ConfigurationError(
-            f"{setting} is a {type(dataset).__name__}, whose rows cannot be counted and read again; give a datasets.Dataset (load "
+            f"{setting} is a {type(dataset).__name__}: rows must be such that they can be counted and read again; give a datasets.Dataset (load "
             "without streaming)"
         )
     return dataset if ROW in dataset.column_names else dataset.add_column(ROW, list(range(len(dataset))))
@@ -65,7 +65,7 @@ def pools(block: SafetyConfig) -> dict[str, str]:
 
 
 def number_rows(trainer: Any) -> None:
-    """Add the row numbers of the training data to its batches.
+    """Have the batches say which rows of the training data they hold.
 
     Raises:
         ConfigurationError: the training data is streamed.

@@ -1,5 +1,5 @@
-"""`SafeSFTTrainer` and `SafeSFTConfig`, TRL's SFT with a `safety` block, and the trainers of a provider's adapters. In this room only
-this file and `sft.py` import trl.
+"""`SafeSFTTrainer` and `SafeSFTConfig`, TRL's SFT with a `safety` block, and the trainers of a provider's adapters. With `sft.py` the
+only file that imports trl.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class SafeSFTConfig(SFTConfig):
     """`trl.SFTConfig` plus one field; with `safety=None` nothing differs from the parent.
 
     Args:
-        safety: the safety block: a `SafetyConfig`, a mapping, the path of a YAML file, or (on a command line) JSON. It is
-            stored as a plain mapping, so that the arguments can be saved and logged.
+        safety: the safety block: a `SafetyConfig`, a mapping, the path of a YAML file, or (on a command line) JSON. It is kept
+            as a plain mapping, so that the arguments can be saved and logged.
 
     Raises:
         ConfigurationError: an option is unknown, out of bounds or contradictory.
@@ -62,20 +62,20 @@ class SafeSFTConfig(SFTConfig):
 
     @property
     def train_batch_size(self) -> int:
-        """The parent's. Every Trainer reads it when created, so a trainer that would ignore the block is refused here."""
+        """As the parent's. Every Trainer asks for it when it is made, so that it is the place to refuse one without protection."""
         if self.safety is not None and not self._taken:
-            raise ConfigurationError("args.safety is set, but the trainer is not a SafeSFTTrainer and would ignore it: use SafeSFTTrainer")
+            raise ConfigurationError("args.safety is set, but the trainer is no SafeSFTTrainer and would ignore it: use SafeSFTTrainer")
         size: int = super().train_batch_size
         return size
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or what a checkpoint stores of it, belongs to no trainer."""
+        """A copy, or what a checkpoint keeps of it, is nobody's."""
         return {name: value for name, value in vars(self).items() if name != "_taken"}
 
 
 @contextmanager
 def _served(args: Any) -> Iterator[None]:
-    """Within this context the arguments belong to a SafeSFTTrainer; any other trainer would ignore their block."""
+    """Within it a SafeSFTTrainer works with these arguments; any other trainer that does would ignore their block."""
     if not isinstance(args, SafeSFTConfig) or args._taken:
         yield
         return
@@ -87,11 +87,11 @@ def _served(args: Any) -> Iterator[None]:
 
 
 class SafeSFTTrainer(SafetyMixin, SFTTrainer):
-    """`trl.SFTTrainer` that preserves the model's safety.
+    """`trl.SFTTrainer` that keeps the model's safety.
 
-    A drop-in replacement: it takes the same arguments, and without a safety block it computes the same, bit for bit. With one, the logged
-    `loss` includes the methods' terms, a correction is applied when training ends, every log has `safety/…` metrics, and
-    `safety_report.json` is saved beside every adapter.
+    A drop-in: the same arguments, and without a safety block the same computation bit for bit. With one it differs in: what
+    the methods add to the training loss is part of the logged `loss`, a correction is applied when training ends,
+    `safety/…` metrics are in every log, and `safety_report.json` lies beside every saved adapter.
 
     Args:
         *args: as in `SFTTrainer`.
@@ -123,7 +123,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         block = safety if safety is not None else in_args
         config = SafetyConfig.parse(block) if block is not None else None
         if in_args is not None:
-            # A copy, so that any other trainer still refuses the user's own arguments.
+            # A copy: the user's own arguments, given to another trainer, are refused by it.
             taken: Any = copy.copy(training_args)
             args, kwargs = (args, {**kwargs, "args": taken}) if "args" in kwargs else ((args[0], taken, *args[2:]), kwargs)
         references = self._references(config, reference_dataset)
@@ -255,7 +255,7 @@ def _pool(setting: str, options: Any, given: Dataset | None) -> Dataset:
 
 
 def _numbered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The trainer's arguments, with the training rows numbered before TRL filters and shuffles them."""
+    """The trainer's arguments with the training rows numbered before TRL filters and shuffles them."""
     if len(args) > TRAIN_DATASET:
         return (*args[:TRAIN_DATASET], with_rows(args[TRAIN_DATASET], "train_dataset"), *args[TRAIN_DATASET + 1 :]), kwargs
     return args, {**kwargs, "train_dataset": with_rows(kwargs.get("train_dataset"), "train_dataset")}
