@@ -1,4 +1,4 @@
-"""The loss of safety is seen while it happens: through real trainers."""
+"""A loss of safety is detected during training, in real trainers."""
 
 import json
 from pathlib import Path

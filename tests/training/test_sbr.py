@@ -44,7 +44,7 @@ def states(model: Any) -> torch.Tensor:
 
 
 def moved(trainer: Any) -> float:
-    """By how much the prompts' states moved from those of the model without the adapter."""
+    """How far the prompts' states moved from those of the model without the adapter."""
     model = trainer.model
     with model.disable_adapter():
         before = states(model)
