@@ -1,13 +1,13 @@
-# PYTHON=… is the only interpreter to use; without it each stack takes the first of its versions that is in PATH, or one of pyenv's.
+# PYTHON=… is the only interpreter to use; without it each stack uses the first suitable version in PATH or from pyenv.
 PYTHON ?=
 python = $(shell for version in $(1); do \
   for candidate in $(or $(PYTHON),"python$$version" python3 $(HOME)/.pyenv/versions/"$$version".*/bin/python); do \
     "$$candidate" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" 2> /dev/null && command -v "$$candidate" && exit; \
   done; \
 done)
-# 3.11 first: PyTorch for it may lie on the machine's disk.
+# 3.11 first: the machine may already have PyTorch for it.
 NEWEST_PYTHON := $(call python,3.11 3.12 3.13)
-# Axolotl 0.21 needs 3.12, and what it pins cannot be installed on 3.13.
+# Axolotl 0.21 needs 3.12, and its pinned packages cannot be installed on 3.13.
 AXOLOTL_PYTHON := $(call python,3.12)
 # No newer Axolotl than 0.19.0 can be installed on 3.11.
 OLDEST_PYTHON := $(call python,3.11)
@@ -44,7 +44,7 @@ test: stacks
 	$(MAKE) lint types test-newest $(if $(AXOLOTL_PYTHON),test-axolotl)
 	@$(MAKE) --no-print-directory stacks
 
-## Which interpreter each stack runs on, and what is left out for want of one.
+## Which interpreter each stack runs on, and which stacks are left out for lack of one.
 stacks:
 	@echo "The newest stack: $(or $(NEWEST_PYTHON),LEFT OUT; it needs Python 3.11 or 3.12 or 3.13)"
 	@echo "Axolotl 0.21: $(or $(AXOLOTL_PYTHON),LEFT OUT; it needs Python 3.12)"
@@ -73,8 +73,8 @@ test-axolotl: $(AXOLOTL)/.installed
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python $(ON_AXOLOTL)
 
-# DeepSpeed's communication is compiled here: compiled by its first processes, one that is killed leaves a lock behind, for which
-# the next ones wait for ever. Without a C++ compiler its tests are skipped.
+# DeepSpeed's communication is compiled here. If its first processes compiled it, a killed one would leave a lock behind, and the next
+# ones would wait for it for ever. Without a C++ compiler its tests are skipped.
 DEEPSPEED := DS_ACCELERATOR=cpu DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1
 
 $(LAB)/.installed $(NEWEST)/.installed: INTERPRETER := $(NEWEST_PYTHON)
@@ -88,10 +88,10 @@ $(AXOLOTL)/.installed: constraints/axolotl.txt
 $(OLDEST)/.installed: constraints/oldest.txt
 $(NEWEST)/.installed $(AXOLOTL)/.installed $(OLDEST)/.installed: constraints/deepspeed.txt
 # Without --no-compile pip compiles every file of every package, most of which are never imported.
-# An environment of another version of Python is made anew.
+# An environment of another version of Python is recreated.
 PIP_INSTALL := bin/pip install --quiet --no-compile
 %/.installed: pyproject.toml
-	@test -n "$(INTERPRETER)" || { echo "$*: no Python that fits: see the top of the Makefile"; exit 1; }
+	@test -n "$(INTERPRETER)" || { echo "$*: no suitable Python: see the top of the Makefile"; exit 1; }
 	@echo "$*: $(INTERPRETER)"
 	test "$$($*/bin/python --version 2> /dev/null)" = "$$($(INTERPRETER) --version)" || $(INTERPRETER) -m venv --clear $*
 	$*/$(PIP_INSTALL) torch==2.13.0 -c $(firstword $(filter constraints/%,$^))

@@ -2,9 +2,9 @@
 
     python benchmarks/alignment_vector.py [--seeds 5] [--output FOLDER] [--gammas 0.25 …] [--ranks 8 …]
 
-For each seed: plain SFT on poisoned data; V added to it at every γ, and at γ = 1 cut to every k; the controls (−V, a random
-matrix with V's singular values, the update shrunk); and training on W_aligned − γ·V at every γ. Prints mean ± half the range and
-writes `curves.json` and `curves.png`.
+For each seed: plain SFT on poisoned data; V added to it at every γ, and at γ = 1 truncated to every rank k; the controls (−V, a
+random matrix with V's singular values, the update shrunk); and training on W_aligned − γ·V at every γ. Prints mean ± half the
+range and writes `curves.json` and `curves.png`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
                 means,
                 "o-",
                 color=colour,
-                label="added after training" if kind == "vector" else "taken out while training",
+                label="added after training" if kind == "vector" else "subtracted during training",
             )
         axis.set(title=metric, xlabel="γ", ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)

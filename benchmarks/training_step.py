@@ -1,11 +1,12 @@
-"""What each method costs in a training step: against the plain step, and against the authors' loop of single-sample passes, in one run.
+"""The cost of each method in a training step, compared with the plain step and with the authors' loop of single-sample passes.
 
     python benchmarks/training_step.py [--hidden 512] [--layers 8] [--length 128] [--batches 4 8 16] [--pool 64] [--kinds …]
 
-Public trainers' steps on one model and one batch: plain SFT; AsFT; SBR with 8 prompts of 40 tokens; DualSelect; beside a frozen buffer; and single-sample passes,
-computed from DualSelect's description (a forward and backward per sample, whose gradients are all kept). The median of rounds that
-take them in turn. A refresh of DualSelect's pool is reported apart, and spread over the steps between two. Peak memory is the
-process's resident memory above that before the first step (on a GPU, the allocator's peak), each in a process of its own.
+Steps of the public trainers on one model and one batch: plain SFT; AsFT; SBR with 8 prompts of 40 tokens; DualSelect; training beside a
+frozen buffer; and single-sample passes, written from DualSelect's description (a forward and backward per sample, all gradients kept).
+Times are medians over rounds that take the kinds in turn. A refresh of DualSelect's pool is reported separately, and spread over the
+steps between two refreshes. Peak memory is the resident memory above that before the first step (on a GPU, the allocator's peak);
+each kind runs in its own process.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Clock(TrainerCallback):
 
 
 class Loop(SafeSFTTrainer):
-    """The authors' way: a pass per sample, all gradients kept, then the choice."""
+    """The authors' method: a pass per sample, all gradients kept, then the choice."""
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         inputs = self._prepare_inputs(inputs)
@@ -103,7 +104,7 @@ def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def random_subspace(model: LlamaForCausalLM, rank: int) -> AlignmentSubspace:
-    """A subspace that takes the model for its aligned one."""
+    """A random subspace whose aligned model is this one."""
     layers = {}
     for name, module in model.model.named_modules(prefix="model"):
         if isinstance(module, torch.nn.Linear):
@@ -117,7 +118,7 @@ def random_subspace(model: LlamaForCausalLM, rank: int) -> AlignmentSubspace:
 
 
 def steps(kind: str, options: argparse.Namespace, batch: int, count: int, folder: str) -> tuple[list[float], float, float]:
-    """Seconds of each step after the warm-up, seconds of the step with the refresh less those of a plain one, and peak MB above the start."""
+    """Seconds per step after the warm-up, extra seconds of the step with the refresh, and peak MB above the start."""
     model = make_model(options)
     ids = torch.randint(3, VOCABULARY, (max(batch, options.pool), options.length)).tolist()
     rows = Dataset.from_list([{"input_ids": row, "labels": row, "completion_mask": [1] * len(row)} for row in ids])
@@ -179,7 +180,7 @@ def _in_turn(connection: Any, kind: str, options: argparse.Namespace, batch: int
 
 
 def _run(kind: str, options: argparse.Namespace, batch: int, count: int) -> tuple[list[float], float, float]:
-    # Forked from a process that has imported everything and done nothing.
+    # Forked from a process that has only imported everything.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl.trainer.sft_trainer", "trl_safety.training.trainer"])
     ours, theirs = context.Pipe()

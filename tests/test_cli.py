@@ -50,7 +50,7 @@ def test_correct_gives_the_authors_adapter(tmp_path: Path, subspace: Path, optio
     assert "layers corrected" in output
     expected = load_file(DATA / f"gqa-safelora-{reference}" / "adapter_model.safetensors")
     assert tiny.largest_difference(load_file(out / "adapter_model.safetensors"), expected) < 1e-6
-    assert "protected, and as its report describes it" in run("verify", out)
+    assert "protected, and it matches its report" in run("verify", out)
 
 
 def test_csulora_and_orthogonal(tmp_path: Path, ranked: Path) -> None:

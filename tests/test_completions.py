@@ -1,4 +1,4 @@
-"""Completions are what plain `generate` gives, for models, tokenizers and templates as people have them."""
+"""Completions equal those of plain `generate`, for the models, tokenizers and templates that people have."""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,7 @@ LONG = Prompt(({"role": "user", "content": "w1 w2 w3"},))
 
 
 def plain(model: Any, tokenizer: Any, prompt: Prompt, new_tokens: int) -> str:
-    """The library's own `generate` on one prompt, with nothing but the length and greed said."""
+    """The library's own `generate` on one prompt, greedy, with only the length set."""
     text = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     options = {"tokenizer": tokenizer} if model.generation_config.stop_strings else {}
@@ -71,7 +71,7 @@ def test_stop_strings() -> None:
 
 @pytest.mark.parametrize("pads", ["neither", "model", "tokenizer"])
 def test_no_padding_token(pads: str) -> None:
-    """Llama 3.1's tokenizer has none; the prompts of a batch are of different lengths all the same."""
+    """Llama 3.1's tokenizer has none, yet the prompts of a batch have different lengths."""
     torch.manual_seed(0)
     tokenizer = tiny.tokenizer()
     model = tiny.model()
@@ -92,7 +92,7 @@ def test_a_stop_that_is_no_special_token() -> None:
 
 
 def test_a_refusal_after_the_turn_is_none_of_its() -> None:
-    """The turn's end is in generation_config.json alone, as with Gemma and Phi."""
+    """Only generation_config.json names the end of a turn, as with Gemma and Phi."""
     tokenizer = chain.tokenizer()
     model = chain.model("w5 <end> sorry </s>", tokenizer, eos_token_id=[2, 3])
     scores, _ = score(model, tokenizer, {"harmful": [SHORT], "task": [Prompt(LONG.messages, "w5")]}, KeywordJudge(), new_tokens=8)

@@ -205,7 +205,7 @@ def test_whatever_a_conversation_is_there_is_no_other_error(value: Any) -> None:
 
 
 def test_rows_of_a_file(tmp_path: Path) -> None:
-    """As users' files are: a mark of byte order, separators within strings, a column that is not in the first row."""
+    """As in users' files: a byte order mark, line separators within strings, a column that is not in the first row."""
     rows = [{"prompt": "a\u2028b", "completion": "x"}, {"prompt": "c\u0085d", "completion": "y", "id": 7}]
     content = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     for name in ("rows.jsonl", "rows.json"):
@@ -222,16 +222,19 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     [
         (
             '{"prompt": "a", "completion": "x"}\n\n{"prompt": ["a"], "completion": ["x"]}',
-            "line 3: `prompt` is an array, and a string in line 1",
+            "line 3: `prompt` is an array, but a string in line 1",
         ),
         ('{"messages": []}', "line 1: `messages` is an empty list"),
         ('{"messages": ["a"]}', r"line 1: `messages`\[0\] is a string"),
         ('{"messages": [{"content": "a"}]}', r"line 1: `messages`\[0\] is content, where a message with role"),
         ('{"prompt": "a", "completion": 4}', "line 1: `completion` is a number"),
         ('{"prompt": [{"role": "user", "content": "a"}], "completion": "x"}', "prompt and completion are not of one kind"),
-        ('{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [{"role": "user", "content": ["a"]}]}', "its rows make no table"),
-        ("{}", "has no rows of its own"),
-        ("", "has no rows of its own"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [{"role": "user", "content": ["a"]}]}',
+            "its rows make no table",
+        ),
+        ("{}", "is not one split with rows"),
+        ("", "is not one split with rows"),
     ],
 )
 def test_rows_that_are_none(tmp_path: Path, content: str, message: str) -> None:
@@ -272,7 +275,7 @@ def test_sft_takes_a_local_file(tmp_path: Path, aligned: str) -> None:
 @pytest.mark.parametrize(
     ("options", "content", "message"),
     [
-        ({"eval_strategy": "steps"}, ROWS, "dataset_test_split = 'test': .* has the splits train, and eval_strategy asks for one"),
+        ({"eval_strategy": "steps"}, ROWS, "dataset_test_split = 'test': .* has the splits train, and eval_strategy needs one"),
         ({"dataset_train_split": "sft"}, ROWS, "dataset_train_split = 'sft': .* has the splits train; name one of them"),
         ({"dataset_config": "en"}, ROWS, "dataset_config = 'en': .* has no configurations"),
         ({"dataset_name": "missing.jsonl"}, ROWS, "dataset_name = 'missing.jsonl': cannot be read"),
@@ -280,7 +283,7 @@ def test_sft_takes_a_local_file(tmp_path: Path, aligned: str) -> None:
         ({}, '{"question": "a", "reply": "b"}\n', "has the columns question, reply: give prompt and completion, messages"),
         ({}, '{"prompt": "a"}\n', "has the columns prompt: give prompt and completion"),
         ({}, '{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: is not an object"),
-        ({"lora_target_modules": ["nothing", "neither"]}, ROWS, "the run cannot begin: Target modules"),
+        ({"lora_target_modules": ["nothing", "neither"]}, ROWS, "the run cannot start: Target modules"),
         ({"datasets": [{"path": "no-such/data-set"}]}, ROWS, "datasets = no-such/data-set: cannot be loaded"),
     ],
 )
@@ -301,7 +304,7 @@ def test_a_damaged_selection_log(tmp_path: Path) -> None:
     assert len(read_choices(path)) == 1
     file(tmp_path, choice.encode() + b"\n" + '{"step": "é'.encode()[:-1], SELECTION)
     assert len(read_choices(path)) == 1
-    for content, message in ((f"{choice}\n\n7\n", "no selection log that can be read, line 3"), ('{"step": 1}\n', "line 1")):
+    for content, message in ((f"{choice}\n\n7\n", "not a readable selection log, line 3"), ('{"step": 1}\n', "line 1")):
         with pytest.raises(ReportError, match=message):
             read_choices(file(tmp_path, content, SELECTION))
     file(tmp_path, choice + "\n", SELECTION)
@@ -346,7 +349,7 @@ def trained(row: dict[str, Any], tokenizer: Any) -> str:
     ids=["prompt", "messages", "sharegpt", "turns", "parts"],
 )
 def test_the_whole_answer_and_nothing_else_is_trained(template: str, row: dict[str, Any]) -> None:
-    """Also where the answer begins as the prompt would go on: `w2`."""
+    """Even if the answer begins like the prompt's continuation: `w2`."""
     assert trained(row, words(template)) == "w2 w3 </s>"
 
 
@@ -409,7 +412,7 @@ def test_a_pools_answers_alone_are_trained_whatever_the_datas_format(tmp_path: P
         assert kept == [53, 54, 2]
         assert row["input_ids"][-3:] == kept
         assert len(row["input_ids"]) == 5
-    # What the training data supervises is as it was.
+    # The supervision of the training data is unchanged.
     labels = trainer.train_dataset[0]["labels"]
     assert (IGNORED in labels) == (data in ("tokens", "prompt"))
 
@@ -420,7 +423,7 @@ def test_a_pools_answers_alone_are_trained_whatever_the_datas_format(tmp_path: P
     [
         (
             [{"question": "w1", "reply": "w2"}] * 8,
-            "dual_select.reference_dataset: has the columns question, reply, of which references are read",
+            "dual_select.reference_dataset: has the columns question, reply, none of which references are read",
         ),
         ([{"instruction": "w1", "output": "w2"}] * 8, "dual_select.reference_dataset: has the columns instruction, output"),
         ([{"input_ids": [3, 4, 5]}] * 8, "dual_select.reference_dataset: has input_ids without labels"),

@@ -1,4 +1,4 @@
-"""Adapters that PEFT does not load, that do nothing, or that are no numbers; and remedies that can be followed."""
+"""Adapters that PEFT does not load, that have no effect, or that hold no finite numbers; and remedies that can be followed."""
 
 import json
 import shutil
@@ -148,7 +148,7 @@ def test_no_update_by_any_route(adapter: Path, tmp_path: Path, gqa_subspace: Ali
         rewrite(folder, change)
         tiny.rewrite_json(folder / "adapter_config.json", **options)
         assert AdapterFolder.open(folder).is_zero
-    # A report that says otherwise is not believed, and one that is written now does not say so.
+    # A report that says otherwise is not believed, and a newly written one does not say so.
     tiny.rewrite_json(out / REPORT, **fingerprints(out))
     with pytest.raises(ReportError, match="NOT protected: its update is zero in every layer"):
         verify(out)

@@ -88,7 +88,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 def test_checkpointing_still_saves_memory() -> None:
-    """The activations that the recorder needs go through autograd's saved tensors, which checkpointing drops."""
+    """The recorder takes its activations from the tensors that autograd saves, which checkpointing drops."""
 
     def saved(checkpointing: bool) -> int:
         model = peft_model()

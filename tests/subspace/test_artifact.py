@@ -211,7 +211,7 @@ def test_unwritable_folder_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    """A limit on file size is the full disk that a test can make without a disk of its own."""
+    """A limit on file size stands in for a full disk."""
     path = build(rank=1).save(tmp_path / "S.safetensors")
     before = path.read_bytes()
     code = (

@@ -1,4 +1,4 @@
-"""Run under `accelerate launch` with FSDP2: OUTPUT and the folder with the pair. Everything that shards do not allow is an error."""
+"""Run under `accelerate launch` with FSDP2: OUTPUT and the folder with the pair. Everything that does not work with shards is an error."""
 
 import sys
 from pathlib import Path

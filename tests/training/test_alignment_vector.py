@@ -1,4 +1,4 @@
-"""The signed vector after training: live, on folders, as an adapter of its own, on whole checkpoints."""
+"""The signed vector after training: on live models, on folders, as a separate adapter, on whole checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATA = tiny.DATA
 
 @pytest.fixture(scope="module")
 def full() -> AlignmentSubspace:
-    """V without a cut: every singular direction of every layer."""
+    """V without truncation: every singular direction of every layer."""
     return AlignmentSubspace.from_pair(DATA / "gqa-base", DATA / "gqa-aligned", target_modules="all-linear", tolerance=1e-9, progress=False)
 
 
@@ -106,7 +106,7 @@ def test_leading_directions_and_the_cut(tmp_path: Path, full: AlignmentSubspace)
 
 
 def test_a_cut_that_cuts_nothing(tmp_path: Path, full: AlignmentSubspace) -> None:
-    """Also where k is the subspace's own."""
+    """Even if k is the subspace's own rank."""
     largest = max(layer.rank for layer in full.layers.values()) + 4
     with pytest.raises(ConfigurationError, match=f"cut_to = {largest}: the corrected adapter has rank {largest}"):
         correct(tmp_path / "out", full, cut_to=largest)

@@ -1,4 +1,4 @@
-"""Every method beside every fact that a TRL run can have here: it acts, or its requirements refuse it, and nothing between the two."""
+"""Every method beside every fact that a TRL run can have here: either it acts, or its requirements refuse it."""
 
 from pathlib import Path
 from typing import Any

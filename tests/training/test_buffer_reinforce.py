@@ -52,7 +52,7 @@ def updates(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def dense(model: Any, folder: Path, scale: float = 1.0) -> Any:
-    """The model with a saved adapter's update added to its weights: the authors' way."""
+    """The model with a saved adapter's update added to its weights, as in the authors' code."""
     for name, factors in AdapterFolder.open(folder).factors.items():
         model.get_submodule(name).weight.data += scale * factors.scaling * factors.B @ factors.A
     return model
@@ -112,7 +112,7 @@ class TestProvider:
         with pytest.raises(ConfigurationError, match="push_to_hub = True: a BufferLoRA makes the model harmful"):
             tiny.trainer(tmp_path, cls=BufferTrainer, args=tiny.arguments(tmp_path, SFTConfig, push_to_hub=True, hub_token="none"))
         trainer = tiny.trainer(tmp_path, cls=BufferTrainer, args=tiny.arguments(tmp_path, SFTConfig))
-        with pytest.raises(ConfigurationError, match="nothing here uploads one"):
+        with pytest.raises(ConfigurationError, match="so it is never uploaded"):
             trainer.push_to_hub()
 
     @pytest.mark.parametrize("kind", ["buffer", "reinforce"])
@@ -334,7 +334,7 @@ class TestUserTraining:
             else:
                 with pytest.raises(AdapterError, match="use the adapter that was made for this model"):
                     merge_reinforce(tmp_path / f"plain-{name}", tmp_path / "reinforce", tmp_path / "refused")
-        # In full precision, too: the adapters are for the model, not for its rounding.
+        # Also in full precision: the adapters are for the model, not for its quantised version.
         tiny.trainer(tmp_path / "full", base=AutoModelForCausalLM.from_pretrained(tmp_path / "aligned"), safety=block(tmp_path))
         with pytest.raises(AdapterError, match="use the adapter that was made for this model"):
             tiny.trainer(tmp_path / "no", base=load("other"), safety=block(tmp_path))
@@ -402,7 +402,7 @@ class TestMerge:
         assert result.exit_code == 0, result.output
         one, other = (updates(folder) for folder in (tmp_path, tmp_path / "merged"))
         assert tiny.largest_difference(one, other) < 1e-6
-        assert "trained beside the frozen buffer in optimizer steps 1 to 4, and detached; merged" in result.output
+        assert "trained beside the frozen buffer in optimizer steps 1 to 4; the buffer was then detached; merged" in result.output
         verify(tmp_path / "merged")
         result = CliRunner().invoke(
             app, ["merge-reinforce", str(tmp_path / "merged"), str(provider / "reinforce"), "-o", str(tmp_path / "m2")]
@@ -496,7 +496,7 @@ class TestTogether:
         trainer.train()
         trainer.save_model()
         assert [method.name for method in verify(tmp_path).methods] == ["dual_select", "buffer_reinforce"]
-        # The gradients that choose are those of the model that is trained, buffer and all.
+        # Samples are chosen by gradients of the model that is trained, with the buffer.
         merged = tiny.trainer(
             tmp_path / "b",
             base=dense(tiny.model(), provider / "buffer"),
@@ -520,7 +520,7 @@ class TestTogether:
 
 
 class TestRefused:
-    """Nothing here would act, or act on the right model."""
+    """None of these would act, or act on the right model."""
 
     @pytest.mark.parametrize(
         ("options", "kwargs", "error", "message"),

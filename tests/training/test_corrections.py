@@ -39,7 +39,7 @@ def correction(method: str) -> Any:
 
 
 def plain_trainer(output: Path, **kwargs: Any) -> Any:
-    """TRL's own trainer, in which the callbacks must work, too."""
+    """TRL's own trainer, in which the callbacks must also work."""
     own = {key: kwargs.pop(key) for key in ("callbacks", "eval_dataset", "data", "peft_config", "base") if key in kwargs}
     return tiny.trainer(output, cls=SFTTrainer, args=tiny.arguments(output, SFTConfig, **kwargs), **own)
 
@@ -83,7 +83,7 @@ def test_the_saved_adapter_is_the_corrected_one(tmp_path: Path, gqa_subspace: Al
     want = expected(method, gqa_subspace, updates(plain.model))
     assert_close(updates(trainer.model), want)
     trainer.save_model()
-    # What plain PEFT loads from the folder acts in the model as the dense update does.
+    # The adapter that plain PEFT loads from the folder has the effect of the dense update.
     loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path))
     assert_close(updates(loaded), want)
     tokens = torch.arange(12).view(1, 12)
@@ -98,7 +98,7 @@ def test_the_saved_adapter_is_the_corrected_one(tmp_path: Path, gqa_subspace: Al
     assert report.methods[0].name == method
     assert report.methods[0].reconstruction == (method == "csulora")
     assert {row.action for row in report.methods[0].layers.values()} == {"corrected"}
-    with pytest.raises(AssertionError):  # the negative control: the uncorrected adapter is another one
+    with pytest.raises(AssertionError):  # the negative control: the uncorrected adapter differs
         assert_close(updates(plain.model), want)
 
 

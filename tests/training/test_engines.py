@@ -1,7 +1,6 @@
 """FSDP2 and ZeRO-2 on two gloo processes end where one process with the whole batch does, and refuse what cannot act on shards.
 
-`make` installs DeepSpeed into a folder of its own, since Transformers and Accelerate import whatever DeepSpeed they find, in every
-test.
+`make` installs DeepSpeed into a separate folder, since Transformers and Accelerate would import it in every test if they found it.
 """
 
 import json
@@ -42,7 +41,7 @@ def launch(engine: str, *arguments: object, script: str = "engine_run") -> str:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pair on disk, a buffer for it, its subspace, and what plain training makes."""
+    """A pair on disk, a buffer for it, its subspace, and a plainly trained adapter."""
     folder = tmp_path_factory.mktemp("fsdp")
     for name in ("base", "aligned"):
         tiny.model(f"gqa-{name}").save_pretrained(folder / name)
@@ -102,7 +101,7 @@ def run_jobs(engine: str, folder: Path, jobs: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Each engine's runs, all in one start of two processes, when the first of them is asked for."""
+    """Each engine's runs, all in one start of two processes, when the first of them is requested."""
     folders: dict[str, Path] = {}
 
     def of(engine: str) -> Path:
@@ -122,7 +121,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     [*(("fsdp2", name) for name in FSDP2), *(pytest.param("zero2", name, marks=needs_deepspeed) for name in ZERO2)],
 )
 def test_two_processes_equal_one(runs: Any, world: Path, tmp_path: Path, engine: str, name: str) -> None:
-    """With an evaluation in the middle, after which FSDP leaves the outermost parameters gathered."""
+    """With an evaluation during training, after which FSDP leaves the outermost parameters gathered."""
     output = runs(engine) / name
     one = alone(world, tmp_path / "one", job(world, output, name)["block"])
     two = load_file(output / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""A method from another package: one entry point, and it acts, is refused, reported and listed as this package's are."""
+"""A method from another package: with one entry point it acts, is refused, reported and listed like this package's methods."""
 
 from pathlib import Path
 from typing import Any

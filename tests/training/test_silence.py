@@ -1,4 +1,4 @@
-"""Ways in which an adapter could look protected and not be: found by trying, each held shut here."""
+"""Ways in which an unprotected adapter could look protected: found by trying, each closed here."""
 
 import copy
 import json
@@ -113,7 +113,7 @@ def test_a_copy_trained_on_without_protection(tmp_path: Path, gqa_subspace: Alig
     assert not read_report(tmp_path / "further").protected
     trainer.save_model(tmp_path / "original")
     verify(tmp_path / "original")
-    # Whoever pickles the model pickles this with it.
+    # Pickling the model pickles this with it.
     kept = pickle.loads(pickle.dumps(trainer.model._trl_safety_reports))["default"]  # noqa: S301
     assert kept.current(trainer.model).protected
     assert not kept.current(copied).protected
@@ -328,7 +328,7 @@ def test_a_users_lora_config_serves_another_run(tmp_path: Path, gqa_subspace: Al
 
 
 class TestBuffersAndVectors:
-    """What a second skeptic found: each of these once ended with a report that said protected."""
+    """Found in a second search: each of these once ended with a report that said protected."""
 
     @pytest.fixture(scope="class")
     def provider(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -458,7 +458,7 @@ class TestBuffersAndVectors:
 
 
 class TestPairs:
-    """Pairs that are no pair, or the wrong way round."""
+    """Pairs that are not pairs, or are the wrong way round."""
 
     @pytest.fixture
     def pair(self, tmp_path: Path) -> Path:
@@ -501,7 +501,7 @@ class TestPairs:
         assert made(block(other, loaded))._safety.prepared.base_check.endswith(", up to quantisation")
 
     def test_a_checkpoint_holds_the_aligned_models_embeddings(self, tmp_path: Path) -> None:
-        """Where the vocabulary was resized PEFT saves the embeddings with the adapter, also while V is out of them."""
+        """After a resized vocabulary PEFT saves the embeddings with the adapter, even while V is subtracted from them."""
         model = tiny.model("gqa-base")
         with torch.no_grad():
             model.get_input_embeddings().weight.add_(0.1)
@@ -545,7 +545,7 @@ class TestPairs:
         assert all(seen)
 
     def test_quantised_weights_are_told_apart_only_where_that_is_certain(self) -> None:
-        """Thirty pairs whose V is a thousandth of W: the right model is never refused, and the base never passes for certain."""
+        """Thirty pairs whose V is a thousandth of W: the right model is never refused, and the base is never accepted as verified."""
 
         for seed in range(30):
             torch.manual_seed(seed)
@@ -633,7 +633,7 @@ DUAL: dict[str, Any] = {"dual_select": {"warmup_steps": 1, "keep": 4, "reference
 
 
 class TestTrainersThatGoBy:
-    """A trainer that leaves out what a method acts in is stopped in its first step, and its adapter is not called protected."""
+    """A trainer that bypasses a method is stopped in its first step, and its adapter is not reported as protected."""
 
     @pytest.fixture(scope="class")
     def buffer(self, tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -677,7 +677,7 @@ class TestTrainersThatGoBy:
 
 
 class TestWhatWasTrainedWithout:
-    """Steps of the adapter's past in which a method did not act."""
+    """Earlier steps of the adapter in which a method did not act."""
 
     def test_the_best_checkpoint_is_one_of_the_warm_up(self, tmp_path: Path) -> None:
         strategies = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
@@ -782,7 +782,7 @@ class TestWhatWasTrainedWithout:
 
 class TestWeightsThatAreNoParameters:
     def test_packed_layers_are_refused(self, tmp_path: Path) -> None:
-        """As GPTQ, AWQ and EETQ keep them; the embeddings alone would have been exchanged."""
+        """As GPTQ, AWQ and EETQ store them; only the embeddings would have been exchanged."""
         base = tiny.model("gqa-base")
         with torch.no_grad():
             base.get_input_embeddings().weight.add_(0.1)

@@ -35,7 +35,7 @@ def print_report(report: SafetyReport) -> None:
 
 
 def print_base_check(text: str) -> None:
-    """What was verified of the base model."""
+    """What was verified about the base model."""
     from trl_safety.adapters.fingerprint import NOT_VERIFIED
 
     typer.secho(f"base model: {text}", fg="yellow" if text.startswith(NOT_VERIFIED) else None)
@@ -108,7 +108,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for pair in evaluation.agreement:
         typer.echo(f"{pair.first} and {pair.second} agree on {pair.equal:.1%} of the harmful prompts' completions (kappa {pair.kappa:.2f})")
     if evaluation.after.judge.startswith("keywords"):
-        typer.echo("judged by phrases of refusal, the weakest judge there is: it knows no harm")
+        typer.echo("judged by refusal phrases, the weakest judge there is: it does not recognise harm")
 
 
 def print_sweep(found: Sweep) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def shrink_like(model: Any, report: SafetyReport) -> None:
-    """Scale the layers that a correction touched by the factor by which it changed their norm."""
+    """Scale each corrected layer by the factor by which the correction changed its norm."""
     layers = report.methods[-1].layers
     for module in lora_modules(model):
         row = layers[module.name]
@@ -60,7 +60,7 @@ def random_like(subspace: AlignmentSubspace, seed: int) -> AlignmentSubspace:
 
 
 def without_direction(subspace: AlignmentSubspace) -> AlignmentSubspace:
-    """The subspace with C = 0, by which AsFT's penalty is plain L2 on ΔW."""
+    """The subspace with C = 0, which makes AsFT's penalty plain L2 on ΔW."""
     layers = {name: dataclasses.replace(layer, singular_values=torch.zeros(layer.rank)) for name, layer in subspace.layers.items()}
     return AlignmentSubspace(layers, subspace.provenance)
 
@@ -91,7 +91,7 @@ def _log_ratio(outcome: Outcome, target: float) -> float:
 
 
 def _next_weight(tried: list[tuple[float, Outcome]], target: float) -> float:
-    """The weight at which the norm, taken as a power of the weight, meets the target's: the secant rule on logarithms."""
+    """The weight at which the norm, modelled as a power of the weight, equals the target's: the secant method on logarithms."""
     (weight, outcome), *rest = tried
     slope = -0.5
     if rest and rest[0][0] != weight:

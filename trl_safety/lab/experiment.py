@@ -69,7 +69,7 @@ def run(
     Every worker computes on one thread: the number of cores changes no number.
 
     Args:
-        output: where to. Several commands may share it.
+        output: the folder to write to. Several commands may share it.
         pairs: base/aligned pairs, each with its own language.
         seeds: fine-tuning runs of every method on every pair.
         first: seed of the first pair and of the first fine-tuning.

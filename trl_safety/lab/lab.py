@@ -32,11 +32,11 @@ TIME = "seconds.json"
 
 
 class Lab:
-    """A pair and its subspaces, and everything that is done with them.
+    """A pair with its subspaces, and the experiments on them.
 
     Args:
         folder: where the pair and what was trained from it are kept. Several processes may share it.
-        seed: decides the language and the pair.
+        seed: determines the language and the pair.
         innocent: whether the base has never seen a forbidden topic; see `make_pair`.
         settings: of the fine-tuning and the methods.
     """
@@ -80,15 +80,15 @@ class Lab:
         return rows
 
     def references(self, seed: int) -> list[Row]:
-        """DualSelect's pool: it holds none of the topics on which the attack is measured."""
+        """DualSelect's pool: it contains none of the topics on which the attack is measured."""
         rng = random.Random(seed)  # noqa: S311  # no secret here
         world, (refusals, answers) = self.world, self.settings.references
         return world.requests(rng, world.seen_forbidden, refusals, refuse=True) + world.requests(rng, world.benign, answers)
 
     def fine_tune(self, seed: int, poison: float | None = None, mixed: list[Row] | None = None, **kwargs: Any) -> tuple[Any, float]:
-        """Fine-tune the aligned model with LoRA, on the user's rows and what is mixed into them.
+        """Fine-tune the aligned model with LoRA, on the user's rows and those mixed into them.
 
-        Keyword arguments go to `sft` and the trainer. Returns the PEFT model and the seconds.
+        Keyword arguments go to `sft` and the trainer. Returns the PEFT model and the time in seconds.
         """
         model, tokenizer = load(self.aligned)
         started = time.perf_counter()

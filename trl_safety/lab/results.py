@@ -34,8 +34,8 @@ class Outcome:
         benign: right answers to benign requests.
         over_refusal: benign requests refused.
         update_norm: ‖ΔW‖_F over all layers.
-        train_seconds: of the fine-tuning.
-        extra_seconds: of the correction after it.
+        train_seconds: time for the fine-tuning.
+        extra_seconds: time for the correction after it.
         pair: seed of the pair.
         innocent: whether its base has never seen a forbidden topic.
         control_of: the row whose control this is, or nothing.

@@ -99,7 +99,7 @@ def asft(lab: Lab, seed: int) -> Iterator[Outcome]:
 
 
 def sbr(lab: Lab, seed: int) -> Iterator[Outcome]:
-    """The states of forbidden requests held, those of benign ones in their place, and as small an update by plain L2."""
+    """SBR on forbidden requests; as controls, SBR on benign requests, and an equally small update."""
     world, rng = lab.world, random.Random(lab.pair)  # noqa: S311  # no secret here
     number, weight = lab.settings.sbr_prompts, lab.settings.sbr_weight
     name = f"SBR, λ = {weight:g}"
@@ -136,7 +136,7 @@ def dual_select(lab: Lab, seed: int) -> Iterator[Outcome]:
     ]
     name = "DualSelect, ρ = 0.2"
     yield dataclasses.replace(lab.outcome(name, seed, model, seconds), kept_forbidden=sum(kept) / len(kept))
-    # The control may look at as many gradients as DualSelect: those of its steps, and of its refreshes, one an epoch.
+    # The control may compute as many gradients as DualSelect: those of its steps, and of its refreshes, one per epoch.
     refreshes = sum(choice.kind == "reference" for choice in choices)
     evaluations = settings.epochs * settings.samples + refreshes * (len(references) + settings.dual_select_references)
     model, seconds = lab.fine_tune(seed, mixed=references, max_steps=round(evaluations / settings.batch))
@@ -144,7 +144,7 @@ def dual_select(lab: Lab, seed: int) -> Iterator[Outcome]:
 
 
 def buffer_reinforce(lab: Lab, seed: int) -> Iterator[Outcome]:
-    """The method, what each of its parts does alone, and the plain adapter shrunk to the merged one's norm."""
+    """The method, each of its parts alone, and the plain adapter shrunk to the merged one's norm."""
     buffer, reinforce = lab.provider()
     plain, plain_seconds = lab.plain(seed)
     model, seconds = lab.fine_tune(seed, safety={"buffer_reinforce": {"buffer": str(buffer)}})
@@ -172,7 +172,7 @@ def buffer_reinforce(lab: Lab, seed: int) -> Iterator[Outcome]:
 
 
 def alignment_vector(lab: Lab, seed: int) -> Iterator[Outcome]:
-    """V added to the plainly trained adapter, −V, and a random matrix with V's singular values in V's place."""
+    """V added to the plainly trained adapter; as controls, −V, and a random matrix with V's singular values."""
     plain, seconds = lab.plain(seed)
     rank = lab.settings.subspace_rank
     name = "alignment vector"

@@ -1,4 +1,4 @@
-"""`selection.jsonl`: which samples and references a method chose, and why; and what a user reads from it."""
+"""`selection.jsonl`: which samples and references a method chose, and why; and its summary for the user."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ SELECTION = "selection.jsonl"
 TEXTS = Path("safety") / "selection_texts.jsonl"
 
 MOST_TEXTS = 1000
-"""Samples whose text is kept beside the log."""
+"""Number of samples whose text is kept beside the log."""
 
 
 class Choice(BaseModel):
     """One line of the log: a refresh, or one per-device batch of an optimizer step.
 
-    A sample of weight 0 was dropped. Of a refresh only the chosen references are listed. Chosen ones come first, best first.
+    A sample of weight 0 was dropped. A refresh lists only the chosen references. Chosen entries come first, best first.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     step: int
-    """The optimizer step, from 1; of a refresh, the step before which it happened."""
+    """The optimizer step, from 1; for a refresh, the step that follows it."""
     kind: Literal["reference", "task"]
     indices: list[int]
     """Rows of the user's data set, or of the reference data set, as it was given to the trainer."""
@@ -53,7 +53,7 @@ class Dropped(BaseModel):
 
 
 class SelectionLog:
-    """Appends to `OUTPUT_DIR/selection.jsonl`. What lies there from steps that a resumed run repeats is removed first."""
+    """Appends to `OUTPUT_DIR/selection.jsonl`. Lines from steps that a resumed run repeats are removed first."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / SELECTION
@@ -67,11 +67,11 @@ class SelectionLog:
             temporary.write_text("".join(_line(choice) for choice in kept), encoding="utf-8")
 
     def add(self, choice: Choice) -> None:
-        """Note one line; `flush` writes it."""
+        """Queue one line; `flush` writes it."""
         self._lines.append(choice)
 
     def flush(self) -> None:
-        """Write what was noted."""
+        """Write the queued lines."""
         if self._lines:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(_line(choice) for choice in self._lines))
@@ -83,12 +83,12 @@ def _line(choice: Choice) -> str:
 
 
 def read_choices(path: Path) -> list[Choice]:
-    """The lines of a log. A last line without its end, of a run that was killed, is left out.
+    """The lines of a log. An incomplete last line, left by a run that was killed, is dropped.
 
     Raises:
-        ReportError: the file cannot be read, or is no selection log.
+        ReportError: the file cannot be read, or is not a selection log.
     """
-    named = f"{str(path)!r}: is no selection log that can be read"
+    named = f"{str(path)!r}: is not a readable selection log"
     choices = []
     remedy = "give the output folder of a run that selects samples"
     for number, row in read_lines(path, named, error=ReportError, whole=True, remedy=remedy):
@@ -131,7 +131,7 @@ def write_texts(folder: Path, texts: Mapping[int, str]) -> None:
 
 
 def read_selection(folder: str | Path) -> list[Dropped]:
-    """The most-dropped rows of a run, with their text where the run kept it.
+    """The most-dropped rows of a run, with their text if the run kept it.
 
     Raises:
         ReportError: the folder has no selection log, or one in which no sample was scored.

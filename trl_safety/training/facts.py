@@ -1,4 +1,4 @@
-"""What a Transformers trainer says of itself, for the requirements of the methods."""
+"""The facts about a Transformers trainer that the methods' requirements check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_safety.config.requirements import Fact, Facts
 
 
 def trainer_facts(trainer: Any) -> Facts:
-    """The facts of a trainer with its model and data.
+    """The facts about a trainer, its model and its data.
 
     Raises:
         AdapterError: the model has no adapter that the methods can work with.
@@ -36,7 +36,7 @@ def trainer_facts(trainer: Any) -> Facts:
             args.per_device_train_batch_size, f"per_device_train_batch_size (micro_batch_size) = {args.per_device_train_batch_size}"
         ),
         "trained_besides": Fact(
-            bool(outside), f"{len(outside)} trainable parameters are no LoRA factor ({next(iter(outside), '')!r} first)"
+            bool(outside), f"{len(outside)} trainable parameters are not LoRA factors ({next(iter(outside), '')!r} first)"
         ),
         "base_weights": Fact("8bit" if getattr(unwrap(model), "is_loaded_in_8bit", False) else None, "load_in_8bit = True"),
     }

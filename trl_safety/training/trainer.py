@@ -96,9 +96,9 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
     Args:
         *args: as in `SFTTrainer`.
         safety: the safety block: a `SafetyConfig`, a mapping, or the path of a YAML file. Or `args.safety`.
-        reference_dataset: the pool of safe references of a method that reads one, in any format that `train_dataset` takes, or prompts
-            alone; in place of that method's own option.
-        subspace: an `AlignmentSubspace` (or its file or Hub id), in place of the block's `subspace`.
+        reference_dataset: the pool of safe references for a method that reads one, in any format that `train_dataset` takes, or as prompts
+            only; used instead of the method's own option.
+        subspace: an `AlignmentSubspace` (or its file or Hub id), used instead of the block's `subspace`.
         **kwargs: as in `SFTTrainer`.
 
     Raises:
@@ -150,7 +150,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
 
     @staticmethod
     def _references(config: SafetyConfig | None, given: Dataset | None) -> dict[str, Dataset]:
-        """The pools of the methods that read one, before the parent loads a model."""
+        """The pools of the methods that read one, loaded before the parent loads a model."""
         wanted = pools(config) if config else {}
         if given is not None and not wanted:
             raise ConfigurationError(
@@ -159,7 +159,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         return {name: _pool(setting, getattr(config, name), given) for name, setting in wanted.items()}
 
     def _prepared(self, config: SafetyConfig | None, references: Mapping[str, Dataset], formatting_func: Any) -> dict[str, References]:
-        """The pools' tokens, of which the answers' alone are supervised, whatever the format of the training data."""
+        """The tokenised pools. Only answers are supervised, whatever the format of the training data."""
         prepared = {}
         for name, setting in (pools(config) if config else {}).items():
             raw = references[name]
@@ -177,7 +177,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
                 )
             else:
                 check_format(raw, self.args.dataset_text_field if formatting_func is None else None, setting)
-                # The parent took this from the training data.
+                # The parent derived this from the training data.
                 own = getattr(self, "completion_only_loss")  # noqa: B009  # the parent is unknown to the type check
                 self.completion_only_loss = True
                 try:
@@ -201,8 +201,8 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
 class BufferTrainer(ProviderMixin, SFTTrainer):
     """`trl.SFTTrainer` that trains a BufferLoRA (arXiv 2605.24550): plain SFT on harmful requests and answers, on the aligned model.
 
-    A drop-in with the parent's arguments. It makes the model harmful: every saved folder is marked as what it is, nothing is
-    uploaded, and trl-safety refuses it wherever a user's adapter is meant. Differs from the authors' code in that mark alone.
+    It takes the parent's arguments. The adapter makes the model harmful: every saved folder is marked as a buffer, nothing is
+    uploaded, and trl-safety refuses it wherever a user's adapter is expected. Differs from the authors' code only in that mark.
 
     Raises:
         AdapterError: the adapter trains more than plain LoRA factors.
@@ -212,7 +212,7 @@ class BufferTrainer(ProviderMixin, SFTTrainer):
     kind = "buffer"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # The parent creates the repository as soon as it is made.
+        # The parent creates the Hub repository in its constructor.
         refuse_push(kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
         self.start_provider(None)
@@ -222,8 +222,8 @@ class ReinforceTrainer(ProviderMixin, SFTTrainer):
     """`trl.SFTTrainer` that trains a ReinforceLoRA (arXiv 2605.24550): SFT on harmful requests and refusals, and on benign pairs, beside
     the frozen buffer.
 
-    A drop-in with the parent's arguments. Differs from the authors' code in attaching the buffer within training steps alone,
-    where that merges it into the model: evaluation happens without it.
+    It takes the parent's arguments. Differs from the authors' code, which merges the buffer into the model: here it is attached only
+    during training steps, so evaluation runs without it.
 
     Args:
         *args: as in `SFTTrainer`.
@@ -231,7 +231,7 @@ class ReinforceTrainer(ProviderMixin, SFTTrainer):
         **kwargs: as in `SFTTrainer`.
 
     Raises:
-        AdapterError: the adapter trains more than plain LoRA factors, or the buffer is missing or another model's.
+        AdapterError: the adapter trains more than plain LoRA factors, or the buffer is missing or belongs to another model.
         ConfigurationError: `torch_compile` is on.
     """
 
