@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS, AdapterFolder
 from trl_safety.adapters.marks import refuse_provider
-from trl_safety.errors import AdapterError, ConfigurationError, SafetyError
+from trl_safety.errors import AdapterError, ConfigurationError, SafetyError, reason
 from trl_safety.evaluation.judges import Agreement, agreements
 from trl_safety.evaluation.loading import check_loaded
 from trl_safety.evaluation.unfinished import BenchmarkError, UnfinishedError
@@ -339,5 +339,5 @@ def read_evaluation(path: Path) -> Evaluation:
         return Evaluation.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"evaluation = {str(file)!r}: cannot be read ({str(error).splitlines()[0]}); run `trl-safety eval`"
+            f"evaluation = {str(file)!r}: cannot be read ({reason(error)}); run `trl-safety eval`"
         ) from error

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trl_safety.adapters.files import replacing
-from trl_safety.errors import ReportError
+from trl_safety.errors import ReportError, reason
 from trl_safety.jsonl import read_lines, to_lines
 
 SELECTION = "selection.jsonl"
@@ -95,7 +95,7 @@ def read_choices(path: Path) -> list[Choice]:
         try:
             choices.append(Choice.model_validate(row))
         except ValidationError as error:
-            raise ReportError(f"{named} (line {number}: {str(error).splitlines()[0]}); {remedy}") from error
+            raise ReportError(f"{named} (line {number}: {reason(error)}); {remedy}") from error
     return choices
 
 

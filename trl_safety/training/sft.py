@@ -24,7 +24,7 @@ from trl import (
 )
 
 from trl_safety.config.options import read_yaml
-from trl_safety.errors import ConfigurationError, SafetyError
+from trl_safety.errors import ConfigurationError, SafetyError, reason
 from trl_safety.training.data import check_columns, load_splits
 from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
 
@@ -138,7 +138,7 @@ def _datasets(script: Any, mixture: Any, *, evaluated: bool) -> Any:
         try:
             found = get_dataset(mixture)
         except (OSError, ValueError, DatasetsError) as error:
-            raise ConfigurationError(f"{named}: cannot be loaded ({str(error).splitlines()[0]}); check path, split and columns") from error
+            raise ConfigurationError(f"{named}: cannot be loaded ({reason(error)}); check path, split and columns") from error
     elif script.dataset_name:
         found = load_splits(script.dataset_name, "dataset_name", name=script.dataset_config, streaming=script.dataset_streaming)
     else:
