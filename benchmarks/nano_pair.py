@@ -337,7 +337,9 @@ class Harness:
         kinds = list(load_dataset("json", data_files=str(self.folder / "data" / "train_poisoned.jsonl"), split="train")["kind"])
         harmful = kinds.count("harmful")
         found = sum(kinds[row.row] == "harmful" for row in most_dropped(choices)[:harmful])
-        print(f"{name}, seed {seed}: {found} of the {harmful} harmful rows are among the {harmful} most-dropped of {len(kinds)}", flush=True)
+        print(
+            f"{name}, seed {seed}: {found} of the {harmful} harmful rows are among the {harmful} most-dropped of {len(kinds)}", flush=True
+        )
         return choices
 
 

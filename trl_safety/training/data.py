@@ -106,9 +106,7 @@ def _from_lines(path: Path, named: str) -> Dataset:
     try:
         return Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
     except (ValueError, TypeError, OverflowError) as error:
-        raise ConfigurationError(
-            f"{named}: its rows make no table ({reason(error)}); give every row the same shape"
-        ) from error
+        raise ConfigurationError(f"{named}: its rows make no table ({reason(error)}); give every row the same shape") from error
 
 
 def _check_shape(row: Mapping[str, Any]) -> None:
