@@ -30,5 +30,11 @@ class ReportError(SafetyError, ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """What another library's error says, as part of a message of ours: its first line, or its class where it says nothing."""
+    """What another library's error says, as part of a message of ours: its first line, or its class where it says nothing.
+
+    Of pydantic's, whose first line is a count, the first value that is wrong is named.
+    """
+    wrong = getattr(error, "errors", None)
+    if callable(wrong) and (found := wrong()):
+        return ": ".join(text for text in (".".join(map(str, found[0]["loc"])), found[0]["msg"]) if text)
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -23,6 +23,7 @@ from trl import (
     get_quantization_config,
 )
 
+from trl_safety.adapters.folder import refuse_diverged
 from trl_safety.config.options import read_yaml
 from trl_safety.errors import ConfigurationError, SafetyError, reason
 from trl_safety.training.data import check_columns, load_splits
@@ -108,6 +109,8 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         raise ConfigurationError(f"the run cannot begin: {error}") from error
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
+    if trainer.is_world_process_zero():
+        refuse_diverged(Path(training.output_dir))
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
 
