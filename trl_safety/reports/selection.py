@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trl_safety.adapters.files import replacing
-from trl_safety.errors import ReportError
+from trl_safety.errors import ReportError, reason
 from trl_safety.jsonl import read_lines, to_lines
 
 SELECTION = "selection.jsonl"
@@ -27,7 +28,7 @@ class Choice(BaseModel):
     A sample of weight 0 was dropped. A refresh lists only the chosen references. Chosen entries come first, best first.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     step: int
     """The optimizer step, from 1; for a refresh, the step that follows it."""
@@ -38,6 +39,11 @@ class Choice(BaseModel):
     scores: list[float]
     losses: list[float]
     cosines: list[float]
+
+    @property
+    def not_finite(self) -> str | None:
+        """The first of its columns that holds NaN or infinity, as those of a training that diverged do."""
+        return next((name for name, values in self if isinstance(values, list) and not all(map(math.isfinite, values))), None)
 
 
 class Dropped(BaseModel):
@@ -95,15 +101,15 @@ def read_choices(path: Path) -> list[Choice]:
         try:
             choices.append(Choice.model_validate(row))
         except ValidationError as error:
-            raise ReportError(f"{named} (line {number}: {str(error).splitlines()[0]}); {remedy}") from error
+            raise ReportError(f"{named} (line {number}: {reason(error)}); {remedy}") from error
     return choices
 
 
 def most_dropped(choices: Iterable[Choice], texts: Mapping[int, str] | None = None) -> list[Dropped]:
-    """The training rows by how often they were dropped when seen, then by their mean score, highest first."""
+    """The training rows by how often they were dropped when seen, then by their mean score, highest first; of the batches whose numbers are."""
     rows: dict[int, list[tuple[float, float, float, float]]] = {}
     for choice in choices:
-        if choice.kind == "task":
+        if choice.kind == "task" and choice.not_finite is None:
             for index, *values in zip(choice.indices, choice.weights, choice.scores, choice.losses, choice.cosines, strict=True):
                 rows.setdefault(index, []).append((values[0], values[1], values[2], values[3]))
     table = []
@@ -134,10 +140,16 @@ def read_selection(folder: str | Path) -> list[Dropped]:
     """The most-dropped rows of a run, with their text if the run kept it.
 
     Raises:
-        ReportError: the folder has no selection log, or one in which no sample was scored.
+        ReportError: the folder has no selection log, or one in which no sample was scored, or that holds what are no numbers.
     """
     folder = Path(folder)
     choices = read_choices(folder / SELECTION)
+    for choice in choices:
+        if (column := choice.not_finite) is not None:
+            raise ReportError(
+                f"{str(folder / SELECTION)!r}: {column} of optimizer step {choice.step} hold NaN or infinity: the training diverged there. To see what was chosen "
+                "before, remove the lines of that step and of those after it"
+            )
     texts: dict[int, str] = {}
     if (folder / TEXTS).is_file():
         named = f"{str(folder / TEXTS)!r}"

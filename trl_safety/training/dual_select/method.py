@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS
-from trl_safety.adapters.lora import adapter_name, unwrap
+from trl_safety.adapters.lora import DIVERGED, adapter_name, unwrap
 from trl_safety.adapters.per_sample import Collect, FlatFactors, per_sample_gradients
 from trl_safety.config.block import SafetyConfig
 from trl_safety.config.dual_select import DualSelectConfig
-from trl_safety.errors import ConfigurationError
+from trl_safety.errors import ConfigurationError, reason
+from trl_safety.linalg.finite import is_finite
 from trl_safety.methods import dual_select
 from trl_safety.reports.selection import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
 from trl_safety.reports.source import adapter_folder
@@ -394,7 +395,13 @@ class DualSelect(TrainingMethod):
         self.drain()
         if not self._trainer.state.is_world_process_zero:
             return
-        facts = {
+        facts = {**self._facts(), "adapter_sha256": self._adapter_of(checkpoint)}
+        (checkpoint / STATE).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(checkpoint / STATE, error=ConfigurationError, setting="output_dir") as temporary:
+            save_file({"task": self._task, "reference": self._reference}, temporary, metadata={"dual_select": json.dumps(facts)})
+
+    def _facts(self) -> dict[str, Any]:
+        return {
             "first_step": self.first_step,
             "start_norm": self.start_norm,
             "last_refresh": self.last_refresh,
@@ -409,11 +416,7 @@ class DualSelect(TrainingMethod):
             "seen": self.seen,
             "pool": self._pool_digest,
             "config": self._settings,
-            "adapter_sha256": self._adapter_of(checkpoint),
         }
-        (checkpoint / STATE).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(checkpoint / STATE, error=ConfigurationError, setting="output_dir") as temporary:
-            save_file({"task": self._task, "reference": self._reference}, temporary, metadata={"dual_select": json.dumps(facts)})
 
     def _adapter_of(self, checkpoint: Path) -> str:
         model = unwrap(self._trainer.model)
@@ -422,9 +425,19 @@ class DualSelect(TrainingMethod):
     def _load(self, checkpoint: Path) -> bool:
         """Take up a checkpoint's state; False where another run has overwritten the adapter beside it."""
         path = checkpoint / STATE
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["dual_select"])
-            task, reference = file.get_tensor("task"), file.get_tensor("reference")
+        remedy = "go on from an earlier checkpoint"
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()["dual_select"])
+                task, reference = file.get_tensor("task"), file.get_tensor("reference")
+            missing = [name for name in self._facts() if name not in facts]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"{str(path)!r}: is damaged ({reason(error)}); {remedy}") from error
+        if missing:
+            raise ConfigurationError(f"{str(path)!r}: is damaged (it has no {missing[0]}); {remedy}")
+        for name, tensor in (("task", task), ("reference", reference)):
+            if not is_finite(tensor):
+                raise ConfigurationError(f"{str(path)!r}: the {name} gradient holds NaN or infinity: {DIVERGED}")
         if facts.get("adapter_sha256") != self._adapter_of(checkpoint):
             return False
         if task.shape != (self._flat.size,) or facts["pool"] != self._pool_digest:
