@@ -59,7 +59,7 @@ FACTS = {
     "trainer_class": "a trainer class of the user's own",
     "fused_kernels": "fused LoRA kernels",
     "base_weights": "how the frozen weights are stored",
-    "rows": "how samples lie in the rows of a batch",
+    "rows": "how samples lie in the rows of a batch: plain, padding_free, packed, cut (packed and cut anywhere), mixed (packed, and seeing each other)",
     "compiled": "a compiled model",
     "precision": "the precision of training",
     "streamed": "training data without rows that can be counted",
@@ -67,7 +67,7 @@ FACTS = {
     "label_smoothing": "smoothed labels",
     "images": "training data with images",
     "replicated": "one process that replicates the model (DataParallel)",
-    "batch": "samples of a per-device batch",
+    "batch": "samples of a per-device batch, where that is a fixed number",
     "trained_besides": "parameters trained besides LoRA factors",
     "pickled": "adapters saved as pickles",
 }
