@@ -204,7 +204,8 @@ def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> dict[str, Any]:
 def _pool(cfg: Any, setting: str, options: Any, trainer: Any) -> Any:
     from trl_safety.errors import ConfigurationError
     from trl_safety.training.data import load_rows
-    from trl_safety.training.references import ROW, References, prompts_only, tokenised_answers, tokenised_prompts, with_rows
+    from trl_safety.training.documents import ROW, with_rows
+    from trl_safety.training.references import References, prompts_only, tokenised_answers, tokenised_prompts
 
     source = getattr(options, setting.rpartition(".")[2])
     if source is None:

@@ -32,7 +32,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "trainer_class": ("trainer_cls",),
     "fused_kernels": KERNELS,
     "base_weights": ("load_in_8bit", "load_in_4bit"),
-    "rows": ("sample_packing",),
+    "rows": ("sample_packing", "batch_flattening", "attn_implementation"),
     "compiled": ("torch_compile",),
     "precision": ("fp16",),
     "streamed": ("streaming", "pretraining_dataset"),
@@ -64,15 +64,22 @@ def axolotl_facts(cfg: Any, written: Collection[str] | None = None) -> Facts:
         "trainer_class": bool(get("trainer_cls")),
         "fused_kernels": any(get(key) for key in KERNELS),
         "base_weights": "8bit" if get("load_in_8bit") else "4bit" if get("load_in_4bit") or get("adapter") == "qlora" else None,
-        "rows": "packed" if get("sample_packing") else "plain",
+        "rows": _rows(cfg),
         "compiled": get("torch_compile") is True,
         "precision": "fp16" if get("fp16") is True else "other",
         "streamed": bool(get("streaming") or get("pretraining_dataset")),
-        "batch": int(get("micro_batch_size")) if get("micro_batch_size") else None,
+        "batch": int(get("micro_batch_size")) if get("micro_batch_size") and not get("sample_packing") else None,
         "trained_besides": any(get(key) for key in BESIDES),
         "pickled": get("save_safetensors") is False,
     }
     return Facts("axolotl", {fact: Fact(value, *_told(cfg, fact, written)) for fact, value in values.items()})
+
+
+def _rows(cfg: Any) -> str:
+    if cfg.get("sample_packing"):
+        # Axolotl's validation works it out from the attention's implementation.
+        return "mixed" if cfg.get("attn_decontaminates_packing") is False else "packed"
+    return "padding_free" if cfg.get("batch_flattening") else "plain"
 
 
 def _engine(cfg: Any) -> str:

@@ -59,7 +59,7 @@ FACTS = {
     "trainer_class": "a custom trainer class",
     "fused_kernels": "fused LoRA kernels",
     "base_weights": "how the frozen weights are stored",
-    "rows": "how samples are placed in the rows of a batch",
+    "rows": "how samples lie in the rows of a batch: plain, padding_free, packed, cut (packed and cut anywhere), mixed (packed, and seeing each other)",
     "compiled": "a compiled model",
     "precision": "the precision of training",
     "streamed": "training data without rows that can be counted",
@@ -67,7 +67,7 @@ FACTS = {
     "label_smoothing": "smoothed labels",
     "images": "training data with images",
     "replicated": "one process that replicates the model (DataParallel)",
-    "batch": "number of samples in a per-device batch",
+    "batch": "number of samples in a per-device batch, where that is fixed",
     "trained_besides": "trainable parameters other than LoRA factors",
     "pickled": "adapters saved as pickles",
 }

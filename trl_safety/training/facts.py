@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
+from transformers import DataCollatorWithFlattening
 
 from trl_safety.adapters.engine import engine
 from trl_safety.adapters.lora import lora_modules, not_covered, unwrap
 from trl_safety.config.requirements import Fact, Facts
+from trl_safety.training.documents import LENGTHS
 
 
 def trainer_facts(trainer: Any) -> Facts:
@@ -19,11 +21,13 @@ def trainer_facts(trainer: Any) -> Facts:
     """
     args, model = trainer.args, trainer.model
     outside = not_covered(model, lora_modules(model))
+    rows = rows_of(trainer)
+    batch = args.per_device_train_batch_size
     known = {
         "engine": engine(),
         "compiled": _option(args, "torch_compile"),
         "precision": _precision(trainer),
-        "rows": _rows(args),
+        "rows": rows,
         "streamed": Fact(
             trainer.train_dataset is not None and not isinstance(trainer.train_dataset, Dataset),
             f"train_dataset is a {type(trainer.train_dataset).__name__}",
@@ -32,9 +36,7 @@ def trainer_facts(trainer: Any) -> Facts:
         "label_smoothing": _option(args, "label_smoothing_factor"),
         "images": Fact(bool(getattr(trainer, "_is_vision_dataset", False)), "the training data holds images"),
         "replicated": Fact(args.n_gpu > 1, f"n_gpu = {args.n_gpu}"),
-        "batch": Fact(
-            args.per_device_train_batch_size, f"per_device_train_batch_size (micro_batch_size) = {args.per_device_train_batch_size}"
-        ),
+        "batch": Fact(None if rows.value == "packed" else batch, f"per_device_train_batch_size (micro_batch_size) = {batch}"),
         "trained_besides": Fact(
             bool(outside), f"{len(outside)} trainable parameters are not LoRA factors ({next(iter(outside), '')!r} first)"
         ),
@@ -53,8 +55,20 @@ def _precision(trainer: Any) -> Fact:
     return Fact("fp16" if fp16 else "other", "fp16 = True")
 
 
-def _rows(args: Any) -> Fact:
-    for name, rows in (("packing", "packed"), ("sample_packing", "packed"), ("padding_free", "padding_free")):
+def rows_of(trainer: Any) -> Fact:
+    """How the samples lie in the rows of a trainer's batches: see `FACTS`."""
+    args, data = trainer.args, trainer.train_dataset
+    if getattr(args, "packing", None) is True:
+        strategy = args.packing_strategy
+        return Fact("cut" if strategy == "wrapped" else "packed", f"packing = True with packing_strategy = {strategy!r}")
+    if getattr(args, "sample_packing", None) is True:
+        return Fact("packed", "sample_packing = True")
+    if LENGTHS in (getattr(data, "column_names", None) or ()):
+        return Fact("packed", f"the training data has a column {LENGTHS}")
+    for name in ("padding_free", "batch_flattening"):
         if getattr(args, name, None) is True:
-            return Fact(rows, f"{name} = True")
+            return Fact("padding_free", f"{name} = True")
+    collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
+    if isinstance(collator, DataCollatorWithFlattening):
+        return Fact("padding_free", f"data_collator is a {type(collator).__name__}")
     return Fact("plain", "one sample a row")

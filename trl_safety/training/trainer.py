@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from trl_safety.config.block import SafetyConfig
 from trl_safety.errors import ConfigurationError
 from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.training.data import load_rows, splittable
+from trl_safety.training.documents import ROW, number_documents, number_tokens, with_rows
 from trl_safety.training.mixin import SafetyMixin
 from trl_safety.training.provider import ProviderMixin, refuse_push
 from trl_safety.training.references import (
@@ -27,7 +28,6 @@ from trl_safety.training.references import (
     prompts_only,
     tokenised_answers,
     tokenised_prompts,
-    with_rows,
 )
 from trl_safety.training.start import safety_section
 
@@ -147,6 +147,19 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         """The parent's."""
         with _served(self.args):
             return super().predict(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: Any, *rest: Any, **options: Any) -> Any:
+        """The parent's. Where rows are numbered and packed, the numbers are packed with their tokens, which the parent would drop."""
+        cut = args.max_length is None or args.packing_strategy == "wrapped"
+        if not packing or cut or ROW not in dataset.column_names:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **options)
+        tokenised: Any = copy.copy(args)
+        # Packing cuts by itself. Beside Liger's kernels the parent drops every column that is not its own.
+        tokenised.max_length, tokenised.use_liger_kernel = None, False
+        dataset = number_tokens(super()._prepare_dataset(dataset, processing_class, tokenised, False, *rest, **options))
+        options = {"num_proc": args.dataset_num_proc, "desc": "Packing the dataset"}
+        packed = number_documents(pack_dataset(dataset, args.max_length, args.packing_strategy, options), args.max_length)
+        return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 
     @staticmethod
     def _references(config: SafetyConfig | None, given: Dataset | None) -> dict[str, Dataset]:
