@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from trl_safety.config.method import MethodOptions, Stage
-from trl_safety.config.requirements import HOOKS_BESIDE_COMPILATION, PLUGIN_TRAINER, SHOWN, Requirement, one_of, revised
+from trl_safety.config.requirements import HOOKS_BESIDE_COMPILATION, PLUGIN_TRAINER, SHOWN, UNSLOTH, Requirement, one_of, revised
 
 
 class SbrConfig(MethodOptions):
@@ -23,6 +23,7 @@ class SbrConfig(MethodOptions):
     curves: ClassVar[Mapping[str, str]] = {"sbr": "how far the states of the harmful prompts are from those of the starting model, squared"}
     requirements: ClassVar[tuple[Requirement, ...]] = (
         PLUGIN_TRAINER,
+        revised(UNSLOTH, reason="the prompts pass through layers that Unsloth has rewritten, which has not been shown to work"),
         revised(
             HOOKS_BESIDE_COMPILATION, reason="the prompts pass through the model's own layers, which has not been shown to work compiled"
         ),
