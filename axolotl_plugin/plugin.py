@@ -90,8 +90,12 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         self._switched_off = check(cfg, safety_of(cfg), self._written)
 
     def get_trainer_cls(self, cfg: Any) -> Any:
-        """Axolotl's trainer with the safety mixin where a method is part of the loss, else None."""
-        if not self.active:
+        """Axolotl's trainer with the safety mixin where a method is part of the loss, else None.
+
+        Nor with `rl:`, where Axolotl would call a plugin's class without the model and without what that trainer needs besides; see
+        `post_trainer_create`.
+        """
+        if not self.active or cfg.get("rl"):
             return None
         from trl_safety.training.start import needs_trainer_class
 
@@ -112,6 +116,8 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         from trl_safety.training.start import add_correction, needs_trainer_class
 
         safety = safety_of(cfg)
+        if cfg.get("rl") and needs_trainer_class(safety) and not isinstance(trainer, SafetyMixin):
+            trainer.__class__ = _with_safety(type(trainer))
         if not needs_trainer_class(safety):
             add_correction(trainer, safety, self._switched_off)
         elif isinstance(trainer, SafetyMixin):
@@ -262,9 +268,12 @@ def _has_answers_of_its_own(columns: list[str], first: Any) -> bool:
 def _safe_trainer_class() -> Any:
     from axolotl.core.trainers import AxolotlTrainer
 
+    return _with_safety(AxolotlTrainer)
+
+
+@cache
+def _with_safety(trainer_class: type) -> type:
+    """Axolotl's own trainer class with the methods' hooks before its own. The mixin has no constructor, so that a trainer can become one."""
     from trl_safety.training.mixin import SafetyMixin
 
-    class SafeAxolotlTrainer(SafetyMixin, AxolotlTrainer):  # type: ignore[misc]
-        """Axolotl's causal trainer with the loss terms of the safety block."""
-
-    return SafeAxolotlTrainer
+    return type(f"Safe{trainer_class.__name__}", (SafetyMixin, trainer_class), {"__doc__": "Axolotl's trainer with the safety block."})

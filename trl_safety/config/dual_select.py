@@ -13,6 +13,7 @@ from trl_safety.config.requirements import (
     HOOKS_BESIDE_FUSED_KERNELS,
     PLUGIN_TRAINER,
     SHOWN,
+    UNSLOTH,
     Requirement,
     is_true,
     one_of,
@@ -24,7 +25,15 @@ _NO_SAMPLES = "per-sample gradients cannot be separated"
 _REQUIREMENTS = (
     revised(HOOKS_BESIDE_FUSED_KERNELS, reason="fused kernels bypass the modules where per-sample gradients are read"),
     revised(HOOKS_BESIDE_COMPILATION, reason=f"{_NO_SAMPLES}: a compiled model bypasses the hooks that read them"),
+    revised(UNSLOTH, reason=f"{_NO_SAMPLES}: Unsloth's kernels bypass the modules in which they are read"),
     PLUGIN_TRAINER,
+    Requirement(
+        "objective",
+        lambda value, options: value != "sft",
+        "any but supervised fine-tuning",
+        "it chooses samples by the loss and the gradient of their own answer, which neither a pair nor a generated completion has",
+        {"axolotl": "remove rl", "any": "use SafeSFTTrainer"},
+    ),
     Requirement("precision", one_of("fp16"), "fp16", "it works only in float32 and bfloat16", {"any": "use bf16"}),
     Requirement(
         "rows",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
@@ -25,6 +26,9 @@ def trainer_facts(trainer: Any) -> Facts:
     batch = args.per_device_train_batch_size
     known = {
         "engine": engine(),
+        "objective": objective(type(trainer)),
+        "reference": reference(args, getattr(trainer, "ref_model", None)),
+        "unsloth": _unsloth(trainer),
         "compiled": _option(args, "torch_compile"),
         "precision": _precision(trainer),
         "rows": rows,
@@ -43,6 +47,44 @@ def trainer_facts(trainer: Any) -> Facts:
         "base_weights": Fact("8bit" if getattr(unwrap(model), "is_loaded_in_8bit", False) else None, "load_in_8bit = True"),
     }
     return Facts("trl", known)
+
+
+def objective(trainer_class: type) -> Fact:
+    """What a trainer trains for, by the name of the TRL trainer among its bases: "sft", "dpo", …; None for one that is none of TRL's."""
+    found = next((base for base in trainer_class.__mro__ if base.__module__.startswith("trl.") and base.__name__.endswith("Trainer")), None)
+    name = found.__name__ if found else trainer_class.__name__
+    return Fact(name.removesuffix("Trainer").lower() if found else None, f"the trainer is a {name}")
+
+
+def reference(args: Any, ref_model: Any) -> Fact:
+    """Where TRL takes the log-probabilities of the reference: "precomputed", a "second_model", or None for the model without its adapter."""
+    if getattr(args, "precompute_ref_log_probs", False):
+        return Fact("precomputed", "precompute_ref_log_probs = True")
+    return Fact("second_model" if ref_model is not None else None, f"ref_model is a {type(ref_model).__name__}")
+
+
+UNSLOTH = "unsloth"
+"""How the modules of Unsloth begin, of its `unsloth_zoo`, and of the code that it writes while it runs."""
+
+
+def _unsloth(trainer: Any) -> Fact:
+    """Whether Unsloth has rewritten the trainer or a layer of the model: it replaces classes, or functions of classes and of single layers."""
+    first = next((name for name in _origins(trainer) if name.lower().lstrip("_").startswith(UNSLOTH)), None)
+    return Fact(first is not None, f"the model or the trainer is Unsloth's ({first})")
+
+
+def _origins(trainer: Any) -> Iterator[str]:
+    """Names of the classes of a trainer, and of where the classes, functions and replaced functions of its model's layers are from."""
+    for base in type(trainer).__mro__:
+        yield base.__module__
+        yield base.__name__
+    seen: set[type] = set()
+    for module in unwrap(trainer.model).modules():
+        own = [value for value in vars(module).values() if callable(value)]
+        classes = [] if type(module) in seen else [type(module), type(module).forward]
+        seen.add(type(module))
+        for found in (*classes, *own):
+            yield str(getattr(found, "__module__", ""))
 
 
 def _option(args: Any, name: str) -> Fact:

@@ -150,17 +150,27 @@ class DualSelect(TrainingMethod):
             return
         if LENGTHS in data.column_names:
             counts = sorted((len(lengths) for lengths in data[LENGTHS]), reverse=True)
-            documents, most, found = sum(counts), sum(counts[:batch]), f"no batch of {batch} packed rows holds more than {sum(counts[:batch])} documents"
+            documents, most, found = (
+                sum(counts),
+                sum(counts[:batch]),
+                f"no batch of {batch} packed rows holds more than {sum(counts[:batch])} documents",
+            )
         else:
             documents = len(data)
             most, found = documents if self._packed else min(documents, batch), f"the training data has {documents} rows"
         if self._kept_of(most) >= most:
-            raise ConfigurationError(f"dual_select.keep = {keep} of a batch of {batch}: {found}, of which all would be kept; use a smaller keep")
+            raise ConfigurationError(
+                f"dual_select.keep = {keep} of a batch of {batch}: {found}, of which all would be kept; use a smaller keep"
+            )
         if self._packed:
             loader = self._trainer.callback_handler.train_dataloader
             mean = documents / max(1, len(loader) * self._trainer.accelerator.num_processes)
             say = logger.warning if mean <= keep else logger.info
-            say("dual_select.keep = %s: a batch of packed rows holds %.1f documents on average; keep_tokens keeps a share of every batch", keep, mean)
+            say(
+                "dual_select.keep = %s: a batch of packed rows holds %.1f documents on average; keep_tokens keeps a share of every batch",
+                keep,
+                mean,
+            )
 
     def _kept_of(self, samples: int) -> int:
         """How many of a batch's samples are kept. Of a batch that is not full the same share; of packed rows, which hold any number, `keep`."""
