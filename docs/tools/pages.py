@@ -30,7 +30,7 @@ from trl_safety.config.subspace import SubspaceConfig  # noqa: E402
 
 DOCS = ROOT / "docs"
 MARKER = re.compile(r"^<!-- generated: (?P<kind>\w+)(?: (?P<argument>[^>]*?))? -->$", re.MULTILINE)
-COMMITTED = re.compile(r"(<!-- begin generated: (\w+) -->\n)(?:.*?\n)?(<!-- end generated -->)", re.DOTALL)
+COMMITTED = re.compile(r"(<!-- begin generated: (\w+) -->\n)(?:(?!<!-- end).)*(<!-- end generated -->)", re.DOTALL)
 LINK = re.compile(r"(?<!!)(\[[^\]\n]*\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 SHIPPED = ("example_configs", "benchmarks", "tests/data/other_package")
 """Folders outside `docs` that pages link to; the site gets their files under `repository/`."""
@@ -220,6 +220,7 @@ HEADLINES = (
     ("innocent lab", "plain SFT"),
     ("innocent lab", "alignment buffer, γ = 0.5"),
     ("innocent lab", "Buffer-and-Reinforce, buffer alone"),
+    ("innocent lab", "DualSelect, ρ = 0.2"),
     ("innocent lab", "DualSelect, ρ = 0.2: the references mixed into the data (SafeInstruct)"),
 )
 """The README's rows of results: world and name."""
