@@ -20,6 +20,8 @@ PAIRS ?= 8
 SEEDS ?= 2
 WORKERS ?= 2
 OUTPUT ?= lab_results
+# What to look at first where the tests take too long.
+SLOWEST := --durations=40 --durations-min=2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -60,11 +62,11 @@ types: $(NEWEST)/.installed
 
 # The lab trains on all cores: beside another worker its threads would wait for each other.
 test-newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab"
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab" $(SLOWEST)
 	$(NEWEST)/bin/python -m pytest -m lab
 
 # The lab's training and the benchmarks do not depend on the stack; the lab's wiring is tested on both.
-ON_AXOLOTL := -m pytest -n $(WORKERS) --dist loadfile -m "not lab" --ignore tests/test_benchmarks.py
+ON_AXOLOTL := -m pytest $(SLOWEST) -n $(WORKERS) --dist loadfile -m "not lab" --ignore tests/test_benchmarks.py
 
 test-axolotl: $(AXOLOTL)/.installed
 	$(AXOLOTL)/bin/python $(ON_AXOLOTL)
