@@ -208,7 +208,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{options.threads} CPU threads"
-    print(f"{options.layers} layers, hidden {options.hidden}, vocabulary {options.vocabulary}, length {options.length}, LoRA rank {RANK} on all linear layers; {device}")
+    print(f"{options.layers} layers, hidden {options.hidden}, vocabulary {options.vocabulary}, length {options.length}")
+    print(f"LoRA rank {RANK} on all linear layers; {device}")
     scratch = tempfile.TemporaryDirectory()
     options.provider = f"{scratch.name}/buffer"
     if "buffer" in options.kinds:
