@@ -1,4 +1,4 @@
-"""The answer in a model's text, without the thinking before it, and text normalised for comparison."""
+"""What a model's text says: the answer without the thinking before it, and text compared as people write it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THINKING: tuple[tuple[str, str, bool], ...] = (
     ("Here is my thought process:", "Here is my response:", False),
     ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]", False),
 )
-"""How models mark their thinking: its beginning, its end, and whether the end alone is enough, since the template may have opened it."""
+"""How models mark their thinking: its beginning, its end, and whether the end alone is enough, since a template may have begun it."""
 
 AROUND = ("<answer>", "</answer>", "[END FINAL RESPONSE]", "<|begin_of_box|>", "<|end_of_box|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>")
 """What models put around an answer after their thinking."""
@@ -35,16 +35,16 @@ _SPELLINGS = str.maketrans(
         **dict.fromkeys("“”„‟«»″", '"'),
         **dict.fromkeys("‐‑‒–—―−", "-"),
         "⁄": "/",
-        # Invisible: soft hyphen, zero-width characters, marks of direction, byte order mark.
+        # Seen by nobody: soft hyphen, zero-width characters, marks of direction, byte order mark.
         **dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", ""),
     }
 )
 
 
 def answer_of(text: str) -> str | None:
-    """The answer in a completion, without the thinking before or within it; None if it ended before an answer.
+    """The answer in a completion, without the thinking before or within it; None where it ended before there was one.
 
-    A marker that is never closed counts as thinking only at the beginning of a line: an answer may mention `<think>`.
+    A marker that is never closed counts as thinking only where a line begins with it: an answer may speak of `<think>`.
     """
     rest, thought, cut = text, False, False
     shorter = True
@@ -67,13 +67,13 @@ def answer_of(text: str) -> str | None:
 
 
 def opened_thinking(rendered: str) -> str:
-    """The marker with which a template opens the model's thinking at the end of a prompt; empty if it does not."""
+    """The marker with which a template has begun the model's thinking at the end of a prompt; empty where it has not."""
     end = rendered.rstrip()
     return next((opening for opening, _, _ in THINKING if end.endswith(opening)), "")
 
 
 def as_written(text: str) -> str:
-    """Text for comparison: lower case, one Unicode form, and quotes, apostrophes, dashes and blanks as on a keyboard."""
-    for _ in range(2):  # The normal forms can contain such characters again: ŉ becomes ʼn.
+    """Text for comparison: lower case, one form of Unicode, quotes, apostrophes, dashes and blanks as on a keyboard."""
+    for _ in range(2):  # The forms hold such characters again: ŉ becomes ʼn.
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text.translate(_SPELLINGS)).casefold())
     return re.sub(r"\s+", " ", text.translate(_SPELLINGS))

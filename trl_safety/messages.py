@@ -1,4 +1,4 @@
-"""The formats of conversations: chat messages, OpenAI's `messages`, ShareGPT's `conversations`."""
+"""The shapes in which people keep conversations: chat messages, OpenAI's `messages`, ShareGPT's `conversations`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ ROLES = {
     "system": "system",
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
-"""ShareGPT's names of the speakers, and their roles."""
+"""ShareGPT's names for who speaks."""
 
 WHOLE = ("messages", "conversations")
 """Columns that hold a whole conversation, whose last turn may be the answer."""
 
 
 class ShapeError(ValueError):
-    """What was found instead of a conversation. Callers that know the file and the line put them in front."""
+    """What was found in place of a conversation. Those who know the file and line put them before it."""
 
 
 def as_messages(value: Any, named: str) -> Messages:
-    """Messages with `role` and `content`, read from those keys or from ShareGPT's `from` and `value`.
+    """Messages with `role` and `content`, from those or from ShareGPT's `from` and `value`.
 
     Args:
         value: a list of messages.
         named: the key that holds it, for messages.
 
     Raises:
-        ShapeError: it is not a list of messages, or a message's content is not text.
+        ShapeError: it is none, or a message's content is no text.
     """
     if not isinstance(value, list | tuple):
         raise ShapeError(f"`{named}` is {kind_of(value)}, where text or a list of messages was expected")
@@ -45,7 +45,7 @@ def as_messages(value: Any, named: str) -> Messages:
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ShapeError(f"{where} is {kind_of(message)}, where a message with role and content was expected")
-    # A data set with several formats has every key in every row, null where it is not used.
+    # A data set with several shapes has every key in every row, null where it is not used.
     given = {key: value for key, value in message.items() if value is not None}
     if "from" in given and "value" in given:
         role = ROLES.get(str(given.pop("from")).lower())
@@ -59,10 +59,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def text_of(content: Any, where: str = "a message") -> str:
-    """A message's text: the content itself, or its text parts, one per line.
+    """A message's text: itself, or its text parts, one a line.
 
     Raises:
-        ShapeError: the content, or one of its parts, is not text.
+        ShapeError: it is no text, or one of its parts is none.
     """
     if isinstance(content, str):
         return content
@@ -83,12 +83,12 @@ def _part(part: Any, where: str) -> str:
 
 
 def conversation(row: Mapping[str, Any]) -> tuple[Messages | str, Messages | str | None]:
-    """A row's prompt and answer, from `prompt` and `completion`, `messages`, or `conversations`.
+    """A row's prompt and its answer, in the shape that the row has them: `prompt` and `completion`, `messages`, or `conversations`.
 
-    In a whole conversation the answer is the last turn if that is the assistant's.
+    Of a whole conversation the answer is the last turn, where that is the assistant's.
 
     Raises:
-        ShapeError: the row has no prompt, or one in another format.
+        ShapeError: the row has no prompt, or one of another shape.
     """
     if row.get("prompt") is not None:
         asked = row["prompt"]

@@ -1,4 +1,4 @@
-"""Prompts as a model reads them: rendered by its chat template, or unchanged."""
+"""Prompts as a model reads them: through its chat template, or as they are."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from trl_safety.messages import Messages, ShapeError, texts_of
 
 
 def text_tokenizer(given: Any) -> Any:
-    """The tokenizer itself, or that of a processor."""
+    """The tokenizer, where a processor was given in its place."""
     return getattr(given, "tokenizer", given)
 
 
 def chat_template(given: Any) -> Any:
-    """The chat template of a tokenizer or a processor; None if it has none."""
+    """The chat template of a tokenizer or a processor; None where there is none."""
     own = getattr(given, "chat_template", None)
     return own if own is not None else getattr(text_tokenizer(given), "chat_template", None)
 
 
 def render(messages: Messages | str, given: Any, *, generation: bool = True, **options: Any) -> str:
-    """A conversation rendered by the model's template, or a text unchanged.
+    """A conversation as the model's template writes it, or a text as it is.
 
-    Content in parts is joined for a template that takes text; text is put into parts for one that also takes images.
+    Content in parts is joined for a template that takes text; text is put into parts for one that takes images as well.
 
     Args:
         messages: the conversation, or a text.
@@ -36,7 +36,7 @@ def render(messages: Messages | str, given: Any, *, generation: bool = True, **o
         **options: for the template.
 
     Raises:
-        ConfigurationError: the template refuses the conversation or omits a part of it, or there is no template for several messages.
+        ConfigurationError: the template refuses the conversation or leaves a part of it out, or there is none and more than one message.
     """
     if isinstance(messages, str):
         return messages
@@ -84,23 +84,23 @@ def render(messages: Messages | str, given: Any, *, generation: bool = True, **o
 
 
 def _forms(messages: Messages, texts: Sequence[str], template: Any) -> list[list[dict[str, Any]]]:
-    """The ways to write the same conversation; a template takes one of them."""
+    """The ways to write the same conversation, of which a template takes one."""
     joined = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
     in_parts = [{**message, "content": [{"type": "text", "text": text}]} for message, text in zip(messages, texts, strict=True)]
     forms = [joined]
     if any(not isinstance(message["content"], str) for message in messages):
         given = zip(messages, in_parts, strict=True)
         forms.append([part if isinstance(message["content"], str) else dict(message) for message, part in given])
-    # Some templates that take images read only parts, and silently skip text.
+    # Templates that take images read parts alone, some of them, and pass over text without a word.
     if "image" in str(template):
         forms.append(in_parts)
     return forms
 
 
 def _holds(rendered: str, message: Mapping[str, Any], text: str) -> bool:
-    """Whether the rendered text holds a message's text, up to whitespace, escapes, and the thinking of an earlier answer."""
+    """Whether a message's text is in what the template wrote, up to blanks, escapes, and the thinking of an earlier answer."""
     if not isinstance(message["content"], str) and str(message["content"]) in rendered:
-        return False  # The template wrote Python's repr of a list.
+        return False  # Python's own way to write a list.
     written = [text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]]
     if message["role"] == "assistant":
         written.append(answer_of(text) or "")
@@ -123,6 +123,6 @@ def _name(tokenizer: Any) -> str:
 
 
 def token_ids(rendered: str, given: Any) -> list[int]:
-    """The tokens of text from `render`: a template writes the special tokens itself."""
+    """The tokens of what `render` gave: a template writes the special tokens itself."""
     ids: list[int] = text_tokenizer(given)(rendered, add_special_tokens=chat_template(given) is None)["input_ids"]
     return ids
