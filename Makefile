@@ -16,18 +16,23 @@ LAB := .venv-lab
 NEWEST := .venv-newest
 AXOLOTL := .venv-axolotl
 OLDEST := .venv-oldest
-SEEDS ?= 3
+PAIRS ?= 8
+SEEDS ?= 2
 WORKERS ?= 2
 OUTPUT ?= lab_results
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab check test lint types stacks install test-newest test-axolotl test-oldest clean
+.PHONY: lab lab-full check test lint types stacks install test-newest test-axolotl test-oldest clean
 
-## The main job on the embedded world: a table on the screen, results.json and results.png in $(OUTPUT).
+## The main job on the embedded world, every method once: a table on the screen, results.json and results.png in $(OUTPUT).
 lab: $(LAB)/.installed
-	$(LAB)/bin/trl-safety lab -o $(OUTPUT) --seeds $(SEEDS)
+	$(LAB)/bin/trl-safety lab -o $(OUTPUT) --quick --seeds 1 --workers $(WORKERS)
+
+## What a claim needs: every method at every strength with every control, over $(PAIRS) pairs and $(SEEDS) seeds of both kinds of base. Hours.
+lab-full: $(LAB)/.installed
+	$(LAB)/bin/trl-safety lab -o $(OUTPUT) --both-bases --pairs $(PAIRS) --seeds $(SEEDS) --workers $(WORKERS)
 
 ## For the daily loop: lint, types, and the tests of the maths, the files and the options.
 check: lint types

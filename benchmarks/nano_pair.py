@@ -43,7 +43,7 @@ from trl_safety import (
 from trl_safety.adapters.lora import lora_modules
 from trl_safety.evaluation.sweep import sweep
 from trl_safety.evaluation.sweep_page import write_results
-from trl_safety.lab.experiment import random_like, shrink_like, shrink_to
+from trl_safety.lab.controls import random_like, shrink_like, shrink_to
 from trl_safety.reports.selection import SELECTION, Choice, most_dropped, read_choices
 from trl_safety.scoring import Prompt, Verdict, read_sets
 from trl_safety.training.factor_groups import update_norm

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_safety import SafeSFTConfig, SafeSFTTrainer
 from trl_safety.adapters.lora import lora_modules
-from trl_safety.lab.experiment import shrink_to
+from trl_safety.lab.controls import shrink_to
 from trl_safety.scoring import KeywordJudge, Prompt, score
 from trl_safety.training.factor_groups import update_norm
 

@@ -68,7 +68,7 @@ def test_inspect(tmp_path: Path, ranked: Path, subspace: Path) -> None:
     assert len(layers) == 9
     assert all(abs(row["inside"] + row["partial"] + row["outside"] - 1) < 1e-5 for row in layers)
     assert "–" in run("inspect", ADAPTER, "--subspace", subspace)
-    assert "base model: not verified: gqa-aligned is not at hand" in " ".join(run("inspect", ADAPTER, "--subspace", ranked).split())
+    assert "base model: not verified: gqa-aligned is not available here" in " ".join(run("inspect", ADAPTER, "--subspace", ranked).split())
 
 
 def test_verify_fails_on_an_unprotected_adapter() -> None:

@@ -120,18 +120,18 @@ PARTS_AND_IMAGES = PARTS_ALONE.replace("{% endif %}", "{% elif p.type == 'image'
 @pytest.mark.parametrize(
     ("template", "prompt", "message"),
     [
-        (REFUSES_SYSTEM, with_system(), "refuses the prompt 'w2'.*System role not supported.*put that text into the user's first one"),
+        (REFUSES_SYSTEM, with_system(), "rejects the prompt 'w2'.*System role not supported.*put that text into the user's first message"),
         (
             ALTERNATES,
             Prompt((*SHORT.messages, *SHORT.messages)),
-            "refuses the prompt.*roles must alternate; write the prompts with the roles",
+            "rejects the prompt.*roles must alternate; write the prompts with the roles",
         ),
-        ("{{ messages[0].nothing.at_all }}", SHORT, "refuses the prompt"),
-        (DROPS_SYSTEM, with_system(), "leaves out a part of the prompt 'w2' .system, user."),
-        (LAST_ALONE, with_system(), "leaves out a part"),
-        (PARTS_ALONE, SHORT, "leaves out a part.*the content as the template reads it"),
+        ("{{ messages[0].nothing.at_all }}", SHORT, "rejects the prompt"),
+        (DROPS_SYSTEM, with_system(), "drops a part of the prompt 'w2' .system, user."),
+        (LAST_ALONE, with_system(), "drops a part"),
+        (PARTS_ALONE, SHORT, "drops a part.*the content as the template reads it"),
         (None, with_system(), "has no chat template, and the prompt 'w2' has 2 messages"),
-        (chain.TEMPLATE, with_system([{"type": "image", "url": "x.png"}]), "a part of the kind 'image', and only text can be asked"),
+        (chain.TEMPLATE, with_system([{"type": "image", "url": "x.png"}]), "a part of type 'image', but prompts must be text"),
         (chain.TEMPLATE, with_system(None), "null as content"),
         (chain.TEMPLATE, with_system([]), "an empty list as content"),
         (None, Prompt(""), "prompt 1 of 1 is empty"),
@@ -189,5 +189,5 @@ def test_all_sets_are_checked_before_the_first_is_asked() -> None:
     tokenizer = chain.tokenizer(template=REFUSES_SYSTEM)
     model = chain.model("w5 <end>", tokenizer, eos_token_id=3)
     model.generate = lambda *args, **kwargs: pytest.fail("asked")
-    with pytest.raises(ConfigurationError, match="refuses the prompt"):
+    with pytest.raises(ConfigurationError, match="rejects the prompt"):
         score(model, tokenizer, {"harmful": [SHORT], "benign": [with_system()]}, KeywordJudge())

@@ -61,18 +61,18 @@ def test_what_is_written_is_read(rows: list[Any], blanks: list[str], ascii_only:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": 1}\n\n{"a"', "rows, line 3: is no object .not JSON"),
-        (b'[{"a": 1}]', "rows, line 1: is no object, but an array"),
-        (b'"a"', "rows, line 1: is no object, but a string"),
-        (b"\n7\n", "rows, line 2: is no object, but a number"),
-        (b"null", "rows, line 1: is no object, but null"),
-        (b'{"a": 1} {"a": 2}', "line 1: is no object .not JSON"),
+        (b'{"a": 1}\n\n{"a"', "rows, line 3: is not an object .not JSON"),
+        (b'[{"a": 1}]', "rows, line 1: is not an object but an array"),
+        (b'"a"', "rows, line 1: is not an object but a string"),
+        (b"\n7\n", "rows, line 2: is not an object but a number"),
+        (b"null", "rows, line 1: is not an object but null"),
+        (b'{"a": 1} {"a": 2}', "line 1: is not an object .not JSON"),
         ('{"a": "é"}'.encode("latin-1"), "line 1: cannot be read .*save it as UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "it is UTF-16.; save it as UTF-8"),
-        (b'{"a": 1}\n{"a": "\\ud83d"}', r"line 2: holds half of a character \(\\ud83d\)"),
-        (b'{"a": ' + b"[" * 100_000, "line 1: is no object .not JSON"),
-        (b'{"a": ' + b"1" * 5000 + b"}", "line 1: is no object .not JSON"),
-        (b"\x00", "line 1: is no object"),
+        (b'{"a": 1}\n{"a": "\\ud83d"}', r"line 2: contains half of a character \(\\ud83d\)"),
+        (b'{"a": ' + b"[" * 100_000, "line 1: is not an object .not JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "line 1: is not an object .not JSON"),
+        (b"\x00", "line 1: is not an object"),
     ],
     ids=range(12),
 )
@@ -150,9 +150,9 @@ def test_prompts_as_people_keep_them(tmp_path: Path, row: dict[str, Any], text: 
         ({"messages": "a"}, "`messages` is a string"),
         ({"messages": [{"role": "user"}]}, r"`messages`\[0\] has role, where role and content"),
         ({"messages": [{"role": "user", "content": 5}]}, "has a number as content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "a part of the kind 'image_url'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "a part of type 'image_url'"),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "is from 'narrator', which is none of human"),
-        ({"conversations": [GPT]}, "has no turn but the assistant's"),
+        ({"conversations": [GPT]}, "has only the assistant's turn"),
         ({"prompt": None}, "is no object with a `prompt`"),
         ({"prompt": "a"}, "line 3: has no `answer`"),
         ({"prompt": "a", "answer": []}, "has no `answer`"),
@@ -282,7 +282,7 @@ def test_sft_takes_a_local_file(tmp_path: Path, aligned: str) -> None:
         ({"dataset_name": "no-such/data-set"}, ROWS, "dataset_name = 'no-such/data-set': cannot be read"),
         ({}, '{"question": "a", "reply": "b"}\n', "has the columns question, reply: give prompt and completion, messages"),
         ({}, '{"prompt": "a"}\n', "has the columns prompt: give prompt and completion"),
-        ({}, '{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: is no object"),
+        ({}, '{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: is not an object"),
         ({"lora_target_modules": ["nothing", "neither"]}, ROWS, "the run cannot start: Target modules"),
         ({"datasets": [{"path": "no-such/data-set"}]}, ROWS, "datasets = no-such/data-set: cannot be loaded"),
     ],
@@ -364,7 +364,7 @@ def test_answers_of_other_forms() -> None:
     assert trained({"text": "w1 w2"}, plain) == "w1 w2"
     with pytest.raises(ConfigurationError, match="a row without an answer"):
         supervised({"messages": [USER]}, words(CHAT), None)
-    with pytest.raises(ConfigurationError, match="leaves out a part"):
+    with pytest.raises(ConfigurationError, match="drops a part"):
         supervised({"messages": [USER, ASSISTANT]}, words("{{ messages[0]['content'] }}"), None)
 
 

@@ -1,6 +1,6 @@
 """Keep an aligned language model's safety through LoRA and QLoRA fine-tuning.
 
-The names below are loaded on first use, so that `import trl_safety` and the command line start without torch.
+The names below are loaded on first use, so that `import trl_safety` and the command line start without importing torch.
 """
 
 from importlib import import_module
@@ -62,7 +62,7 @@ _HOMES = {
     "sweep": "trl_safety.evaluation.sweep",
     "verify": "trl_safety.reports.report",
 }
-"""Name → the module that defines it. A test holds the block below against it."""
+"""Name → the module that defines it. A test compares the block below with it."""
 
 if TYPE_CHECKING:
     from trl_safety.config.alignment_buffer import AlignmentBufferConfig as AlignmentBufferConfig

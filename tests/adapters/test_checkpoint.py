@@ -100,9 +100,9 @@ def test_pickles_are_never_read(folder: Path) -> None:
 
 
 def test_neither_folder_nor_hub(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no local folder"):
+    with pytest.raises(CheckpointError, match="not a local folder"):
         Checkpoint("someone/no-such-model")
-    with pytest.raises(CheckpointError, match="no local folder"):
+    with pytest.raises(CheckpointError, match="not a local folder"):
         Checkpoint(tmp_path / "missing" / "folder")
     with pytest.raises(CheckpointError, match="neither"):
         Checkpoint(tmp_path)

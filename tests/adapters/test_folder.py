@@ -248,9 +248,9 @@ def test_a_record_that_is_no_number(tmp_path: Path) -> None:
 
 def test_what_another_tool_wrote_into_the_configuration(adapter: Path) -> None:
     for wrote, remedy in (
-        (peft.__version__, "no newer PEFT is said to have written it"),
-        ("0.1.0", "no newer PEFT is said to have written it"),
-        (None, "no newer PEFT is said to have written it"),
+        (peft.__version__, "the file names no newer PEFT"),
+        ("0.1.0", "the file names no newer PEFT"),
+        (None, "the file names no newer PEFT"),
         ("99.1.0", r"pip install peft==99\.1\.0"),
     ):
         tiny.rewrite_json(adapter / "adapter_config.json", peft_version=wrote, fused_gates=True)

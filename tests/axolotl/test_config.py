@@ -131,7 +131,7 @@ def test_all_violations_are_said_at_once(config: dict[str, Any]) -> None:
         (lambda c: c.update(safety={}), "nothing would be protected"),
         (lambda c: c.update(saftey=c.pop("safety")), "is 'saftey' a misspelling"),
         (lambda c: c["safety"].update(asft={"wieght": 1}), "did you mean 'weight'"),
-        (lambda c: c["safety"].update(asft=None), "nothing behind it"),
+        (lambda c: c["safety"].update(asft=None), "asft is empty"),
         (lambda c: c["safety"].update(asf={}), "did you mean 'asft'"),
         (lambda c: c["safety"].update(safe_lora={}, csulora={}), "keep one of them"),
     ],

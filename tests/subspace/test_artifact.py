@@ -180,10 +180,10 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(SubspaceError, match="truncated"):
         AlignmentSubspace.load(path)
     path.write_text("not safetensors")
-    with pytest.raises(SubspaceError, match="no safetensors"):
+    with pytest.raises(SubspaceError, match="not a safetensors file"):
         AlignmentSubspace.load(path)
     save_file({"x": torch.ones(1)}, path)
-    with pytest.raises(SubspaceError, match="no alignment subspace"):
+    with pytest.raises(SubspaceError, match="not an alignment subspace"):
         AlignmentSubspace.load(path)
     with pytest.raises(SubspaceError, match="no such file"):
         AlignmentSubspace.load(tmp_path / "missing.safetensors")

@@ -112,7 +112,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, fitted: list[str]) -> No
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
-        with pytest.raises(SubspaceError, match=r"the layers that are done stay in .*partial"):
+        with pytest.raises(SubspaceError, match=r"the finished layers stay in .*partial"):
             build_subspace(path, *PAIR, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -382,7 +382,7 @@ class TestQLoRA:
         tiny.rewrite_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "stored"))
         report = correct_folder(tmp_path / "adapter", tmp_path / "out", subspace, SafeLoraCorrection(SafeLoraConfig(threshold=1.0)))
         assert "not verified" in report.base_check
-        assert "quantised in a format that is not read" in report.base_check
+        assert "quantised in a format that cannot be read" in report.base_check
 
     def test_a_quantised_checkpoint_gives_no_subspace(self, tmp_path: Path, pair: Path, quantised: Any) -> None:
         quantised().save_pretrained(tmp_path / "stored")

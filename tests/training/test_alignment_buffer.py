@@ -198,11 +198,11 @@ def test_vocabularies_that_differ(tmp_path: Path) -> None:
         ({"alignment_buffer": {}}, {}, ConfigurationError, "alignment_buffer.base is missing"),
         ({"alignment_buffer": {"base": "missing"}}, {}, CheckpointError, "missing"),
         ({"alignment_buffer": {**PAIR, "base": PAIR["aligned"]}}, {}, AdapterError, "do not differ"),
-        ({"alignment_buffer": {**PAIR, "base": str(DATA / "mha-base")}}, {}, CheckpointError, "name the pair of this model"),
+        ({"alignment_buffer": {**PAIR, "base": str(DATA / "mha-base")}}, {}, CheckpointError, "name this model's pair"),
         ({"alignment_buffer": {"base": PAIR["aligned"], "aligned": PAIR["base"]}}, {}, AdapterError, "load the aligned model of the pair"),
         ({"alignment_buffer": {"how": "low_rank"}}, {}, ConfigurationError, "subspace is missing"),
         ({"alignment_buffer": {"how": "low_rank", "base": "x"}}, {}, ConfigurationError, "base = 'x' is not used with how: low_rank"),
-        ({**block(), "buffer_reinforce": {"buffer": "x"}}, {}, ConfigurationError, "two buffers"),
+        ({**block(), "buffer_reinforce": {"buffer": "x"}}, {}, ConfigurationError, "both buffers"),
         ({**block(), "skip_modules": ["q_proj"]}, {}, ConfigurationError, "skip_modules"),
     ],
 )

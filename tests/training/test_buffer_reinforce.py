@@ -408,7 +408,7 @@ class TestMerge:
             app, ["merge-reinforce", str(tmp_path / "merged"), str(provider / "reinforce"), "-o", str(tmp_path / "m2")]
         )
         assert result.exit_code == 1
-        assert "was merged with a ReinforceLoRA already" in result.output
+        assert "was already merged with a ReinforceLoRA" in result.output
 
     def test_cut_back_to_a_rank(self, provider: Path, tmp_path: Path) -> None:
         trainer = tiny.trainer(tmp_path, safety=block(provider, rank=4))
@@ -453,7 +453,7 @@ class TestMerge:
     def test_training_on_after_the_merge_is_refused(self, provider: Path, tmp_path: Path) -> None:
         trainer = tiny.trainer(tmp_path, safety=block(provider))
         trainer.train()
-        with pytest.raises(AdapterError, match="corrected by buffer_reinforce already"):
+        with pytest.raises(AdapterError, match="already corrected by buffer_reinforce"):
             trainer.train()
 
 
@@ -528,7 +528,7 @@ class TestRefused:
             ({"buffer": "missing"}, {}, AdapterError, "neither a folder nor a Hub repository"),
             ({"buffer": "REINFORCE"}, {}, AdapterError, "is a reinforce adapter"),
             ({"buffer": "BUFFER", "reinforce": "BUFFER"}, {}, AdapterError, "is a buffer adapter"),
-            ({"buffer": "BUFFER", "alpha": 0.2}, {}, ConfigurationError, "alpha = 0.2 is used in the merge alone"),
+            ({"buffer": "BUFFER", "alpha": 0.2}, {}, ConfigurationError, "alpha = 0.2 is used only in the merge"),
             ({"buffer": "BUFFER", "reinforce": "REINFORCE", "alpha": 1.5}, {}, ConfigurationError, "alpha = 1.5"),
             ({"reinforce": "REINFORCE"}, {}, ConfigurationError, "buffer"),
             ({"buffer": "BUFFER"}, {"torch_compile": True}, ConfigurationError, "torch_compile = True"),
@@ -564,7 +564,7 @@ class TestRefused:
         plain.train()
         plain.save_model()
         report = merge_reinforce(tmp_path / "user", provider / "reinforce", tmp_path / "out")
-        assert "has no report of a buffer" in report.methods[0].summary
+        assert "has no report on a buffer" in report.methods[0].summary
         assert "match those of" in report.base_check
 
     @pytest.mark.parametrize("damage", ["record", "mark", "layer", "json", "weights"])
@@ -584,7 +584,7 @@ class TestRefused:
             (folder / RECORD).write_text(json.dumps(facts))
         else:
             (folder / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes()[:500])
-        with pytest.raises(SafetyError, match=r"safety_adapter.json|is a buffer adapter|its record knows nothing|truncated"):
+        with pytest.raises(SafetyError, match=r"safety_adapter.json|is a buffer adapter|its record does not know|truncated"):
             tiny.trainer(tmp_path / "out", safety={"buffer_reinforce": {"buffer": str(folder)}})
 
     def test_a_layer_that_the_model_lacks(self, provider: Path, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_nothing_to_do_changes_no_bit(tmp_path: Path, gqa_subspace: AlignmentSub
 
 def test_correcting_twice_is_refused_everywhere(tmp_path: Path, gqa_subspace: AlignmentSubspace, gqa_model: Any) -> None:
     apply_safe_lora(gqa_model, gqa_subspace, threshold=1.0)
-    with pytest.raises(AdapterError, match="corrected by safe_lora already"):
+    with pytest.raises(AdapterError, match="already corrected by safe_lora"):
         apply_csulora(gqa_model, gqa_subspace)
     gqa_model.save_pretrained(tmp_path / "once")
     loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path / "once"), is_trainable=True)
@@ -282,7 +282,7 @@ def test_folder_is_checked_against_the_base_model_at_hand(tmp_path: Path, gqa_su
         (lambda a: (a / "adapter_model.safetensors").write_bytes((a / "adapter_model.safetensors").read_bytes()[:500]), "truncated"),
         (lambda a: (a / "adapter_config.json").unlink(), "has no adapter_config.json"),
         (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "pickle"),
-        (lambda a: edit(a, r=8), "has rank 4, its configuration says 8"),
+        (lambda a: edit(a, r=8), "has rank 4, but its configuration says 8"),
         (lambda a: edit(a, peft_type="IA3"), "only LoRA"),
         (lambda a: edit(a, use_dora=True), "use_dora"),
         (lambda a: edit(a, init_lora_weights="pissa"), "init_lora_weights"),

@@ -290,7 +290,7 @@ def test_composes_with_asft_and_a_correction(tmp_path: Path, gqa_subspace: Any) 
     ("safety", "kwargs", "message"),
     [
         (block(keep=8), {}, "every sample of a per-device batch of 8 would be kept"),
-        (block(keep=None, keep_tokens=0.9), {"per_device_train_batch_size": 1}, "chooses within a batch"),
+        (block(keep=None, keep_tokens=0.9), {"per_device_train_batch_size": 1}, "selects within a batch"),
         (block(references=13), {}, "the pool has 12"),
         (block(), {"packing": True}, "packing = True"),
         (block(), {"padding_free": True, "max_length": None}, "padding_free = True"),

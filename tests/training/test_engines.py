@@ -162,7 +162,7 @@ def test_refused_on_shards(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "block", "message"),
     [
-        ("zero3", {"safe_lora": {"threshold": 1.0}}, "ZeRO stage 3 keeps every LoRA factor in pieces"),
+        ("zero3", {"safe_lora": {"threshold": 1.0}}, "ZeRO stage 3 keeps every LoRA factor in shards"),
         (
             "zero2",
             {"dual_select": {"references": 4, "reference_dataset": "POOL"}},

@@ -1,4 +1,4 @@
-"""Gradients of single samples with respect to LoRA factors, out of one batched backward."""
+"""Gradients of single samples with respect to LoRA factors, from one batched backward."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Consumer(Protocol):
     """Takes the per-sample gradients of one factor."""
 
     def take(self, place: slice, gradients: Tensor) -> None:
-        """`gradients` is (samples, entries of the factor), and of no use to anyone afterwards."""
+        """`gradients` is (samples, entries of the factor), and is not used again afterwards."""
 
 
 class Collect:
@@ -99,7 +99,7 @@ class Total:
 
 @contextmanager
 def per_sample_gradients(flat: FlatFactors, samples: int, consumer: Consumer) -> Iterator[None]:
-    """Within it, a forward and backward give each sample's gradient to `consumer` and leave the factors' `.grad` alone.
+    """Within the block, a forward and backward give each sample's gradient to `consumer` and leave the factors' `.grad` alone.
 
     For a linear y = x Wᵀ the gradient of sample i is Σₜ δᵢₜ xᵢₜᵀ: one batched product per factor, in place of the sum that the
     plain backward computes. Works with both kinds of gradient checkpointing, autocast, dropout (the gradient is that of the
@@ -111,8 +111,8 @@ def per_sample_gradients(flat: FlatFactors, samples: int, consumer: Consumer) ->
         consumer: takes (samples, entries) per factor, in the dtype of the backward pass or float32.
 
     Raises:
-        AdapterError: a layer's input has no sample dimension, or, on leaving, a factor had no gradient: a fused kernel
-            bypassed it, say.
+        AdapterError: a layer's input has no sample dimension, or, on exit, a factor had no gradient: a fused kernel
+            bypassed it, for example.
     """
     used: set[int] = set()
 

@@ -62,15 +62,37 @@ def safety_gradient(
 
 @app.command()
 def lab(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pair, results.json and results.png.")] = Path(
-        "lab_results"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="Fine-tuning runs per method.")] = 3,
-    seed: Annotated[int, typer.Option(help="The first seed; it also determines the language.")] = 0,
-    innocent_base: Annotated[bool, typer.Option("--innocent-base", help="Use a base model that has never seen a forbidden topic.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the pairs, the finished rows, results.json and results.png.")
+    ] = Path("lab_results"),
+    pairs: Annotated[int, typer.Option(min=1, help="Base/aligned pairs. A claim needs several.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Fine-tuning runs per method and pair.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the first pair and of the first fine-tuning.")] = 0,
+    innocent_base: Annotated[bool, typer.Option("--innocent-base", help="Use base models that have never seen a forbidden topic.")] = False,
+    both_bases: Annotated[bool, typer.Option("--both-bases", help="Pairs of both kinds of base.")] = False,
+    methods: Annotated[list[str] | None, typer.Option("--methods", help="Only these rows; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Every method at one strength, without the controls that are trained.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
 ) -> None:
-    """Make a tiny aligned model, fine-tune it on poisoned data with every method, and show what each kept and cost."""
-    with errors():
-        from trl_safety.lab.experiment import run
+    """Make tiny aligned models, fine-tune them on poisoned data with every method, and show what each kept and cost.
 
-        run(output, seeds=seeds, first_seed=seed, innocent=innocent_base)
+    Finished rows are kept in the folder: a run that was stopped goes on, and the same command with more pairs adds to it.
+    """
+    with errors():
+        from trl_safety.errors import ConfigurationError
+        from trl_safety.lab.experiment import run
+        from trl_safety.lab.rows import GROUPS
+        from trl_safety.lab.settings import FULL, QUICK
+
+        if unknown := sorted(set(methods or ()) - set(GROUPS)):
+            raise ConfigurationError(f"methods = {unknown[0]!r}: the lab's rows are {', '.join(GROUPS)}")
+        run(
+            output,
+            pairs=pairs,
+            seeds=seeds,
+            first=seed,
+            bases=(False, True) if both_bases else (innocent_base,),
+            methods=methods or tuple(GROUPS),
+            settings=QUICK if quick else FULL,
+            workers=workers,
+        )
