@@ -90,8 +90,12 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         self._switched_off = check(cfg, safety_of(cfg), self._written)
 
     def get_trainer_cls(self, cfg: Any) -> Any:
-        """Axolotl's trainer with the safety mixin if a method acts during training, else None."""
-        if not self.active:
+        """Axolotl's trainer with the safety mixin if a method acts during training, else None.
+
+        Also None with `rl:`, where Axolotl would call a plugin's class without the model and the other arguments that the trainer needs;
+        see `post_trainer_create`.
+        """
+        if not self.active or cfg.get("rl"):
             return None
         from trl_safety.training.start import needs_trainer_class
 
@@ -112,6 +116,8 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         from trl_safety.training.start import add_correction, needs_trainer_class
 
         safety = safety_of(cfg)
+        if cfg.get("rl") and needs_trainer_class(safety) and not isinstance(trainer, SafetyMixin):
+            trainer.__class__ = _with_safety(type(trainer))
         if not needs_trainer_class(safety):
             add_correction(trainer, safety, self._switched_off)
         elif isinstance(trainer, SafetyMixin):
@@ -205,7 +211,8 @@ def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> dict[str, Any]:
 def _pool(cfg: Any, setting: str, options: Any, trainer: Any) -> Any:
     from trl_safety.errors import ConfigurationError
     from trl_safety.training.data import load_rows
-    from trl_safety.training.references import ROW, References, prompts_only, tokenised_answers, tokenised_prompts, with_rows
+    from trl_safety.training.documents import ROW, with_rows
+    from trl_safety.training.references import References, prompts_only, tokenised_answers, tokenised_prompts
 
     source = getattr(options, setting.rpartition(".")[2])
     if source is None:
@@ -262,9 +269,12 @@ def _has_answers_of_its_own(columns: list[str], first: Any) -> bool:
 def _safe_trainer_class() -> Any:
     from axolotl.core.trainers import AxolotlTrainer
 
+    return _with_safety(AxolotlTrainer)
+
+
+@cache
+def _with_safety(trainer_class: type) -> type:
+    """Axolotl's own trainer class with the methods' hooks before its own. The mixin has no constructor, so that a trainer can become one."""
     from trl_safety.training.mixin import SafetyMixin
 
-    class SafeAxolotlTrainer(SafetyMixin, AxolotlTrainer):  # type: ignore[misc]
-        """Axolotl's causal trainer with the methods of the safety block."""
-
-    return SafeAxolotlTrainer
+    return type(f"Safe{trainer_class.__name__}", (SafetyMixin, trainer_class), {"__doc__": "Axolotl's trainer with the safety block."})

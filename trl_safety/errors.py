@@ -30,5 +30,11 @@ class ReportError(SafetyError, ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """Another library's error for use in our messages: its first non-empty line, or its class name if it has no text."""
+    """Another library's error for use in our messages: its first non-empty line, or its class name if it has no text.
+
+    For a pydantic error, whose first line is a count, it is the first wrong value.
+    """
+    wrong = getattr(error, "errors", None)
+    if callable(wrong) and (found := wrong()):
+        return ": ".join(text for text in (".".join(map(str, found[0]["loc"])), found[0]["msg"]) if text)
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

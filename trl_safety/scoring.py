@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from scipy.stats import binomtest
 
 from trl_safety.answers import THINKING, answer_of, as_written, opened_thinking
-from trl_safety.errors import ConfigurationError
+from trl_safety.errors import ConfigurationError, reason
 from trl_safety.jsonl import kind_of, read_lines
 from trl_safety.messages import Messages, ShapeError, as_messages, conversation, text_of
 from trl_safety.rendering import render, text_tokenizer, token_ids
@@ -386,7 +386,7 @@ def _generate(model: Any, tokenizer: Any, ids: Sequence[list[int]], stops: list[
             out = model.generate(input_ids=inputs, attention_mask=mask, return_dict_in_generate=False, **options)
         except ValueError as error:
             raise ConfigurationError(
-                f"the model's generation config cannot be used ({str(error).splitlines()[0]}); mend generation_config.json"
+                f"the model's generation config cannot be used ({reason(error)}); mend generation_config.json"
             ) from error
     new: list[list[int]] = out[:, length:].tolist()
     return new

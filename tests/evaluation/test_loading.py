@@ -182,6 +182,19 @@ def test_the_revision_that_a_command_names(tmp_path: Path, hub_cache: Callable[.
     asked = completions("asked", "org/model", "--adapter", str(adapter), "--revision", "main")
     tiny.rewrite_json(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "new"), revision=None)
     assert completions("on-new", str(tmp_path / "new"), "--adapter", str(adapter)) == asked != named
+    # The baseline's own; and which commit gave which rates is kept.
+    both = completions("both", "org/model", "--baseline", "org/model", "--baseline-revision", "v1")
+    assert both == old + new
+    found = json.loads((tmp_path / "both" / "evaluation.json").read_text())
+    commits = [(tmp_path / "hub" / "models--org--model" / "refs" / name).read_text() for name in ("v1", "main")]
+    assert [(one["name"], one["commit"]) for one in found["models"]] == list(zip(("org/model@v1", "org/model"), commits, strict=True))
+    assert json.loads((tmp_path / "named" / "evaluation.json").read_text())["models"][0]["commit"] == commits[0]
+    assert json.loads((tmp_path / "v1" / "evaluation.json").read_text())["model"] == "org/model@v1"
+    for name, revision in (("aligned", "--baseline-revision"), (str(adapter), "--baseline-revision"), ("org/model", "--grader-revision")):
+        line = ["eval", "org/model", "--adapter", str(adapter), "--baseline", name, revision, "v1", "-o", str(tmp_path / "no")]
+        result = CliRunner().invoke(app, [*line, "--harmful", str(tmp_path / "harmful.jsonl")])
+        assert result.exit_code == 1
+        assert "leave it out" in result.output
     for command, line in (
         ("eval", ["org/model"]),
         ("sweep", [str(adapter), "--model", "org/model", "--method", "safe_lora", "--grid", "threshold=1"]),

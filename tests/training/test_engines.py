@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests import tiny
-from tests.training import providers
+from tests.training import preference, providers
 from trl_safety import AlignmentSubspace
 from trl_safety.reports.report import read_report, verify
 
@@ -54,18 +55,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def alone(world: Path, output: Path, safety: dict[str, Any]) -> dict[str, Any]:
+def alone(world: Path, output: Path, safety: dict[str, Any], kind: str = "sft") -> dict[str, Any]:
     """One process, with the batch of both."""
     subspace = AlignmentSubspace.load(world / "S.safetensors") if needs_subspace(safety) else None
-    options = {"eval_dataset": tiny.rows(8), "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, **tiny.WELL_CONDITIONED}
-    trainer = tiny.trainer(output, base=tiny.model(str(world / "aligned")), safety=safety or None, subspace=subspace, **options)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, **tiny.WELL_CONDITIONED, "per_device_train_batch_size": 8}
+    options["eval_dataset"] = tiny.rows(8) if kind == "sft" else preference.rows(kind, 8)
+    made = tiny.trainer if kind == "sft" else partial(preference.trainer, kind)
+    trainer = made(output, base=tiny.model(str(world / "aligned")), safety=safety or None, subspace=subspace, **options)
     trainer.train()
     trainer.save_model()
     return load_file(output / "adapter_model.safetensors")
 
 
 def needs_subspace(safety: dict[str, Any]) -> bool:
-    return bool(safety) and "buffer_reinforce" not in safety and safety.get("alignment_buffer", {}).get("how") != "weights"
+    return "asft" in safety or (
+        bool(safety) and "buffer_reinforce" not in safety and safety.get("alignment_buffer", {}).get("how") != "weights"
+    )
 
 
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -75,12 +80,23 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "alignment_vector, cut back": {"alignment_vector": {"cut_to": 4}},
     "alignment_buffer in the weights": {"alignment_buffer": {"base": "BASE", "how": "weights"}},
     "alignment_buffer of low rank": {"alignment_buffer": {"how": "low_rank"}},
+    "dpo with two methods": {"asft": {"weight": 0.01}, "alignment_buffer": {"base": "BASE", "how": "weights"}},
     "buffer": {"buffer_reinforce": {"buffer": "BUFFER"}},
     "buffer and merge": {"buffer_reinforce": {"buffer": "BUFFER", "reinforce": "REINFORCE"}},
 }
-FSDP2 = ["asft and safe_lora", "csulora, cut back", "alignment_vector, cut back", *(name for name in BLOCKS if "buffer" in name)][:-1]
+FSDP2 = [
+    "asft and safe_lora",
+    "csulora, cut back",
+    "alignment_vector, cut back",
+    "dpo with two methods",
+    *(name for name in BLOCKS if "buffer" in name),
+][:-1]
 ACCUMULATES = "asft and safe_lora"
-ZERO2 = ["asft and safe_lora", "alignment_buffer in the weights", "buffer and merge"]
+ZERO2 = ["asft and safe_lora", "alignment_buffer in the weights", "dpo with two methods", "buffer and merge"]
+
+
+def kind_of(name: str) -> str:
+    return "dpo" if name.startswith("dpo") else "sft"
 
 
 def job(world: Path, output: Path, name: str, further: str | None = None) -> dict[str, Any]:
@@ -91,7 +107,8 @@ def job(world: Path, output: Path, name: str, further: str | None = None) -> dic
     block = json.loads(text)
     source = str(world / "S.safetensors") if needs_subspace(block) else None
     batch = 2 if name == ACCUMULATES else 4
-    return {"output": str(output), "batch": batch, "block": block, "subspace": source, "model": str(world / "aligned"), "further": further}
+    made = {"output": str(output), "batch": batch, "block": block, "subspace": source, "model": str(world / "aligned"), "further": further}
+    return {**made, "kind": kind_of(name)}
 
 
 def run_jobs(engine: str, folder: Path, jobs: list[dict[str, Any]]) -> None:
@@ -123,7 +140,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_two_processes_equal_one(runs: Any, world: Path, tmp_path: Path, engine: str, name: str) -> None:
     """With an evaluation during training, after which FSDP leaves the outermost parameters gathered."""
     output = runs(engine) / name
-    one = alone(world, tmp_path / "one", job(world, output, name)["block"])
+    one = alone(world, tmp_path / "one", job(world, output, name)["block"], kind_of(name))
     two = load_file(output / "adapter_model.safetensors")
     assert tiny.largest_difference(two, one) < 2e-5
     plain = load_file(world / "plain" / "adapter_model.safetensors")
@@ -173,6 +190,6 @@ def test_refused_on_shards(world: Path, tmp_path: Path) -> None:
 def test_refused_on_deepspeed(world: Path, tmp_path: Path, engine: str, block: dict[str, Any], message: str) -> None:
     tiny.rows(16, seed=5).to_json(str(tmp_path / "pool.jsonl"))
     text = json.dumps(block).replace("POOL", str(tmp_path / "pool.jsonl"))
-    options = {"batch": 4, "subspace": str(world / "S.safetensors"), "model": str(world / "aligned"), "further": None}
+    options = {"batch": 4, "subspace": str(world / "S.safetensors"), "model": str(world / "aligned"), "further": None, "kind": "sft"}
     (tmp_path / "jobs.json").write_text(json.dumps([{"output": str(tmp_path), "block": json.loads(text), **options}]))
     assert message in launch(engine, tmp_path / "jobs.json")

@@ -253,6 +253,20 @@ def read_config(path: Path) -> Any:
     return config
 
 
+def refuse_diverged(folder: Path) -> None:
+    """Say of an adapter that was just saved, of whatever kind, that it holds what are no numbers.
+
+    Raises:
+        AdapterError: naming the first such tensor.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return
+    with safe_open(str(folder / WEIGHTS), framework="pt") as handle:
+        for name in handle.keys():  # noqa: SIM118  # no mapping
+            if not is_finite(handle.get_tensor(name)):
+                raise AdapterError(f"{str(folder)!r}: was saved, but its tensor {name!r} holds NaN or infinity: {DIVERGED}")
+
+
 def token_lists(config: Any) -> list[list[int]]:
     """The tokens that a configuration trains besides LoRA, a list for every layer that has them."""
     indices = config.trainable_token_indices or []

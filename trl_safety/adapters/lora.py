@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from trl_safety.adapters.names import strip_wrappers
-from trl_safety.adapters.shards import is_sharded, placeholders
+from trl_safety.adapters.shards import is_sharded, placeholders, whole
 from trl_safety.errors import AdapterError
 
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
@@ -127,17 +127,24 @@ def check_finite(modules: Iterable[LoraModule]) -> None:
     """
     if placeholders():
         return
-    factors = [
-        (f"{module.name}.{side}", factor.detach())
-        for module in modules
-        for side, factor in (("lora_A", module.A), ("lora_B", module.B))
-        if not is_sharded(factor) and not factor.is_meta and factor.is_floating_point()
-    ]
+    if (name := not_finite([module for module in modules if not is_sharded(module.A) and not is_sharded(module.B)])) is not None:
+        raise AdapterError(f"{no_numbers(name)}: {DIVERGED}")
+
+
+@torch.no_grad()
+def not_finite(modules: Iterable[LoraModule]) -> str | None:
+    """The first factor of a live adapter that holds NaN or infinity; None if all are finite. Sharded ones are gathered, one at a time."""
+    factors = ((f"{module.name}.{side}", factor) for module in modules for side, factor in (("lora_A", module.A), ("lora_B", module.B)))
+    flags = [(name, torch.isfinite(whole(factor)).all()) for name, factor in factors if not factor.is_meta and factor.is_floating_point()]
     # One transfer from the accelerator, not one per layer.
-    finite = [torch.isfinite(factor).all() for _, factor in factors]
-    if finite and not bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
-        name = next(name for (name, _), flag in zip(factors, finite, strict=True) if not flag)
-        raise AdapterError(f"tensor {name!r} of the model's adapter holds NaN or infinity, so that the model answers nonsense: {DIVERGED}")
+    if not flags or bool(torch.stack([flag.to(flags[0][1].device) for _, flag in flags]).all()):
+        return None
+    return next(name for name, flag in flags if not flag)
+
+
+def no_numbers(name: str) -> str:
+    """The message for an adapter with a tensor that is not finite."""
+    return f"tensor {name!r} of the model's adapter holds NaN or infinity, so that the model answers nonsense"
 
 
 def strays(config: Any, names: Iterable[str]) -> list[str]:

@@ -9,12 +9,14 @@ from pydantic import Field, model_validator
 
 from trl_safety.config.method import MethodOptions, Stage
 from trl_safety.config.requirements import (
+    BESIDE_A_BUFFER,
     BUFFERS,
     HOOKS_BESIDE_COMPILATION,
     HOOKS_BESIDE_FUSED_KERNELS,
     ON_SHARDS,
     PLUGIN_TRAINER,
     SHOWN,
+    UNSLOTH,
     Requirement,
     one_of,
     revised,
@@ -38,7 +40,15 @@ class AlignmentBufferConfig(MethodOptions):
     requirements: ClassVar[tuple[Requirement, ...]] = (
         revised(HOOKS_BESIDE_FUSED_KERNELS, **_LOW_RANK),
         revised(HOOKS_BESIDE_COMPILATION, **_LOW_RANK),
+        revised(UNSLOTH, **_LOW_RANK),
+        revised(
+            UNSLOTH,
+            reason="Unsloth's kernels, and its vLLM, share the frozen weights, whose exchange has not been shown to reach them",
+            when=lambda options: options.how == "weights",
+            when_text="with how: weights",
+        ),
         PLUGIN_TRAINER,
+        *BESIDE_A_BUFFER,
         Requirement(
             "base_weights",
             one_of("8bit"),

@@ -11,12 +11,14 @@ from trl_safety.config.correction import CorrectionConfig
 from trl_safety.config.method import MethodOptions, Stage
 from trl_safety.config.options import Options
 from trl_safety.config.requirements import (
+    BESIDE_A_BUFFER,
     BUFFERS,
     HOOKS_BESIDE_COMPILATION,
     HOOKS_BESIDE_FUSED_KERNELS,
     ON_SHARDS,
     PLUGIN_TRAINER,
     SHOWN,
+    UNSLOTH,
     Requirement,
     one_of,
 )
@@ -80,7 +82,9 @@ class BufferReinforceConfig(_MergeOptions, MethodOptions):
     requirements: ClassVar[tuple[Requirement, ...]] = (
         HOOKS_BESIDE_FUSED_KERNELS,
         HOOKS_BESIDE_COMPILATION,
+        UNSLOTH,
         PLUGIN_TRAINER,
+        *BESIDE_A_BUFFER,
         Requirement(
             "engine",
             one_of("fsdp2"),

@@ -13,6 +13,7 @@ from trl_safety.config.requirements import (
     HOOKS_BESIDE_FUSED_KERNELS,
     PLUGIN_TRAINER,
     SHOWN,
+    UNSLOTH,
     Requirement,
     is_true,
     one_of,
@@ -24,17 +25,25 @@ _NO_SAMPLES = "per-sample gradients cannot be separated"
 _REQUIREMENTS = (
     revised(HOOKS_BESIDE_FUSED_KERNELS, reason="fused kernels bypass the modules where per-sample gradients are read"),
     revised(HOOKS_BESIDE_COMPILATION, reason=f"{_NO_SAMPLES}: a compiled model bypasses the hooks that read them"),
+    revised(UNSLOTH, reason=f"{_NO_SAMPLES}: Unsloth's kernels bypass the modules in which they are read"),
     PLUGIN_TRAINER,
+    Requirement(
+        "objective",
+        lambda value, options: value != "sft",
+        "any but supervised fine-tuning",
+        "it chooses samples by the loss and the gradient of their own answer, which neither a pair nor a generated completion has",
+        {"axolotl": "remove rl", "any": "use SafeSFTTrainer"},
+    ),
     Requirement("precision", one_of("fp16"), "fp16", "it works only in float32 and bfloat16", {"any": "use bf16"}),
     Requirement(
         "rows",
-        one_of("packed"),
-        "packed",
-        f"{_NO_SAMPLES}: several samples share one row",
-        {"axolotl": "set sample_packing: false and micro_batch_size: 8", "any": "set packing=False"},
-    ),
-    Requirement(
-        "rows", one_of("padding_free"), "padding-free", f"{_NO_SAMPLES}: all samples share one row", {"any": "set padding_free=False"}
+        one_of("cut", "mixed"),
+        "packed so that samples are cut anywhere (TRL's wrapped) or attend to each other",
+        "a sample that is cut anywhere, or attends to others in its row, has no gradient of its own",
+        {
+            "trl": "set packing_strategy='bfd' or 'bfd_split', or packing=False",
+            "axolotl": "set attn_implementation: flash_attention_2, flex_attention, sdpa or eager, or sample_packing: false",
+        },
     ),
     Requirement(
         "engine",
@@ -119,7 +128,8 @@ class DualSelectConfig(MethodOptions):
     selection: Literal["hard", "soft"] = "hard"
     """'hard' keeps samples with weight 1, 'soft' weights them by softmin(score / T)."""
     keep: Annotated[int, Field(ge=1)] | None = None
-    """K: samples to keep from each per-device batch. Default 4. From a batch that is not full, the same share."""
+    """K: samples to keep from each per-device batch. Default 4. From a batch that is not full, the same share. In packed rows it counts documents, of
+    which a batch holds any number: `keep_tokens` suits them better."""
     keep_tokens: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Instead of `keep`: the largest share of each batch's supervised tokens to keep (the paper: 0.9)."""
     references: Annotated[int, Field(ge=1)] | None = None

@@ -53,13 +53,15 @@ FACTS = {
     "initialisation": "an initialisation that changes the base weights",
     "expert_parameters": "LoRA on fused expert weights",
     "restarts": "an adapter that is merged into the base during training",
-    "objective": "an objective other than supervised fine-tuning",
+    "objective": "what is trained for: sft, dpo, kto, grpo, …",
+    "reference": "where the log-probabilities of a reference model come from",
     "engine": "how a run is distributed over processes",
     "split_model": "a model or a loss that is split over processes",
     "trainer_class": "a custom trainer class",
     "fused_kernels": "fused LoRA kernels",
+    "unsloth": "a model or a trainer that Unsloth has rewritten",
     "base_weights": "how the frozen weights are stored",
-    "rows": "how samples are placed in the rows of a batch",
+    "rows": "how samples lie in the rows of a batch: plain, padding_free, packed, cut (packed and cut anywhere), mixed (packed, and seeing each other)",
     "compiled": "a compiled model",
     "precision": "the precision of training",
     "streamed": "training data without rows that can be counted",
@@ -67,7 +69,7 @@ FACTS = {
     "label_smoothing": "smoothed labels",
     "images": "training data with images",
     "replicated": "one process that replicates the model (DataParallel)",
-    "batch": "number of samples in a per-device batch",
+    "batch": "number of samples in a per-device batch, where that is fixed",
     "trained_besides": "trainable parameters other than LoRA factors",
     "pickled": "adapters saved as pickles",
 }
@@ -260,10 +262,13 @@ EVERY_METHOD: tuple[Requirement, ...] = (
     ),
     Requirement(
         "objective",
-        is_true,
-        "set (dpo, kto, grpo, …)",
-        "only supervised fine-tuning has been shown to work",
-        {"any": "remove rl / reward_model"},
+        one_of("ebft", "asyncgrpo", "reward", "prm"),
+        "ebft, grpo with async_prefetch or use_data_producer, or a reward model",
+        "it has not been shown to work",
+        {
+            "axolotl": "use rl: dpo, ipo, kto, orpo, simpo or grpo without async_prefetch and use_data_producer, or none; remove reward_model",
+            "any": "use SFT, DPO, KTO or GRPO",
+        },
     ),
     Requirement(
         "engine",
@@ -325,6 +330,37 @@ HOOKS_BESIDE_COMPILATION = Requirement(
     switch_off="unless_spelt_out",
 )
 """For methods that act through hooks on modules."""
+
+UNSLOTH = Requirement(
+    "unsloth",
+    is_true,
+    "true",
+    "Unsloth's kernels compute a layer by themselves and bypass the modules on which the buffer acts",
+    {"any": "load the model with Transformers, in a process that does not import unsloth"},
+)
+"""Of methods that do more than read the factors."""
+
+BESIDE_A_BUFFER = (
+    Requirement(
+        "objective",
+        lambda value, options: value not in ("sft", "dpo", "kto", "orpo", "cpo"),
+        "grpo, and every other whose model generates",
+        "what the model generates while it trains comes from weights with the buffer in them, which are not those that will be used, so that another "
+        "model's answers are rewarded",
+        {"axolotl": "use rl: dpo, ipo, kto, orpo or simpo, or remove the buffer", "any": "use SFT, DPO or KTO, or remove the buffer"},
+    ),
+    Requirement(
+        "reference",
+        one_of("precomputed", "second_model"),
+        "computed before training, or by a second model",
+        "the reference's log-probabilities come from weights without the buffer that is in the policy's, so that the loss compares two models",
+        {
+            "axolotl": "remove precompute_ref_log_probs and rl_adapter_ref_model: the reference is the model without its adapter",
+            "any": "set precompute_ref_log_probs=False and give no ref_model: the reference is the model without its adapter",
+        },
+    ),
+)
+"""Of methods that train on other weights than are used."""
 
 PLUGIN_TRAINER = Requirement(
     "trainer_class",

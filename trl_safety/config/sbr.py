@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from trl_safety.config.method import MethodOptions, Stage
-from trl_safety.config.requirements import HOOKS_BESIDE_COMPILATION, PLUGIN_TRAINER, SHOWN, Requirement, one_of, revised
+from trl_safety.config.requirements import HOOKS_BESIDE_COMPILATION, PLUGIN_TRAINER, SHOWN, UNSLOTH, Requirement, one_of, revised
 
 
 class SbrConfig(MethodOptions):
@@ -23,6 +23,7 @@ class SbrConfig(MethodOptions):
     curves: ClassVar[Mapping[str, str]] = {"sbr": "squared distance of the harmful prompts' states from the starting model's"}
     requirements: ClassVar[tuple[Requirement, ...]] = (
         PLUGIN_TRAINER,
+        revised(UNSLOTH, reason="the prompts pass through layers that Unsloth has rewritten, which has not been shown to work"),
         revised(
             HOOKS_BESIDE_COMPILATION,
             reason="the prompts pass through the model's own layers, which has not been shown to work in a compiled model",

@@ -167,6 +167,10 @@ class Correction(ABC):
         )
         return [*earlier, own]
 
+    def not_done(self, earlier: Sequence[MethodReport], why: str) -> list[MethodReport]:
+        """All methods' reports where this one could not act on what was trained."""
+        return [*earlier, self.report({}, why)]
+
 
 def working_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Factors in float64, on their device: a trained adapter is small, and Gram matrices square the condition number."""

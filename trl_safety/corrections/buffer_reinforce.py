@@ -265,6 +265,11 @@ class ReinforceMerge(Correction):
         )
         return [method for method in earlier if method.name != NAME and method.acted] + [merged]
 
+    def not_done(self, earlier: Sequence[MethodReport], why: str) -> list[MethodReport]:
+        """See `Correction.not_done`; the buffer's report no longer says that the merge is still to come."""
+        said = [method.model_copy(update={"summary": method.summary.removesuffix(PENDING)}) for method in earlier]
+        return super().not_done(said, why)
+
 
 def merge_reinforce(
     user: str | Path,

@@ -67,9 +67,9 @@ class CorrectionCallback(TrainerCallback):
         """What was switched off in the trainer's options, for the report."""
         self.result: SafetyReport | None = None
 
-    def prepare(self, model: nn.Module) -> Prepared:
-        """Check that the correction will be able to act. Raises `AdapterError` or `SubspaceError` if it will not."""
-        prepared = prepare_for(model, self.subspace, self.correction, self.skip_modules, self._adapter)
+    def prepare(self, model: nn.Module, *, trained: bool = False) -> Prepared:
+        """Check that the correction will be able to act. Raises `AdapterError` or `SubspaceError` if it will not. For `trained` see `prepare`."""
+        prepared = prepare_for(model, self.subspace, self.correction, self.skip_modules, self._adapter, trained=trained)
         prepared.switched_off = self.switched_off
         return prepared
 
@@ -127,7 +127,7 @@ class CorrectionCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Correct, in memory, the adapter that was checked at the start."""
         others = self._others()
-        prepared = self.prepare(model)
+        prepared = self.prepare(model, trained=True)
         if self.correction.keeps_uncorrected and state.is_world_process_zero:
             self._keep(unwrap(model), Path(args.output_dir) / self.correction.keeps_uncorrected, prepared)
         self.result = correct_model(model, self.subspace, self.correction, prepared, others, self.skip_modules)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trl_safety.adapters.lora import LoraModule, adapter_config, extend_adapter, lora_modules, unwrap
+from trl_safety.adapters.lora import DIVERGED, LoraModule, adapter_config, extend_adapter, lora_modules, no_numbers, not_finite, unwrap
 from trl_safety.adapters.marks import update_config
 from trl_safety.adapters.shards import put, settle, sharded, whole
 from trl_safety.corrections.base import Correction, LayerInput, LayerResult, changed
@@ -29,9 +29,17 @@ def correct_model(
     others: Sequence[MethodReport] = (),
     skip_modules: Iterable[str] = (),
 ) -> SafetyReport:
-    """Correct a model's adapter in place, mark it, and make every later save write the report, including those of other methods."""
+    """Correct a model's adapter in place, mark it, and make every later save write the report, including those of other methods.
+
+    An adapter that holds NaN or infinity is left unchanged. It can be saved, and is reported as not protected.
+    """
     model = unwrap(model)
     settle(model)
+    if (name := not_finite(prepared.modules)) is not None:
+        methods = correction.not_done(others, f"did not act: {no_numbers(name)}: {DIVERGED}")
+        report = prepared.report(subspace, methods, final=True).model_copy(update={"protected": False})
+        report_source(model, prepared.adapter).freeze(model, report)
+        return report
     # The user's own LoraConfig object is not changed, because another run may use it.
     config = copy.deepcopy(adapter_config(model, prepared.adapter))
     cast(Any, model).peft_config[prepared.adapter] = config
@@ -93,14 +101,16 @@ def prepare_for(
     correction: Correction,
     skip_modules: Iterable[str] = (),
     adapter: str | None = None,
+    *,
+    trained: bool = False,
 ) -> Prepared:
-    """Check a live model's adapter, and raise if a correction cannot act on it.
+    """Check a live model's adapter, and raise if a correction cannot act on it. For `trained` see `prepare`.
 
     Raises:
         AdapterError, SubspaceError, ConfigurationError: see `prepare` and the correction.
     """
     skip_modules = list(skip_modules)
-    prepared = prepare(model, subspace, skip_modules, adapter, accept=correction.accept)
+    prepared = prepare(model, subspace, skip_modules, adapter, accept=correction.accept, trained=trained)
     correction.check_live(model, prepared, subspace, skip_modules)
     if sharded(model) and not correction.keeps_ranks({module.name: int(module.A.shape[0]) for module in prepared.covered}):
         remedy = f"cut it back to the adapter's own rank, or correct the saved adapter with `trl-safety correct --method {correction.name}`"

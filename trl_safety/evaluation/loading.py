@@ -35,6 +35,9 @@ from trl_safety.errors import AdapterError, ConfigurationError, reason
 
 logger = logging.getLogger(__name__)
 
+COMMIT = "trl_safety_commit"
+"""Attribute of a model that was loaded from the Hub: the commit of its weights."""
+
 
 def load_model(
     model: str | Path | None, adapter: str | Path | None, *, load_in_4bit: bool = False, revision: str | None = None
@@ -70,6 +73,7 @@ def load_model(
     if folder is not None and model is not None:
         _same_model(folder, source)
     loaded = _model(source, revision, folder, options)
+    setattr(loaded, COMMIT, _commit(source, revision))
     own = folder is not None and (folder.path / "tokenizer_config.json").is_file()
     tokenizer = _tokenizer(str(adapter), None) if own else _tokenizer(source, revision)
     if folder is not None:
@@ -148,7 +152,7 @@ def _revision(source: str, asked: str | None, folder: AdapterFolder | None) -> s
     if asked is not None:
         if local:
             raise ConfigurationError(f"revision = {asked!r}: model = {source!r} is a folder, which has no revisions; leave it out")
-        if not _is_revision(source, asked):
+        if _commit(source, asked) is None:
             raise ConfigurationError(
                 f"revision = {asked!r}: {source!r} has none of this name that can be reached; check it, or leave it out"
             )
@@ -156,7 +160,7 @@ def _revision(source: str, asked: str | None, folder: AdapterFolder | None) -> s
     named = folder.config.revision if folder is not None and folder.config.base_model_name_or_path == source else None
     if not named or (local and named == "main"):
         return None
-    if not local and isinstance(named, str) and _is_revision(source, named):
+    if not local and isinstance(named, str) and _commit(source, named) is not None:
         return named
     why = "is a folder, which has no revisions" if local else "has none of this name that can be reached"
     logger.warning(
@@ -169,13 +173,15 @@ def _revision(source: str, asked: str | None, folder: AdapterFolder | None) -> s
     return None
 
 
-def _is_revision(source: str, revision: str) -> bool:
-    """Whether a Hub model has this revision, in the cache or on the Hub."""
+def _commit(source: str, revision: str | None) -> str | None:
+    """The commit of a Hub model's revision, in the cache or on the Hub; None for a folder, and where there is none of this name."""
+    if Path(source).is_dir():
+        return None
     try:
-        hf_hub_download(source, "config.json", revision=revision)
+        # The cache keeps every commit's files in a folder named after it.
+        return Path(hf_hub_download(source, "config.json", revision=revision)).parent.name
     except (HFValidationError, HfHubHTTPError, OSError, ValueError):
-        return False
-    return True
+        return None
 
 
 def _config(source: str, revision: str | None) -> Any:

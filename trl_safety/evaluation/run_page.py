@@ -11,7 +11,7 @@ from typing import Any
 from trl_safety.adapters.files import replacing
 from trl_safety.config.block import known_methods, options_class
 from trl_safety.config.method import MethodOptions
-from trl_safety.errors import ConfigurationError, ReportError, SafetyError
+from trl_safety.errors import ConfigurationError, ReportError, SafetyError, reason
 from trl_safety.evaluation import page
 from trl_safety.evaluation.evaluate import Evaluation, read_evaluation, refuse_another, unread_of
 from trl_safety.evaluation.sweep import Sweep
@@ -240,4 +240,4 @@ def _read_sweep(path: Path) -> Sweep:
     try:
         return Sweep.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"sweep = {str(file)!r}: cannot be read ({str(error).splitlines()[0]}); run `trl-safety sweep`") from error
+        raise ConfigurationError(f"sweep = {str(file)!r}: cannot be read ({reason(error)}); run `trl-safety sweep`") from error

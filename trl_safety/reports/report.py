@@ -32,10 +32,14 @@ NO_UPDATE = "its update is zero in every layer, so no method had anything to act
 CARD_START, CARD_END = "<!-- trl-safety -->", "<!-- /trl-safety -->"
 
 
+STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+"""JSON has no NaN and no infinity: measurements of an adapter that diverged are texts there, and numbers again when they are read."""
+
+
 class LayerReport(BaseModel):
     """One adapted layer under one method."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
 
     action: str
     """"steered", "penalised", "held", "corrected", "buffered", "merged", or another method's own word; "left_alone" if nothing was done."""
@@ -46,7 +50,7 @@ class LayerReport(BaseModel):
 class MethodReport(BaseModel):
     """One method: its settings and what it did."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
 
     name: str
     source: str
@@ -62,7 +66,7 @@ class MethodReport(BaseModel):
 class SafetyReport(BaseModel):
     """Everything that a user, or a pipeline, needs to know about the protection of one adapter."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
 
     schema_version: int = SCHEMA_VERSION
     trl_safety: str = __version__
@@ -138,17 +142,19 @@ def write_report(folder: Path, report: SafetyReport) -> None:
 
 
 def settled(report: SafetyReport, folder: Path) -> SafetyReport:
-    """The report of the adapter that lies in a folder: with its hashes, and not as protected where it has no update at all.
+    """The report of the adapter that lies in a folder: with its hashes, and not as protected where it has no update at all or cannot be read.
 
     Raises:
         ReportError: the adapter's configuration cannot be read.
     """
+    # What was trained is kept with its report, whatever it is.
     try:
-        empty = AdapterFolder.open(folder).is_zero
-    except AdapterError:
-        # What was trained is kept with its report, whatever it is; `verify` refuses it.
-        empty = False
-    return (_not_acted(report, NO_UPDATE) if empty else report).model_copy(update=fingerprints(folder))
+        why = NO_UPDATE if AdapterFolder.open(folder).is_zero else None
+    except AdapterError as error:
+        why = str(error)
+    if why is not None and report.protected:
+        report = not_acted(report, why)
+    return report.model_copy(update=fingerprints(folder))
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
@@ -183,12 +189,16 @@ def describes(report: SafetyReport, folder: Path) -> bool:
 
 def changed_since(report: SafetyReport) -> SafetyReport:
     """The report of an adapter that was changed after the methods had acted, by training it further, say."""
-    return _not_acted(report, "the adapter was changed afterwards, without protection")
+    return not_acted(report, "the adapter was changed afterwards, without protection")
 
 
-def _not_acted(report: SafetyReport, why: str) -> SafetyReport:
+def not_acted(report: SafetyReport, why: str) -> SafetyReport:
+    """The report of an adapter that no method protects after all, and why."""
     note = f"; BUT {why}"
-    methods = [method.model_copy(update={"acted": False, "summary": method.summary.removesuffix(note) + note}) for method in report.methods]
+    methods = [
+        method.model_copy(update={"acted": False, "summary": method.summary if why in method.summary else method.summary + note})
+        for method in report.methods
+    ]
     return report.model_copy(update={"protected": False, "methods": methods})
 
 

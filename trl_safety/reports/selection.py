@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trl_safety.adapters.files import replacing
-from trl_safety.errors import ReportError
+from trl_safety.errors import ReportError, reason
 from trl_safety.jsonl import read_lines, to_lines
 
 SELECTION = "selection.jsonl"
@@ -27,23 +28,31 @@ class Choice(BaseModel):
     A sample of weight 0 was dropped. A refresh lists only the chosen references. Chosen entries come first, best first.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     step: int
     """The optimizer step, from 1; for a refresh, the step that follows it."""
     kind: Literal["reference", "task"]
     indices: list[int]
     """Rows of the user's data set, or of the reference data set, as it was given to the trainer."""
+    parts: list[int] | None = None
+    """Which part of its row each sample is, from 0, where rows were cut into several samples, or given with several documents in each."""
     weights: list[float]
     scores: list[float]
     losses: list[float]
     cosines: list[float]
 
+    @property
+    def not_finite(self) -> str | None:
+        """The first of its columns that holds NaN or infinity, as those of a training that diverged do."""
+        return next((name for name, values in self if isinstance(values, list) and not all(map(math.isfinite, values))), None)
+
 
 class Dropped(BaseModel):
-    """One row of the training data over the whole run."""
+    """One row of the training data over the whole run, or one part of a row that holds several samples."""
 
     row: int
+    part: int = 0
     seen: int
     dropped: int
     mean_score: float
@@ -79,7 +88,7 @@ class SelectionLog:
 
 
 def _line(choice: Choice) -> str:
-    return choice.model_dump_json() + "\n"
+    return choice.model_dump_json(exclude_none=True) + "\n"
 
 
 def read_choices(path: Path) -> list[Choice]:
@@ -95,58 +104,80 @@ def read_choices(path: Path) -> list[Choice]:
         try:
             choices.append(Choice.model_validate(row))
         except ValidationError as error:
-            raise ReportError(f"{named} (line {number}: {str(error).splitlines()[0]}); {remedy}") from error
+            raise ReportError(f"{named} (line {number}: {reason(error)}); {remedy}") from error
     return choices
 
 
-def most_dropped(choices: Iterable[Choice], texts: Mapping[int, str] | None = None) -> list[Dropped]:
-    """The training rows by how often they were dropped when seen, then by their mean score, highest first."""
-    rows: dict[int, list[tuple[float, float, float, float]]] = {}
+def most_dropped(choices: Iterable[Choice], texts: Mapping[tuple[int, int], str] | None = None) -> list[Dropped]:
+    """The training samples by how often they were dropped when seen, then by their mean score, highest first.
+
+    Batches whose numbers are not finite are left out.
+
+    Args:
+        choices: of a log.
+        texts: the samples' text, by row and part.
+    """
+    rows: dict[tuple[int, int], list[tuple[float, float, float, float]]] = {}
     for choice in choices:
-        if choice.kind == "task":
-            for index, *values in zip(choice.indices, choice.weights, choice.scores, choice.losses, choice.cosines, strict=True):
-                rows.setdefault(index, []).append((values[0], values[1], values[2], values[3]))
+        if choice.kind == "task" and choice.not_finite is None:
+            parts = choice.parts or [0] * len(choice.indices)
+            for index, part, *values in zip(
+                choice.indices, parts, choice.weights, choice.scores, choice.losses, choice.cosines, strict=True
+            ):
+                rows.setdefault((index, part), []).append((values[0], values[1], values[2], values[3]))
     table = []
-    for row, seen in rows.items():
+    for (row, part), seen in rows.items():
         count = len(seen)
         table.append(
             Dropped(
                 row=row,
+                part=part,
                 seen=count,
                 dropped=sum(weight == 0 for weight, *_ in seen),
                 mean_score=sum(values[1] for values in seen) / count,
                 mean_loss=sum(values[2] for values in seen) / count,
                 mean_cosine=sum(values[3] for values in seen) / count,
-                text=(texts or {}).get(row),
+                text=(texts or {}).get((row, part)),
             )
         )
     return sorted(table, key=lambda entry: (-entry.dropped / entry.seen, -entry.mean_score))
 
 
-def write_texts(folder: Path, texts: Mapping[int, str]) -> None:
-    """Keep the text of training rows beside the log."""
+def write_texts(folder: Path, texts: Mapping[tuple[int, int], str]) -> None:
+    """Keep the text of training samples beside the log, by row and part."""
     (folder / TEXTS).parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder / TEXTS, error=ReportError, setting="output_dir") as temporary:
-        temporary.write_text(to_lines({"row": row, "text": text} for row, text in texts.items()), encoding="utf-8")
+        temporary.write_text(to_lines(_with_text(*place, text) for place, text in texts.items()), encoding="utf-8")
+
+
+def _with_text(row: int, part: int, text: str) -> dict[str, int | str]:
+    return {"row": row, **({"part": part} if part else {}), "text": text}
 
 
 def read_selection(folder: str | Path) -> list[Dropped]:
     """The most-dropped rows of a run, with their text if the run kept it.
 
     Raises:
-        ReportError: the folder has no selection log, or one in which no sample was scored.
+        ReportError: the folder has no selection log, or one in which no sample was scored, or that holds what are no numbers.
     """
     folder = Path(folder)
     choices = read_choices(folder / SELECTION)
-    texts: dict[int, str] = {}
+    for choice in choices:
+        if (column := choice.not_finite) is not None:
+            raise ReportError(
+                f"{str(folder / SELECTION)!r}: {column} of optimizer step {choice.step} hold NaN or infinity: the training diverged there. To see "
+                "what was chosen before, remove the lines of that step and of those after it"
+            )
+    texts: dict[tuple[int, int], str] = {}
     if (folder / TEXTS).is_file():
         named = f"{str(folder / TEXTS)!r}"
         for number, entry in read_lines(folder / TEXTS, named, error=ReportError):
-            if not isinstance(entry.get("row"), int) or not isinstance(entry.get("text"), str):
+            place = entry.get("row"), entry.get("part", 0)
+            if not all(isinstance(number, int) for number in place) or not isinstance(entry.get("text"), str):
                 raise ReportError(
                     f"{named}, line {number}: has no row and text; remove the file, and the rows are shown without their text"
                 )
-            texts[entry["row"]] = entry["text"]
+            texts[place] = entry["text"]
     table = most_dropped(choices, texts)
     if not table:
         raise ReportError(f"{str(folder / SELECTION)!r}: no sample was scored; the run ended in its warm-up")

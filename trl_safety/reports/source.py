@@ -103,15 +103,19 @@ class ReportSource:
         return same and self._alike(self._sample(model, state))
 
     def _alike(self, now: Mapping[str, Tensor]) -> bool:
-        return now.keys() == self._samples.keys() and all(
-            now[name].shape == before.shape
-            and bool(torch.linalg.vector_norm(now[name] - before) <= CAST_DIFFERENCE * torch.linalg.vector_norm(before))
-            for name, before in self._samples.items()
-        )
+        return now.keys() == self._samples.keys() and all(_near(now[name], before) for name, before in self._samples.items())
 
     def _sample(self, model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         saved = get_peft_model_state_dict(unwrap(model), state_dict=state, adapter_name=self.adapter, save_embedding_layers=False)
         return {name: sample(tensor).float() for name, tensor in saved.items()}
+
+
+def _near(now: Tensor, before: Tensor) -> bool:
+    """Whether two samples are one tensor's, up to a cast. NaN and infinity are equal to themselves."""
+    if now.shape != before.shape or not torch.equal(torch.isfinite(now), torch.isfinite(before)):
+        return False
+    now, before = (torch.where(torch.isfinite(tensor), tensor, 0) for tensor in (now, before))
+    return bool(torch.linalg.vector_norm(now - before) <= CAST_DIFFERENCE * torch.linalg.vector_norm(before))
 
 
 def report_source(model: Any, adapter: str) -> ReportSource:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trl_safety.adapters.files import other_schema, replacing
 from trl_safety.adapters.names import is_named, match
-from trl_safety.errors import SubspaceError
+from trl_safety.errors import SubspaceError, reason
 from trl_safety.subspace.fit import PairFit
 from trl_safety.subspace.layer import SCHEMA_VERSION, LayerSubspace, Provenance, _Origin
 
@@ -218,7 +218,7 @@ class AlignmentSubspace:
         except (EntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
             raise SubspaceError(
                 f"subspace = {str(source)!r}: is not a local file, and {HUB_FILE!r} could not be fetched from a Hub repository of that "
-                f"name ({str(error).splitlines()[0]}); give the path of a subspace file or check the id and your access"
+                f"name ({reason(error)}); give the path of a subspace file or check the id and your access"
             ) from error
 
     def save_pretrained(self, folder: str | Path) -> Path:

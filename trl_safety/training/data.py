@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from trl_safety.errors import ConfigurationError
+from trl_safety.errors import ConfigurationError, reason
 from trl_safety.jsonl import kind_of, read_lines
 from trl_safety.messages import WHOLE, ShapeError, conversation, text_of
 from trl_safety.rendering import render, text_tokenizer, token_ids
@@ -74,7 +74,7 @@ def _load(source: str, named: str, **options: Any) -> Any:
         raise
     except (OSError, ValueError, DatasetsError) as error:
         raise ConfigurationError(
-            f"{named}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); give a .jsonl, .csv or .parquet file, a dataset folder or a Hub id "
+            f"{named}: cannot be read ({reason(error)}); give a .jsonl, .csv or .parquet file, a dataset folder or a Hub id "
             "with a train split"
         ) from error
 
@@ -106,9 +106,7 @@ def _from_lines(path: Path, named: str) -> Dataset:
     try:
         return Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
     except (ValueError, TypeError, OverflowError) as error:
-        raise ConfigurationError(
-            f"{named}: its rows make no table ({str(error).splitlines()[0]}); give every row the same shape"
-        ) from error
+        raise ConfigurationError(f"{named}: its rows make no table ({reason(error)}); give every row the same shape") from error
 
 
 def _check_shape(row: Mapping[str, Any]) -> None:

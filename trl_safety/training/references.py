@@ -1,13 +1,11 @@
-"""Pools of reference rows, prepared as the training data is, and the numbers of the training rows."""
+"""Pools of reference rows, prepared as the training data is."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from trl_safety.config.block import SafetyConfig
@@ -15,40 +13,9 @@ from trl_safety.errors import ConfigurationError
 from trl_safety.messages import ShapeError, conversation
 from trl_safety.rendering import render, text_tokenizer, token_ids
 from trl_safety.training.data import IGNORED, splittable, supervised
+from trl_safety.training.documents import ROW
 
 logger = logging.getLogger(__name__)
-
-ROW = "safety_row"
-"""Column of the training and reference data that says which row of the user's data set a sample is."""
-
-
-class RowCollator:
-    """The trainer's collator, which carries the samples' row numbers along."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> Any:
-        """The inner collator's batch, with the row numbers of the examples that have one."""
-        rows = [example[ROW] for example in examples if ROW in example]
-        batch = self.collator([{key: value for key, value in example.items() if key != ROW} for example in examples])
-        if rows:
-            batch[ROW] = torch.tensor(rows)
-        return batch
-
-
-def with_rows(dataset: Any, setting: str) -> Dataset:
-    """A data set with the number of every row in a column of its own.
-
-    Raises:
-        ConfigurationError: it is streamed, so that its rows have no numbers and it cannot be read again and again.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ConfigurationError(
-            f"{setting} is a {type(dataset).__name__}: rows must be such that they can be counted and read again; give a datasets.Dataset (load "
-            "without streaming)"
-        )
-    return dataset if ROW in dataset.column_names else dataset.add_column(ROW, list(range(len(dataset))))
 
 
 @dataclass(frozen=True)
@@ -62,18 +29,6 @@ class References:
 def pools(block: SafetyConfig) -> dict[str, str]:
     """The methods of a block that read a pool of references: name → the option that names it, in full."""
     return {name: f"{name}.{options.reads_references}" for name, options in block.methods().items() if options.reads_references}
-
-
-def number_rows(trainer: Any) -> None:
-    """Have the batches say which rows of the training data they hold.
-
-    Raises:
-        ConfigurationError: the training data is streamed.
-    """
-    trainer.train_dataset = with_rows(trainer.train_dataset, "train_dataset")
-    trainer._set_signature_columns_if_needed()
-    trainer._signature_columns.append(ROW)
-    trainer.data_collator = RowCollator(trainer.data_collator)
 
 
 def prompts_only(dataset: Dataset, setting: str) -> bool:

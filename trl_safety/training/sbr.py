@@ -158,12 +158,14 @@ class Sbr(LossTerm):
             if verdict == "complied":
                 logger.warning("sbr.prompts: the starting model does not refuse %r, so holding its state keeps no refusal", _short(prompt))
         data = self.context.trainer.train_dataset
-        if isinstance(data, Dataset) and "input_ids" in data.column_names:
+        # TRL's DPO and KTO keep prompts and answers apart.
+        column = next((name for name in ("input_ids", "prompt_ids") if isinstance(data, Dataset) and name in data.column_names), None)
+        if column is not None:
             wanted = {tuple(ids): prompt for ids, prompt in zip(self._ids, self._prompts, strict=True)}
             found: set[int] = set()
-            for row in data.select_columns("input_ids"):
+            for row in data.select_columns(column):
                 for place, ids in enumerate(wanted):
-                    if place not in found and tuple(row["input_ids"][: len(ids)]) == ids:
+                    if place not in found and tuple(row[column][: len(ids)]) == ids:
                         found.add(place)
                         logger.warning(
                             "sbr.prompts: %r is also a prompt of the training data; sbr works against learning its answer",

@@ -23,8 +23,9 @@ from trl import (
     get_quantization_config,
 )
 
+from trl_safety.adapters.folder import refuse_diverged
 from trl_safety.config.options import read_yaml
-from trl_safety.errors import ConfigurationError, SafetyError
+from trl_safety.errors import ConfigurationError, SafetyError, reason
 from trl_safety.training.data import check_columns, load_splits
 from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
 
@@ -108,6 +109,8 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         raise ConfigurationError(f"the run cannot start: {error}") from error
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
+    if trainer.is_world_process_zero():
+        refuse_diverged(Path(training.output_dir))
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
 
@@ -138,7 +141,7 @@ def _datasets(script: Any, mixture: Any, *, evaluated: bool) -> Any:
         try:
             found = get_dataset(mixture)
         except (OSError, ValueError, DatasetsError) as error:
-            raise ConfigurationError(f"{named}: cannot be loaded ({str(error).splitlines()[0]}); check path, split and columns") from error
+            raise ConfigurationError(f"{named}: cannot be loaded ({reason(error)}); check path, split and columns") from error
     elif script.dataset_name:
         found = load_splits(script.dataset_name, "dataset_name", name=script.dataset_config, streaming=script.dataset_streaming)
     else:
