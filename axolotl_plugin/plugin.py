@@ -274,7 +274,7 @@ def _safe_trainer_class() -> Any:
 
 @cache
 def _with_safety(trainer_class: type) -> type:
-    """Axolotl's own trainer class with the methods' hooks before its own. The mixin has no constructor, so that a trainer can become one."""
+    """Axolotl's trainer class with the mixin in front. The mixin has no constructor, so an existing trainer can take this class."""
     from trl_safety.training.mixin import SafetyMixin
 
     return type(f"Safe{trainer_class.__name__}", (SafetyMixin, trainer_class), {"__doc__": "Axolotl's trainer with the safety block."})

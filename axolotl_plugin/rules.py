@@ -79,13 +79,13 @@ def axolotl_facts(cfg: Any, written: Collection[str] | None = None) -> Facts:
 
 def _rows(cfg: Any) -> str:
     if cfg.get("sample_packing"):
-        # Axolotl's validation works it out from the attention's implementation.
+        # Axolotl's validation derives it from the attention implementation.
         return "mixed" if cfg.get("attn_decontaminates_packing") is False else "packed"
     return "padding_free" if cfg.get("batch_flattening") else "plain"
 
 
 OBJECTIVES = {"ipo": "dpo", "simpo": "cpo", "gdpo": "grpo"}
-"""Values of `rl` → the TRL trainer that they use, where it has another name."""
+"""Value of `rl` → the TRL trainer that it uses, if that has another name."""
 
 
 def _objective(cfg: Any) -> str:
