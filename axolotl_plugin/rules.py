@@ -1,4 +1,4 @@
-"""An Axolotl configuration as facts for the requirements of the methods.
+"""The facts of an Axolotl configuration that the methods' requirements check.
 
 `python -m axolotl_plugin.rules` prints the table of example_configs/axolotl/README.md from the same requirements.
 """
@@ -41,11 +41,11 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "trained_besides": BESIDES,
     "pickled": ("save_safetensors",),
 }
-"""Fact → the keys that say it, of which the table names the first ones."""
+"""Fact → the keys that decide it, which the table names."""
 
 
 def axolotl_facts(cfg: Any, written: Collection[str] | None = None) -> Facts:
-    """The facts of an Axolotl configuration, before or after its own validation.
+    """The facts of an Axolotl configuration, before or after Axolotl validates it.
 
     Args:
         cfg: a mapping.
@@ -79,13 +79,13 @@ def axolotl_facts(cfg: Any, written: Collection[str] | None = None) -> Facts:
 
 def _rows(cfg: Any) -> str:
     if cfg.get("sample_packing"):
-        # Axolotl's validation works it out from the attention's implementation.
+        # Axolotl's validation derives it from the attention implementation.
         return "mixed" if cfg.get("attn_decontaminates_packing") is False else "packed"
     return "padding_free" if cfg.get("batch_flattening") else "plain"
 
 
 OBJECTIVES = {"ipo": "dpo", "simpo": "cpo", "gdpo": "grpo"}
-"""Values of `rl` → the TRL trainer that they use, where it has another name."""
+"""Value of `rl` → the TRL trainer that it uses, if that has another name."""
 
 
 def _objective(cfg: Any) -> str:
@@ -132,7 +132,7 @@ def _switch_off(cfg: Any, keys: list[str]) -> None:
 
 
 def refuse(cfg: Mapping[str, Any], safety: SafetyConfig) -> None:
-    """Refuse an Axolotl configuration beside which one of the block's methods could not act; nothing is changed in it.
+    """Refuse an Axolotl configuration that keeps one of the block's methods from acting; the configuration is not changed.
 
     Raises:
         ConfigurationError, AdapterError: with a line for every setting: its value, the methods, the reason and the remedy.
@@ -141,7 +141,7 @@ def refuse(cfg: Mapping[str, Any], safety: SafetyConfig) -> None:
 
 
 def check(cfg: Any, safety: SafetyConfig, written: Collection[str]) -> list[str]:
-    """As `refuse`, after Axolotl has added its own choices; switches off what changes no result, and what the user did not write.
+    """Like `refuse`, after Axolotl has added its own choices; switches off what changes no result, and what the user did not write.
 
     Returns:
         What was switched off.
