@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
 
         Raises:
             ConfigurationError: there is no `safety:` block, but the plugin line or a misspelt key asks for one.
-            AdapterError: `lora_model_dir` is a BufferLoRA or a ReinforceLoRA.
+            AdapterError: `lora_model_dir` is a BufferLoRA or a ReinforceLoRA, or its configuration cannot be read.
         """
         self.active = bool(cfg.get("safety"))
         listed = [str(name).replace(":", ".") for name in cfg.get("plugins") or []]
@@ -65,13 +66,8 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         if loaded_by_axolotl():
             _stand_where_listed(listed)
         self._written = frozenset(key for key, value in cfg.items() if value is not None)
-        folder = cfg.get("lora_model_dir")
-        if folder and (Path(folder) / "adapter_config.json").is_file():
-            from peft import LoraConfig
-
-            from trl_safety.adapters.marks import refuse_provider
-
-            refuse_provider(LoraConfig.from_pretrained(folder), f"lora_model_dir = {folder!r}")
+        if folder := cfg.get("lora_model_dir"):
+            _check_start(str(folder))
 
     def get_input_args(self) -> str | None:
         """The class that adds the `safety` key to Axolotl's own schema, if there is a block."""
@@ -147,6 +143,24 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
             report_source(model, "default").write_beside(folder)
         if (folder / REPORT).is_file() and (folder / "README.md").is_file():
             add_to_card(folder / "README.md", read_report(folder))
+
+
+def _check_start(folder: str) -> None:
+    """Refuse an adapter to go on from that cannot be read, or that is a provider's. One on the Hub is read when it has been fetched."""
+    from trl_safety.adapters.folder import CONFIG, WEIGHTS, AdapterFolder, read_config
+    from trl_safety.adapters.marks import refuse_provider
+    from trl_safety.errors import AdapterError
+
+    setting, path = f"lora_model_dir = {folder!r}", Path(folder)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not folder.startswith("."):
+        return
+    try:
+        # A pickle is Axolotl's affair.
+        pickled = (path / "adapter_model.bin").is_file() and not (path / WEIGHTS).is_file()
+        config = read_config(path / CONFIG) if pickled else AdapterFolder.open(path).config
+    except AdapterError as error:
+        raise AdapterError(f"{setting}: {error}") from error
+    refuse_provider(config, setting)
 
 
 def _without_block(cfg: Any, named: list[str]) -> str | None:

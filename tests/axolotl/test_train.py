@@ -323,3 +323,18 @@ def test_sbr_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: A
     assert saved[500.0].acted
     assert saved[500.0].steps == (1, 12)
     assert distances[500.0] < 0.5 * distances[1e-9]
+
+
+def test_damaged_files_of_the_block_end_the_run_with_our_own_error(
+    world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path
+) -> None:
+    """As every other reader of such files does: tests/test_error_paths.py."""
+    (tmp_path / "S.safetensors").write_bytes((world / "S.safetensors").read_bytes()[:-9])
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "w3", "completion": "w4"}\n{"prompt"')
+    options = protect(config, world, asft={})
+    options["safety"]["subspace"] = str(tmp_path / "S.safetensors")
+    assert "trl_safety.errors.SubspaceError: subspace = " in axolotl("train", options, code=1)
+    pool = {"reference_dataset": str(tmp_path / "pool.jsonl"), "keep": 2, "references": 3, "warmup_steps": 1, "refresh_steps": 2}
+    options = protect(config, world, dual_select=pool)
+    del options["safety"]["subspace"]
+    assert "pool.jsonl', line 2: is no object" in axolotl("train", options, code=1)

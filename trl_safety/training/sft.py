@@ -23,6 +23,7 @@ from trl import (
     get_quantization_config,
 )
 
+from trl_safety.adapters.architecture import UNREADABLE
 from trl_safety.adapters.folder import refuse_diverged
 from trl_safety.config.options import read_yaml
 from trl_safety.errors import ConfigurationError, SafetyError, reason
@@ -92,6 +93,9 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         "dtype": model.dtype,
         **given,
     }
+    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
+        # TRL makes a text of a list of one, which PEFT takes for a pattern of whole names.
+        model.lora_target_modules = [model.lora_target_modules]
     try:
         trainer = trainer_class(
             model=model.model_name_or_path,
@@ -104,9 +108,9 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         )
     except SafetyError:
         raise
-    except (ValueError, OSError, TemplateError) as error:
-        # Errors of TRL, PEFT and Transformers about the user's arguments, and of the chat template about the data.
-        raise ConfigurationError(f"the run cannot start: {error}") from error
+    except (*UNREADABLE, TemplateError) as error:
+        # Errors of TRL, PEFT and Transformers about the user's arguments and files, and of the chat template about the data.
+        raise ConfigurationError(f"the run cannot start: {str(error) or reason(error)}") from error
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
     if trainer.is_world_process_zero():
