@@ -22,8 +22,6 @@ ASFT = {"asft": {"weight": 2.0}}
 PAIR = {"base": str(tiny.DATA / "gqa-base"), "aligned": str(tiny.DATA / "gqa-aligned")}
 BUFFER = {"alignment_buffer": PAIR}
 SBR = {"sbr": {"prompts": ["w41", "w42 w43 w44"], "number": 2, "ask_first": False, "weight": 200.0}}
-NO_KL = {"kto": {"loss_type": "apo_zero_unpaired"}}
-"""KTO's own loss has an estimate over the batch that is another one in a smaller batch."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def test_accumulation_changes_nothing(kind: str, tmp_path: Path, gqa_subspace: A
             gradient_accumulation_steps=steps,
             per_device_train_batch_size=8 // steps,
             **{**SGD, "learning_rate": 0.05},
-            **NO_KL.get(kind, {}),
+            **preference.SPREADS.get(kind, {}),
         )
         for steps in (1, 4)
     ]
@@ -207,7 +205,12 @@ def refusals(world: Path) -> dict[str, tuple[str, dict[str, Any], dict[str, Any]
     generates = "the trainer is a SafeGRPOTrainer|the trainer is a GRPOTrainer"
     second = {"ref_model": tiny.model()}
     return {
-        "dual_select in DPO": ("dpo", {"dual_select": {}}, {}, "the trainer is a DPOTrainer: dual_select cannot act: it chooses samples by"),
+        "dual_select in DPO": (
+            "dpo",
+            {"dual_select": {}},
+            {},
+            "the trainer is a DPOTrainer: dual_select cannot act: it chooses samples by",
+        ),
         "dual_select in KTO": ("kto", {"dual_select": {}}, {}, "the trainer is a KTOTrainer: dual_select cannot act"),
         "dual_select in GRPO": ("grpo", {"dual_select": {}}, {}, "the trainer is a GRPOTrainer: dual_select cannot act"),
         "weights in GRPO": ("grpo", BUFFER, {}, f"({generates}): alignment_buffer cannot act: what the model generates"),
@@ -249,7 +252,9 @@ def test_grpo_generates_from_the_model_that_will_be_used(iterations: int, tmp_pa
         fresh.load_state_dict(tiny.factors(trainer.model), strict=False)
         words = tiny.tokenizer()
         asked = words(prompts, return_tensors="pt")["input_ids"]
-        said = fresh.generate(asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=6, eos_token_id=2, pad_token_id=0)
+        said = fresh.generate(
+            asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=6, eos_token_id=2, pad_token_id=0
+        )
         assert words.batch_decode(said[:, asked.shape[1] :], skip_special_tokens=True) == completions
         heard.append(completions)
         return preference.reward(completions)
