@@ -113,7 +113,8 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
 
         safety = safety_of(cfg)
         if cfg.get("rl") and needs_trainer_class(safety) and not isinstance(trainer, SafetyMixin):
-            trainer.__class__ = _with_safety(type(trainer))
+            trainer_class: Any = type(trainer)
+            trainer.__class__ = _with_safety(trainer_class)
         if not needs_trainer_class(safety):
             add_correction(trainer, safety, self._switched_off)
         elif isinstance(trainer, SafetyMixin):
@@ -287,7 +288,7 @@ def _safe_trainer_class() -> Any:
 
 
 @cache
-def _with_safety(trainer_class: type) -> type:
+def _with_safety(trainer_class: Any) -> Any:
     """Axolotl's trainer class with the mixin in front. The mixin has no constructor, so an existing trainer can take this class."""
     from trl_safety.training.mixin import SafetyMixin
 

@@ -59,7 +59,7 @@ def alone(world: Path, output: Path, safety: dict[str, Any], kind: str = "sft") 
     """One process, with the batch of both."""
     subspace = AlignmentSubspace.load(world / "S.safetensors") if needs_subspace(safety) else None
     options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, **tiny.WELL_CONDITIONED, "per_device_train_batch_size": 8}
-    options["eval_dataset"] = tiny.rows(8) if kind == "sft" else preference.rows(kind, 8)
+    options |= {"eval_dataset": tiny.rows(8) if kind == "sft" else preference.rows(kind, 8), **preference.SPREADS.get(kind, {})}
     made = tiny.trainer if kind == "sft" else partial(preference.trainer, kind)
     trainer = made(output, base=tiny.model(str(world / "aligned")), safety=safety or None, subspace=subspace, **options)
     trainer.train()
@@ -81,22 +81,20 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "alignment_buffer in the weights": {"alignment_buffer": {"base": "BASE", "how": "weights"}},
     "alignment_buffer of low rank": {"alignment_buffer": {"how": "low_rank"}},
     "dpo with two methods": {"asft": {"weight": 0.01}, "alignment_buffer": {"base": "BASE", "how": "weights"}},
+    "grpo with a correction": {"asft": {"weight": 0.01}, "safe_lora": {"threshold": 1.0}},
     "buffer": {"buffer_reinforce": {"buffer": "BUFFER"}},
     "buffer and merge": {"buffer_reinforce": {"buffer": "BUFFER", "reinforce": "REINFORCE"}},
 }
-FSDP2 = [
-    "asft and safe_lora",
-    "csulora, cut back",
-    "alignment_vector, cut back",
-    "dpo with two methods",
-    *(name for name in BLOCKS if "buffer" in name),
-][:-1]
+OTHERS = ["dpo with two methods", "grpo with a correction"]
+FSDP2 = ["asft and safe_lora", "csulora, cut back", "alignment_vector, cut back", *OTHERS, *(name for name in BLOCKS if "buffer" in name)][
+    :-1
+]
 ACCUMULATES = "asft and safe_lora"
-ZERO2 = ["asft and safe_lora", "alignment_buffer in the weights", "dpo with two methods", "buffer and merge"]
+ZERO2 = ["asft and safe_lora", "alignment_buffer in the weights", *OTHERS, "buffer and merge"]
 
 
 def kind_of(name: str) -> str:
-    return "dpo" if name.startswith("dpo") else "sft"
+    return next((kind for kind in preference.KINDS if name.startswith(kind)), "sft")
 
 
 def job(world: Path, output: Path, name: str, further: str | None = None) -> dict[str, Any]:

@@ -136,9 +136,20 @@ def number_rows(trainer: Any) -> None:
         ConfigurationError: the training data is streamed.
     """
     trainer.train_dataset = with_rows(trainer.train_dataset, "train_dataset")
-    trainer._set_signature_columns_if_needed()
+    if trainer._signature_columns is None:
+        trainer._set_signature_columns_if_needed()
     trainer._signature_columns += [ROW, PART]
     trainer.data_collator = RowCollator(trainer.data_collator)
+
+
+def used_columns(trainer: Any, dataset: Dataset) -> Dataset:
+    """What the trainer's model and collator take of a data set, once `number_rows` has been called.
+
+    The trainer's own `_remove_unused_columns` asks for the columns again, which Axolotl's answers only once beside packed rows.
+    """
+    if not trainer.args.remove_unused_columns:
+        return dataset
+    return dataset.select_columns([name for name in dataset.column_names if name in trainer._signature_columns])
 
 
 def number_tokens(dataset: Dataset) -> Dataset:

@@ -33,7 +33,7 @@ from trl_safety.methods import dual_select
 from trl_safety.reports.selection import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
 from trl_safety.reports.source import adapter_folder
 from trl_safety.training.compat import trainer_divides_loss
-from trl_safety.training.documents import LENGTHS, ROW, number_rows, take_documents, texts
+from trl_safety.training.documents import LENGTHS, ROW, number_rows, take_documents, texts, used_columns
 from trl_safety.training.dual_select.isolation import refuse_mixed_documents
 from trl_safety.training.dual_select.losses import Batch, Forward, sample_losses, watched
 from trl_safety.training.dual_select.pool import ReferencePool
@@ -72,7 +72,7 @@ class DualSelect(TrainingMethod):
         self._modules = list(context.prepared.modules)
         self._rows = references[ROW]
         self._flat = FlatFactors(self._modules)
-        rows = trainer._remove_unused_columns(references.remove_columns(ROW), description="reference")
+        rows = used_columns(trainer, references.remove_columns(ROW))
         self._pool = ReferencePool(trainer, self._flat, rows, [len(ids) for ids in references["input_ids"]], kl=pool.kl)
         self._packed = rows_of(trainer).value == "packed"
         self._checked = self._kept_apart = False
