@@ -254,10 +254,10 @@ def read_config(path: Path) -> Any:
 
 
 def refuse_diverged(folder: Path) -> None:
-    """Say of an adapter that was just saved, of whatever kind, that it holds what are no numbers.
+    """Report an adapter that was just saved, of whatever kind, if it holds NaN or infinity.
 
     Raises:
-        AdapterError: naming the first such tensor.
+        AdapterError: it does; the message names the first such tensor.
     """
     if not (folder / WEIGHTS).is_file():
         return
