@@ -212,7 +212,12 @@ def packed(layout: list[list[int]]) -> tuple[dict[str, Tensor], Tensor, Stretche
             places[number] = Place(row, start, LENGTHS[number])
             start = stretch.stop
         positions[row, start:] = torch.arange(width - start)
-    return {"input_ids": ids, "position_ids": positions}, labels, Stretches([places[i] for i in range(len(places))], tuple(ids.shape)), documents
+    return (
+        {"input_ids": ids, "position_ids": positions},
+        labels,
+        Stretches([places[i] for i in range(len(places))], tuple(ids.shape)),
+        documents,
+    )
 
 
 def packed_gradients(model: Any, flat: FlatFactors, layout: list[list[int]], **further: Any) -> Tensor:

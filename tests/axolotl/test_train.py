@@ -196,9 +196,7 @@ def test_dual_select_in_axolotls_trainer(world: Path, config: dict[str, Any], ax
 
 
 @pytest.mark.parametrize("real_batches", [True, False], ids=["rows", "one row"])
-def test_dual_select_on_packed_rows(
-    world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path, real_batches: bool
-) -> None:
+def test_dual_select_on_packed_rows(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path, real_batches: bool) -> None:
     """Every document of a batch is scored by the loss that it has alone, and is named by its row of the data set."""
     config |= {"sample_packing": True, "micro_batch_size": 2, "sequence_len": 16, "gradient_accumulation_steps": 1, "max_steps": 2}
     config["shuffle_merged_datasets"] = False

@@ -90,7 +90,9 @@ def test_the_packed_data_is_the_parents(tmp_path: Path, strategy: str) -> None:
     options = {"packing": True, "max_length": 6, "packing_strategy": strategy, "shuffle_dataset": True}
     ours = tiny.trainer(tmp_path, data=data, safety=block(keep=1), reference_dataset=pool(), **options).train_dataset
     arguments = tiny.arguments(tmp_path, cls=SFTConfig, **options)
-    theirs = SFTTrainer(tiny.model(), arguments, train_dataset=data, processing_class=tiny.tokenizer(), peft_config=tiny.lora()).train_dataset
+    theirs = SFTTrainer(
+        tiny.model(), arguments, train_dataset=data, processing_class=tiny.tokenizer(), peft_config=tiny.lora()
+    ).train_dataset
     for column in ("input_ids", "labels", LENGTHS):
         assert list(ours[column]) == list(theirs[column])
     whole = [row["input_ids"] for row in tokenised(data)]

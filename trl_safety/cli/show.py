@@ -56,7 +56,13 @@ def print_selection(rows: list[Dropped], top: int) -> None:
     table.add_column("text", overflow="fold", ratio=1)
     for row in rows[:top]:
         text = row.text if row.text is not None else "(not kept: look it up in the data set)"
-        table.add_row(f"{row.row}.{row.part}" if row.part else str(row.row), f"{row.dropped} of {row.seen}", f"{row.mean_loss:.3f}", f"{row.mean_cosine:+.3f}", Text(text))
+        table.add_row(
+            f"{row.row}.{row.part}" if row.part else str(row.row),
+            f"{row.dropped} of {row.seen}",
+            f"{row.mean_loss:.3f}",
+            f"{row.mean_cosine:+.3f}",
+            Text(text),
+        )
     Console().print(table)
 
 

@@ -113,7 +113,9 @@ def most_dropped(choices: Iterable[Choice], texts: Mapping[tuple[int, int], str]
     for choice in choices:
         if choice.kind == "task":
             parts = choice.parts or [0] * len(choice.indices)
-            for index, part, *values in zip(choice.indices, parts, choice.weights, choice.scores, choice.losses, choice.cosines, strict=True):
+            for index, part, *values in zip(
+                choice.indices, parts, choice.weights, choice.scores, choice.losses, choice.cosines, strict=True
+            ):
                 rows.setdefault((index, part), []).append((values[0], values[1], values[2], values[3]))
     table = []
     for (row, part), seen in rows.items():

@@ -17,6 +17,7 @@ from trl_safety.training.documents import ROW
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class References:
     """A method's pool, tokenised as the training data is; `kl` where it is prompts without an answer."""
