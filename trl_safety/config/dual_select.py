@@ -47,10 +47,10 @@ _REQUIREMENTS = (
     ),
     Requirement(
         "engine",
-        one_of("fsdp2", "deepspeed"),
-        "FSDP, or DeepSpeed of any stage",
-        "it reads and adds gradients of whole LoRA factors, which the engine shards over the processes",
-        {"any": "use DDP"},
+        one_of("fsdp2"),
+        "FSDP",
+        "it reads and adds gradients of whole LoRA factors, which FSDP shards over the processes",
+        {"any": "use DDP, or DeepSpeed's ZeRO stage 1 or 2"},
     ),
     Requirement(
         "streamed",

@@ -385,5 +385,5 @@ SHOWN = {
     "label_smoothing: above 0": _BESIDE,
 }
 """What this package's tests show for all of its methods that have no requirement there."""
-ON_SHARDS = {"engine: FSDP, or DeepSpeed of any stage": "tests/training/test_engines.py::test_two_processes_equal_one"}
+ON_SHARDS = {"engine: FSDP": "tests/training/test_engines.py::test_two_processes_equal_one"}
 """What they show for the methods that act only on whole factors."""

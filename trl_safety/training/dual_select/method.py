@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trl_safety.adapters.documents import Documents, Stretches
+from trl_safety.adapters.engine import is_deepspeed
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS
 from trl_safety.adapters.lora import DIVERGED, adapter_name, unwrap
@@ -37,6 +38,7 @@ from trl_safety.training.documents import LENGTHS, ROW, number_rows, take_docume
 from trl_safety.training.dual_select.isolation import refuse_mixed_documents
 from trl_safety.training.dual_select.losses import Batch, Forward, sample_losses, watched
 from trl_safety.training.dual_select.pool import ReferencePool
+from trl_safety.training.engines import through_deepspeed
 from trl_safety.training.facts import rows_of
 from trl_safety.training.method import Context, Inner, TrainingMethod
 from trl_safety.training.references import References
@@ -195,16 +197,28 @@ class DualSelect(TrainingMethod):
             raise ConfigurationError(
                 "return_outputs = True while training: dual_select needs the loss alone; the trainer is one that it does not know"
             )
-        loss = self.select(model, inputs, lambda model, inputs: inner(model, inputs, False, None))
+        deepspeed = is_deepspeed()
+        # The engine must not take this for the step's forward pass.
+        chosen = unwrap(self._trainer.model) if deepspeed else model
+        loss = self.select(chosen, inputs, lambda model, inputs: inner(model, inputs, False, None))
         self.mark()
+        if deepspeed:
+            loss = through_deepspeed(model, partial(self._flat.with_gradient, loss, self._given()))
         divides = trainer_divides_loss(self._trainer, items)
         return loss if divides else loss / self._trainer.current_gradient_accumulation_steps
 
     def after_backward(self, returned: Any, items: Any) -> None:
-        """After an optimizer step's last batch, put the update's gradient on the factors."""
+        """After an optimizer step's last batch, put the update's gradient on the factors, unless DeepSpeed has taken it from the loss."""
         if self._trainer.accelerator.sync_gradients:
-            self.finish_step()
+            if not is_deepspeed():
+                self._flat.add_to_gradients(self.finish_step())
             self.mark(f"{self.name}'s gradient")
+
+    def _given(self) -> Tensor:
+        """(P,) the gradient of one batch's loss, of which the accumulated ones' mean is the update's: all of it comes with the last batch."""
+        trainer = self._trainer
+        last = trainer.accelerator.sync_gradients
+        return self.finish_step() * trainer.current_gradient_accumulation_steps if last else self._flat.zeros()
 
     def before_save(self) -> None:
         """What is saved next carries a report, which counts the samples of all processes."""
@@ -271,18 +285,18 @@ class DualSelect(TrainingMethod):
         self._note(torch.stack([places[0].to(scores), weights, scores, batch.losses.double(), cosines, places[1].to(scores)]))
         return weights
 
-    def finish_step(self) -> None:
-        """After an optimizer step's last batch: make the update's gradient the same everywhere and put it on the factors."""
+    def finish_step(self) -> Tensor:
+        """(P,) after an optimizer step's last batch: the update's gradient, the same on every process."""
         accelerator = self._trainer.accelerator
         step = accelerator.reduce(self._step, reduction="mean") if accelerator.num_processes > 1 else self._step
         self._task += step
         if not self._warm and self.config.rho:
             reference = self._fresh() if self.config.reference_gradient == "fresh" else self._reference
             step = step + self.config.rho * reference
-        self._flat.add_to_gradients(step)
         self._step = self._flat.zeros()
         if len(self._pending) >= FLUSH_EVERY:
             self.drain()
+        return step
 
     def metrics(self) -> dict[str, float]:
         """Since the last log: share kept, mean cosine, share of samples in conflict with the references; the references' loss."""
