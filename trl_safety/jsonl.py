@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trl_safety.errors import ConfigurationError
 
+GZIP = b"\x1f\x8b"
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -17,7 +20,7 @@ def read_lines(
 ) -> list[tuple[int, dict[str, Any]]]:
     """The objects of a JSON-lines file, each with the number of its line in the file, from 1. Blank lines are counted and left out.
 
-    Lines end with \\n alone: U+2028, U+2029 and U+0085 may stand within a JSON string. A byte order mark is skipped.
+    A file packed by gzip is unpacked. Lines end with \\n alone: U+2028, U+2029 and U+0085 may stand within a JSON string. A byte order mark is skipped.
 
     Args:
         path: the file.
@@ -33,6 +36,11 @@ def read_lines(
         content = path.read_bytes()
     except OSError as failure:
         raise error(f"{named}: cannot be read ({failure.strerror or failure}); {remedy}") from failure
+    if content.startswith(GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as failure:
+            raise error(f"{named}: cannot be read (it is packed by gzip, and damaged: {failure}); {remedy}") from failure
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise error(f"{named}: cannot be read (it is UTF-16); save it as UTF-8")
     pieces = content.split(b"\n")
