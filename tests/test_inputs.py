@@ -81,8 +81,9 @@ def test_what_is_written_is_read(rows: list[Any], blanks: list[str], ascii_only:
         (gzip.compress(b'{"a": 1}\n7'), "line 2: is no object, but a number"),
         (b"{'a': 1}", "line 1: is no object .not JSON"),
         (b"# rows\n", "line 1: is no object .not JSON"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "line 1: is no object .not JSON: `c` is there twice"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_lines_that_are_none(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
@@ -152,6 +153,11 @@ def test_prompts_as_people_keep_them(tmp_path: Path, row: dict[str, Any], text: 
             "line 3: is no object with a `prompt` .has question.; give prompt .text or messages., messages or conversations",
         ),
         ({"prompt": 5}, "`prompt` is a number"),
+        ({"prompt": " \n", "answer": "x"}, "line 3: its prompt is empty"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}]}], "answer": "x"}, "its prompt is empty"),
+        ({"prompt": "a", "answer": " "}, "its `answer` is ' ', which nothing"),
+        ({"prompt": "a", "answer": float("nan")}, "its `answer` is nan, which nothing"),
+        ({"prompt": "a", "answer": ["x", float("inf")]}, "its `answer` is inf, which nothing"),
         ({"prompt": {"role": "user", "content": "a"}}, "`prompt` is an object"),
         ({"prompt": []}, "`prompt` is an empty list"),
         ({"prompt": ["a"]}, r"`prompt`\[0\] is a string"),
@@ -299,7 +305,7 @@ def test_sft_takes_a_local_file(tmp_path: Path, aligned: str) -> None:
         ({}, '{"input_ids": [3, 4], "labels": [-100, -100]}\n', "no row is left to train on"),
         ({}, '{"input_ids": [3, 4]}\n{"input_ids": [3, 64]}\n', "row 2 holds the token 64, and the model has 64"),
         ({"resume_from_checkpoint": "no-such-folder"}, ROWS, "resume_from_checkpoint = 'no-such-folder': no such folder"),
-        ({"learning_rate": 1e30}, ROWS, "was saved, but its tensor .* holds NaN or infinity"),
+        ({"learning_rate": 1e30, "max_steps": 3}, ROWS, "was saved, but its tensor .* holds NaN or infinity"),
     ],
 )
 def test_sft_says_what_is_wrong_with_the_data(tmp_path: Path, aligned: str, options: dict[str, Any], content: str, message: str) -> None:
@@ -323,6 +329,8 @@ def test_sft_says_what_is_wrong_with_the_data(tmp_path: Path, aligned: str, opti
 def test_files_of_other_kinds(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         load_rows(str(file(tmp_path, content, name)), "data")
+    with pytest.raises(ConfigurationError, match=r"no JSON lines; give a .jsonl file|cannot be read|is no object"):
+        read_prompts(tmp_path / name, "harmful")
 
 
 # Our own logs.

@@ -11,6 +11,8 @@ from typing import Any
 
 from trl_safety.errors import ConfigurationError
 
+OTHERS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".zip", ".zst")
+"""Files that are told by their names."""
 GZIP = b"\x1f\x8b"
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -32,6 +34,8 @@ def read_lines(
     Raises:
         error: the file cannot be read, is not UTF-8, or a line is no JSON object.
     """
+    if path.suffix in OTHERS and path.is_file():
+        raise error(f"{named}: is a file of the kind {path.suffix!r}, which holds no JSON lines; {remedy}")
     try:
         content = path.read_bytes()
     except OSError as failure:
@@ -60,7 +64,7 @@ def read_lines(
 
 def _object(line: str, where: str, error: type[Exception]) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=_once)
         # Half of a surrogate pair could be neither tokenised nor written again.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as failure:
@@ -70,6 +74,14 @@ def _object(line: str, where: str, error: type[Exception]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise error(f"{where}: is no object, but {kind_of(value)}; write one object a line")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"`{next(name for name in names if names.count(name) > 1)}` is there twice")
+    return found
 
 
 def kind_of(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def read_prompts(path: Path, kind: Kind) -> list[Prompt]:
                 f"{named}, line {number}: is no object with a `prompt` ({error}); give prompt (text or messages), messages or conversations"
             ) from error
         messages = ({"role": "user", "content": asked},) if isinstance(asked, str) else asked
+        if not text_of(messages[-1]["content"]).strip():
+            raise ConfigurationError(f"{named}, line {number}: its prompt is empty, so that there is nothing to ask; remove it")
         answer = _right(row, completion, f"{named}, line {number}") if kind == "task" else None
         prompts.append(Prompt(messages, answer))
     if not prompts:
@@ -107,8 +110,10 @@ def _right(row: Mapping[str, Any], completion: Any, where: str) -> str | tuple[s
 
 def _written(value: Any, where: str) -> list[str]:
     """A right answer as people may write it."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value.strip():
         return [value]
+    if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigurationError(f"{where}: its `answer` is {value!r}, which nothing that a model says could equal; give what is right")
     if isinstance(value, bool):
         return [str(value).lower()]
     if isinstance(value, float) and value.is_integer():
