@@ -150,7 +150,7 @@ def test_prompts_as_people_keep_them(tmp_path: Path, row: dict[str, Any], text: 
     [
         (
             {"question": "a"},
-            "line 3: is no object with a `prompt` .has question.; give prompt .text or messages., messages or conversations",
+            "line 3: is not an object with a `prompt` .has question.; give prompt .text or messages., messages or conversations",
         ),
         ({"prompt": 5}, "`prompt` is a number"),
         ({"prompt": " \n", "answer": "x"}, "line 3: its prompt is empty"),
@@ -167,7 +167,7 @@ def test_prompts_as_people_keep_them(tmp_path: Path, row: dict[str, Any], text: 
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "a part of type 'image_url'"),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "is from 'narrator', which is none of human"),
         ({"conversations": [GPT]}, "has only the assistant's turn"),
-        ({"prompt": None}, "is no object with a `prompt`"),
+        ({"prompt": None}, "is not an object with a `prompt`"),
         ({"prompt": "a"}, "line 3: has no `answer`"),
         ({"prompt": "a", "answer": []}, "has no `answer`"),
         ({"prompt": "a", "answer": {"value": 4}}, "has no `answer`.*but an object"),
@@ -332,7 +332,7 @@ def test_sft_says_what_is_wrong_with_the_data(tmp_path: Path, aligned: str, opti
 def test_files_of_other_kinds(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         load_rows(str(file(tmp_path, content, name)), "data")
-    with pytest.raises(ConfigurationError, match=r"no JSON lines; give a .jsonl file|cannot be read|is no object"):
+    with pytest.raises(ConfigurationError, match=r"no JSON lines; give a .jsonl file|cannot be read|is not an object"):
         read_prompts(tmp_path / name, "harmful")
 
 

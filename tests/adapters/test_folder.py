@@ -184,7 +184,7 @@ def test_cards_of_other_encodings_stay_as_they_are(adapter: Path, tmp_path: Path
 def test_adapters_one_folder_down(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "parent").mkdir()
     shutil.move(adapter, tmp_path / "parent" / "default")
-    with pytest.raises(AdapterError, match="has no adapter_config.json; name one of those within it: .*default"):
+    with pytest.raises(AdapterError, match=r"has no adapter_config\.json; name one of those within it: .*default"):
         AdapterFolder.open(tmp_path / "parent")
 
 

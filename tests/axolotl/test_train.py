@@ -359,4 +359,4 @@ def test_damaged_files_of_the_block_end_the_run_with_our_own_error(
     pool = {"reference_dataset": str(tmp_path / "pool.jsonl"), "keep": 2, "references": 3, "warmup_steps": 1, "refresh_steps": 2}
     options = protect(config, world, dual_select=pool)
     del options["safety"]["subspace"]
-    assert "pool.jsonl', line 2: is no object" in axolotl("train", options, code=1)
+    assert "pool.jsonl', line 2: is not an object" in axolotl("train", options, code=1)

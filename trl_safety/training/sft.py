@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
@@ -115,7 +115,7 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         # Errors of TRL, PEFT and Transformers about the user's arguments and files, and of the chat template about the data.
         raise ConfigurationError(f"the run cannot start: {str(error) or reason(error)}") from error
     refuse_empty(trainer)
-    embeddings = unwrap(trainer.model).get_input_embeddings()
+    embeddings: Any = cast(Any, unwrap(trainer.model)).get_input_embeddings()
     check_tokens(datasets[script.dataset_train_split], _named(script, mixture), len(embeddings.weight))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
