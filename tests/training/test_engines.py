@@ -70,7 +70,11 @@ def alone(world: Path, output: Path, safety: dict[str, Any]) -> dict[str, Any]:
 
 
 def needs_subspace(safety: dict[str, Any]) -> bool:
-    return bool(safety) and not {"buffer_reinforce", "dual_select"} & set(safety) and safety.get("alignment_buffer", {}).get("how") != "weights"
+    return (
+        bool(safety)
+        and not {"buffer_reinforce", "dual_select"} & set(safety)
+        and safety.get("alignment_buffer", {}).get("how") != "weights"
+    )
 
 
 BLOCKS: dict[str, dict[str, Any]] = {

@@ -53,7 +53,6 @@ class FlatFactors:
             part = flat[place].view(weight.shape).to(weight.device, weight.dtype)
             weight.grad = part.clone() if weight.grad is None else weight.grad.add_(part)
 
-
     def with_gradient(self, value: Tensor, flat: Tensor) -> Tensor:
         """A loss of this value whose backward pass gives the factors a vector (P,) as their gradient."""
         weights = [linear.weight for _, linear, _ in self.factors]

@@ -77,16 +77,18 @@ _REQUIREMENTS = (
     Requirement(
         "batch",
         lambda batch, options: batch < 2,
-        "one sample",
-        "it chooses within a batch",
-        {"any": "use a per_device_train_batch_size (micro_batch_size) of at least 2"},
+        "one sample, nothing accumulated",
+        "it chooses within a batch, or where that is one sample, within an optimizer step",
+        {"any": "use a per_device_train_batch_size (micro_batch_size) or gradient_accumulation_steps of at least 2"},
     ),
     Requirement(
         "batch",
         lambda batch, options: batch >= 2 and options.keep is not None and options.keep >= batch,
         "at most keep",
-        "every sample of a per-device batch of {value} would be kept, so that nothing is selected",
-        {"any": "use a smaller keep, keep_tokens, or a larger per_device_train_batch_size (micro_batch_size)"},
+        "every sample of {value} would be kept, so that nothing is selected",
+        {
+            "any": "use a smaller keep, keep_tokens, or a larger per_device_train_batch_size (micro_batch_size; where that is 1, gradient_accumulation_steps)"
+        },
         setting=lambda options: f"keep = {options.keep}",
     ),
 )
@@ -119,8 +121,9 @@ class DualSelectConfig(MethodOptions):
     selection: Literal["hard", "soft"] = "hard"
     """'hard' keeps samples with weight 1, 'soft' weights them by softmin(score / T)."""
     keep: Annotated[int, Field(ge=1)] | None = None
-    """K: samples kept of each per-device batch. Default 4. Of a batch that is not full, the same share. In packed rows it counts documents, of
-    which a batch holds any number: `keep_tokens` suits them better."""
+    """K: samples kept of each per-device batch, or where that is one sample, of those that a process accumulates for an optimizer step.
+    Default 4. Of a batch that is not full, the same share. In packed rows it counts documents, of which a batch holds any number:
+    `keep_tokens` suits them better."""
     keep_tokens: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Instead of `keep`: the share of each batch's supervised tokens that is kept at most (the paper: 0.9)."""
     references: Annotated[int, Field(ge=1)] | None = None

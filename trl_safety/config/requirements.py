@@ -67,7 +67,7 @@ FACTS = {
     "label_smoothing": "smoothed labels",
     "images": "training data with images",
     "replicated": "one process that replicates the model (DataParallel)",
-    "batch": "samples of a per-device batch, where that is a fixed number",
+    "batch": "samples of a per-device batch, where that is a fixed number; of an optimizer step, where a batch is one sample",
     "trained_besides": "parameters trained besides LoRA factors",
     "pickled": "adapters saved as pickles",
 }
