@@ -340,11 +340,11 @@ BUFFERS = ("buffer", "are two buffers, of which the second would be trained on t
 
 _BESIDE = "tests/training/test_beside.py::test_acts_or_is_refused"
 SHOWN = {
-    "rows: packed": _BESIDE,
+    "rows: packed so that samples are cut anywhere (TRL's wrapped) or attend to each other": _BESIDE,
     "compiled: true": _BESIDE,
     "trained_besides: set": _BESIDE,
     "streamed: streamed": _BESIDE,
-    "batch: one sample": _BESIDE,
+    "batch: one sample, nothing accumulated": _BESIDE,
     "batch_varies: auto_find_batch_size": _BESIDE,
     "label_smoothing: above 0": _BESIDE,
 }
