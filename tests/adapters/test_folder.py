@@ -133,7 +133,7 @@ NOTHING: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], dict[str, An
     # A correction's mark holds the alpha of the layer that it stands at.
     "scaling": (lambda _: None, {"lora_alpha": 0, "alpha_pattern": {}}),
     "pattern": (lambda _: None, {"alpha_pattern": {".*": 0}}),
-    "alpha too small": (lambda _: None, {"lora_alpha": 1e-30}),
+    "alpha too small": (lambda _: None, {"alpha_pattern": {".*": 1e-30}}),
     "underflow": (lambda tensors: {name: tensor * 1e-42 for name, tensor in tensors.items()}, {}),
     "cancels": (cancels, {}),
     "disjoint": (disjoint, {}),
@@ -184,7 +184,7 @@ def test_cards_of_other_encodings_stay_as_they_are(adapter: Path, tmp_path: Path
 def test_adapters_one_folder_down(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "parent").mkdir()
     shutil.move(adapter, tmp_path / "parent" / "default")
-    with pytest.raises(AdapterError, match="has no adapter_config.json; name one of those within it: .*default"):
+    with pytest.raises(AdapterError, match=r"has no adapter_config.json; name one of those within it: .*default"):
         AdapterFolder.open(tmp_path / "parent")
 
 
