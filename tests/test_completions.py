@@ -230,7 +230,8 @@ def test_generation_configs_as_models_bring_them(generation: dict[str, Any], sai
 
 def test_a_stop_that_is_no_token() -> None:
     model = chain.model("w5 <end>", chain.tokenizer(), eos_token_id=3)
-    vars(model.generation_config)["eos_token_id"] = "<end>"
+    word = "<end>"
+    model.generation_config.eos_token_id = word
     with pytest.raises(ConfigurationError, match="eos_token_id = '<end>' is no token's number"):
         complete(model, chain.tokenizer(), PROMPTS[:1], new_tokens=2, batch_size=1)
 

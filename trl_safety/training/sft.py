@@ -115,8 +115,8 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         # What TRL, PEFT and Transformers say of a user's arguments and files, and the chat template of the data.
         raise ConfigurationError(f"the run cannot begin: {str(error) or reason(error)}") from error
     refuse_empty(trainer)
-    embeddings = unwrap(trainer.model).get_input_embeddings()
-    check_tokens(datasets[script.dataset_train_split], _named(script, mixture), len(embeddings.weight))
+    inner: Any = unwrap(trainer.model)
+    check_tokens(datasets[script.dataset_train_split], _named(script, mixture), len(inner.get_input_embeddings().weight))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
     if trainer.is_world_process_zero():
