@@ -1,13 +1,13 @@
-# PYTHON=… is the only interpreter to use; without it each stack takes the first of its versions that is in PATH, or one of pyenv's.
+# PYTHON=… is the only interpreter to use; without it each stack uses the first suitable version in PATH or from pyenv.
 PYTHON ?=
 python = $(shell for version in $(1); do \
   for candidate in $(or $(PYTHON),"python$$version" python3 $(HOME)/.pyenv/versions/"$$version".*/bin/python); do \
     "$$candidate" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" 2> /dev/null && command -v "$$candidate" && exit; \
   done; \
 done)
-# 3.11 first: PyTorch for it may lie on the machine's disk.
+# 3.11 first: the machine may already have PyTorch for it.
 NEWEST_PYTHON := $(call python,3.11 3.12 3.13)
-# Axolotl 0.21 needs 3.12, and what it pins cannot be installed on 3.13.
+# Axolotl 0.21 needs 3.12, and its pinned packages cannot be installed on 3.13.
 AXOLOTL_PYTHON := $(call python,3.12)
 # No newer Axolotl than 0.19.0 can be installed on 3.11.
 OLDEST_PYTHON := $(call python,3.11)
@@ -16,18 +16,25 @@ LAB := .venv-lab
 NEWEST := .venv-newest
 AXOLOTL := .venv-axolotl
 OLDEST := .venv-oldest
-SEEDS ?= 3
+PAIRS ?= 8
+SEEDS ?= 2
 WORKERS ?= 2
 OUTPUT ?= lab_results
+# What to look at first where the tests take too long.
+SLOWEST := --durations=40 --durations-min=2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab check test lint types stacks install test-newest test-axolotl test-oldest clean
+.PHONY: lab lab-full check test lint types stacks install test-newest test-axolotl test-oldest clean
 
-## The main job on the embedded world: a table on the screen, results.json and results.png in $(OUTPUT).
+## The main job on the embedded world, every method once: a table on the screen, results.json and results.png in $(OUTPUT).
 lab: $(LAB)/.installed
-	$(LAB)/bin/trl-safety lab -o $(OUTPUT) --seeds $(SEEDS)
+	$(LAB)/bin/trl-safety lab -o $(OUTPUT) --quick --seeds 1 --workers $(WORKERS)
+
+## What a claim needs: every method at every strength with every control, over $(PAIRS) pairs and $(SEEDS) seeds of both kinds of base. Hours.
+lab-full: $(LAB)/.installed
+	$(LAB)/bin/trl-safety lab -o $(OUTPUT) --both-bases --pairs $(PAIRS) --seeds $(SEEDS) --workers $(WORKERS)
 
 ## For the daily loop: lint, types, and the tests of the maths, the files and the options.
 check: lint types
@@ -39,7 +46,7 @@ test: stacks
 	$(MAKE) lint types test-newest $(if $(AXOLOTL_PYTHON),test-axolotl)
 	@$(MAKE) --no-print-directory stacks
 
-## Which interpreter each stack runs on, and what is left out for want of one.
+## Which interpreter each stack runs on, and which stacks are left out for lack of one.
 stacks:
 	@echo "The newest stack: $(or $(NEWEST_PYTHON),LEFT OUT; it needs Python 3.11 or 3.12 or 3.13)"
 	@echo "Axolotl 0.21: $(or $(AXOLOTL_PYTHON),LEFT OUT; it needs Python 3.12)"
@@ -55,11 +62,11 @@ types: $(NEWEST)/.installed
 
 # The lab trains on all cores: beside another worker its threads would wait for each other.
 test-newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab"
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab" $(SLOWEST)
 	$(NEWEST)/bin/python -m pytest -m lab
 
 # The lab's training and the benchmarks do not depend on the stack; the lab's wiring is tested on both.
-ON_AXOLOTL := -m pytest -n $(WORKERS) --dist loadfile -m "not lab" --ignore tests/test_benchmarks.py
+ON_AXOLOTL := -m pytest $(SLOWEST) -n $(WORKERS) --dist loadfile -m "not lab" --ignore tests/test_benchmarks.py
 
 test-axolotl: $(AXOLOTL)/.installed
 	$(AXOLOTL)/bin/python $(ON_AXOLOTL)
@@ -68,8 +75,8 @@ test-axolotl: $(AXOLOTL)/.installed
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python $(ON_AXOLOTL)
 
-# DeepSpeed's communication is compiled here: compiled by its first processes, one that is killed leaves a lock behind, for which
-# the next ones wait for ever. Without a C++ compiler its tests are skipped.
+# DeepSpeed's communication is compiled here. If its first processes compiled it, a killed one would leave a lock behind, and the next
+# ones would wait for it for ever. Without a C++ compiler its tests are skipped.
 DEEPSPEED := DS_ACCELERATOR=cpu DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1
 
 $(LAB)/.installed $(NEWEST)/.installed: INTERPRETER := $(NEWEST_PYTHON)
@@ -83,10 +90,10 @@ $(AXOLOTL)/.installed: constraints/axolotl.txt
 $(OLDEST)/.installed: constraints/oldest.txt
 $(NEWEST)/.installed $(AXOLOTL)/.installed $(OLDEST)/.installed: constraints/deepspeed.txt
 # Without --no-compile pip compiles every file of every package, most of which are never imported.
-# An environment of another version of Python is made anew.
+# An environment of another version of Python is recreated.
 PIP_INSTALL := bin/pip install --quiet --no-compile
 %/.installed: pyproject.toml
-	@test -n "$(INTERPRETER)" || { echo "$*: no Python that fits: see the top of the Makefile"; exit 1; }
+	@test -n "$(INTERPRETER)" || { echo "$*: no suitable Python: see the top of the Makefile"; exit 1; }
 	@echo "$*: $(INTERPRETER)"
 	test "$$($*/bin/python --version 2> /dev/null)" = "$$($(INTERPRETER) --version)" || $(INTERPRETER) -m venv --clear $*
 	$*/$(PIP_INSTALL) torch==2.13.0 -c $(firstword $(filter constraints/%,$^))

@@ -1,4 +1,4 @@
-"""An Axolotl configuration as facts for the requirements of the methods.
+"""The facts of an Axolotl configuration that the methods' requirements check.
 
 `python -m axolotl_plugin.rules` prints the table of example_configs/axolotl/README.md from the same requirements.
 """
@@ -27,12 +27,13 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "expert_parameters": ("lora_target_parameters",),
     "restarts": ("relora", "relora_steps", "jagged_restart_steps"),
     "objective": ("rl", "reward_model", "process_reward_model"),
+    "reference": ("precompute_ref_log_probs", "rl_adapter_ref_model"),
     "engine": ("fsdp", "fsdp_config", "fsdp_version", "deepspeed"),
     "split_model": PARALLEL,
     "trainer_class": ("trainer_cls",),
     "fused_kernels": KERNELS,
     "base_weights": ("load_in_8bit", "load_in_4bit"),
-    "rows": ("sample_packing",),
+    "rows": ("sample_packing", "batch_flattening", "attn_implementation"),
     "compiled": ("torch_compile",),
     "precision": ("fp16",),
     "streamed": ("streaming", "pretraining_dataset"),
@@ -40,11 +41,11 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "trained_besides": BESIDES,
     "pickled": ("save_safetensors",),
 }
-"""Fact → the keys that say it, of which the table names the first ones."""
+"""Fact → the keys that decide it, which the table names."""
 
 
 def axolotl_facts(cfg: Any, written: Collection[str] | None = None) -> Facts:
-    """The facts of an Axolotl configuration, before or after its own validation.
+    """The facts of an Axolotl configuration, before or after Axolotl validates it.
 
     Args:
         cfg: a mapping.
@@ -58,21 +59,50 @@ def axolotl_facts(cfg: Any, written: Collection[str] | None = None) -> Facts:
         "initialisation": initial not in PLAIN or bool((get("peft") or {}).get("loftq_config")),
         "expert_parameters": bool(get("lora_target_parameters")),
         "restarts": any(get(key) for key in KEYS["restarts"]),
-        "objective": any(get(key) for key in KEYS["objective"]),
+        "objective": _objective(cfg),
+        "reference": _reference(cfg),
         "engine": _engine(cfg),
         "split_model": any(int(get(key) or 1) > 1 for key in PARALLEL),
         "trainer_class": bool(get("trainer_cls")),
         "fused_kernels": any(get(key) for key in KERNELS),
         "base_weights": "8bit" if get("load_in_8bit") else "4bit" if get("load_in_4bit") or get("adapter") == "qlora" else None,
-        "rows": "packed" if get("sample_packing") else "plain",
+        "rows": _rows(cfg),
         "compiled": get("torch_compile") is True,
         "precision": "fp16" if get("fp16") is True else "other",
         "streamed": bool(get("streaming") or get("pretraining_dataset")),
-        "batch": int(get("micro_batch_size")) if get("micro_batch_size") else None,
+        "batch": int(get("micro_batch_size")) if get("micro_batch_size") and not get("sample_packing") else None,
         "trained_besides": any(get(key) for key in BESIDES),
         "pickled": get("save_safetensors") is False,
     }
     return Facts("axolotl", {fact: Fact(value, *_told(cfg, fact, written)) for fact, value in values.items()})
+
+
+def _rows(cfg: Any) -> str:
+    if cfg.get("sample_packing"):
+        # Axolotl's validation derives it from the attention implementation.
+        return "mixed" if cfg.get("attn_decontaminates_packing") is False else "packed"
+    return "padding_free" if cfg.get("batch_flattening") else "plain"
+
+
+OBJECTIVES = {"ipo": "dpo", "simpo": "cpo", "gdpo": "grpo"}
+"""Value of `rl` → the TRL trainer that it uses, if that has another name."""
+
+
+def _objective(cfg: Any) -> str:
+    if cfg.get("reward_model") or cfg.get("process_reward_model"):
+        return "reward" if cfg.get("reward_model") else "prm"
+    given = cfg.get("rl")
+    name = str(getattr(given, "value", given) or "sft").lower()
+    trl = cfg.get("trl") or {}
+    if name in ("grpo", "gdpo") and (trl.get("async_prefetch") or trl.get("use_data_producer")):
+        return "asyncgrpo"
+    return OBJECTIVES.get(name, name)
+
+
+def _reference(cfg: Any) -> str | None:
+    if not cfg.get("rl"):
+        return None
+    return "precomputed" if cfg.get("precompute_ref_log_probs") else "second_model" if cfg.get("rl_adapter_ref_model") else None
 
 
 def _engine(cfg: Any) -> str:
@@ -102,7 +132,7 @@ def _switch_off(cfg: Any, keys: list[str]) -> None:
 
 
 def refuse(cfg: Mapping[str, Any], safety: SafetyConfig) -> None:
-    """Refuse an Axolotl configuration beside which one of the block's methods could not act; nothing is changed in it.
+    """Refuse an Axolotl configuration that keeps one of the block's methods from acting; the configuration is not changed.
 
     Raises:
         ConfigurationError, AdapterError: with a line for every setting: its value, the methods, the reason and the remedy.
@@ -111,7 +141,7 @@ def refuse(cfg: Mapping[str, Any], safety: SafetyConfig) -> None:
 
 
 def check(cfg: Any, safety: SafetyConfig, written: Collection[str]) -> list[str]:
-    """As `refuse`, after Axolotl has added its own choices; switches off what changes no result, and what the user did not write.
+    """Like `refuse`, after Axolotl has added its own choices; switches off what changes no result, and what the user did not write.
 
     Returns:
         What was switched off.

@@ -18,7 +18,7 @@ from trl_safety.cli.app import app
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file or folder of every kind that a command reads."""
+    """One file or folder of every kind that a command reads."""
     from peft import PeftModel
 
     folder = providers.make(tmp_path_factory.mktemp("world"))
@@ -143,7 +143,7 @@ def lists(path: Path) -> None:
 
 
 def another_kind(path: Path) -> None:
-    """A folder for a file, a file for a folder."""
+    """A folder in place of a file, and a file in place of a folder."""
     was_folder = path.is_dir()
     missing(path)
     path.write_text("w3") if was_folder else path.mkdir()

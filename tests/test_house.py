@@ -55,10 +55,10 @@ OTHERS = {
     "training": TORCH | {"pydantic", "datasets", "trl", "jinja2"},
     "inspection": TORCH | {"pydantic", "matplotlib", "datasets"},
     "evaluation": TORCH | {"pydantic", "matplotlib", "datasets", "inspect_ai", "lm_eval", "yaml", "jinja2"},
-    "lab": TORCH | {"tokenizers", "rich", "datasets", "matplotlib", "trl"},
+    "lab": TORCH | {"tokenizers", "rich", "datasets", "matplotlib", "trl", "numpy", "filelock"},
     "cli": {"typer", "rich", "pydantic"},
 }
-IMPORTS_TRL = {"trainer.py", "sft.py", "pair.py"}
+IMPORTS_TRL = {"trainer.py", "dpo.py", "kto.py", "grpo.py", "sft.py", "pair.py"}
 STEMS = {name: re.compile(rf"\b{name}\b|{name.replace('_', '')}", re.IGNORECASE) for name in METHODS}
 OWN_LINES = {"__init__.py", "config/__init__.py", "config/block.py"}
 """Where a method has its field and its exports."""

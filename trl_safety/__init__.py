@@ -1,6 +1,6 @@
 """Keep an aligned language model's safety through LoRA and QLoRA fine-tuning.
 
-The names below are loaded on first use, so that `import trl_safety` and the command line start without torch.
+The names below are loaded on first use, so that `import trl_safety` and the command line start without importing torch.
 """
 
 from importlib import import_module
@@ -33,6 +33,12 @@ _HOMES = {
     "ReinforceTrainer": "trl_safety.training.trainer",
     "ReportError": "trl_safety.errors",
     "Requirement": "trl_safety.config.requirements",
+    "SafeDPOConfig": "trl_safety.training.dpo",
+    "SafeDPOTrainer": "trl_safety.training.dpo",
+    "SafeGRPOConfig": "trl_safety.training.grpo",
+    "SafeGRPOTrainer": "trl_safety.training.grpo",
+    "SafeKTOConfig": "trl_safety.training.kto",
+    "SafeKTOTrainer": "trl_safety.training.kto",
     "SafeLoRACallback": "trl_safety.corrections.safe_lora",
     "SafeLoRAConfig": "trl_safety.config.safe_lora",
     "SafeLoraConfig": "trl_safety.config.safe_lora",
@@ -62,7 +68,7 @@ _HOMES = {
     "sweep": "trl_safety.evaluation.sweep",
     "verify": "trl_safety.reports.report",
 }
-"""Name → the module that defines it. A test holds the block below against it."""
+"""Name → the module that defines it. A test compares the block below with it."""
 
 if TYPE_CHECKING:
     from trl_safety.config.alignment_buffer import AlignmentBufferConfig as AlignmentBufferConfig
@@ -110,6 +116,12 @@ if TYPE_CHECKING:
     from trl_safety.subspace.artifact import AlignmentSubspace as AlignmentSubspace
     from trl_safety.subspace.build import build_subspace as build_subspace
     from trl_safety.training.asft import asft_penalty as asft_penalty
+    from trl_safety.training.dpo import SafeDPOConfig as SafeDPOConfig
+    from trl_safety.training.dpo import SafeDPOTrainer as SafeDPOTrainer
+    from trl_safety.training.grpo import SafeGRPOConfig as SafeGRPOConfig
+    from trl_safety.training.grpo import SafeGRPOTrainer as SafeGRPOTrainer
+    from trl_safety.training.kto import SafeKTOConfig as SafeKTOConfig
+    from trl_safety.training.kto import SafeKTOTrainer as SafeKTOTrainer
     from trl_safety.training.method import TrainingMethod as TrainingMethod
     from trl_safety.training.mixin import SafetyMixin as SafetyMixin
     from trl_safety.training.safety_eval import SafetyEvalCallback as SafetyEvalCallback

@@ -82,7 +82,7 @@ def read_prompts(path: Path, kind: Kind) -> list[Prompt]:
             asked, completion = conversation(row)
         except ShapeError as error:
             raise ConfigurationError(
-                f"{named}, line {number}: is no object with a `prompt` ({error}); give prompt (text or messages), messages or conversations"
+                f"{named}, line {number}: is not an object with a `prompt` ({error}); give prompt (text or messages), messages or conversations"
             ) from error
         messages = ({"role": "user", "content": asked},) if isinstance(asked, str) else asked
         if not text_of(messages[-1]["content"]).strip():

@@ -48,7 +48,7 @@ WRONG = {
 
 @pytest.fixture(autouse=True)
 def _fresh_plugins() -> Any:
-    """Axolotl's plugin manager is one for the process, and its validation sets variables for the engine that a configuration names."""
+    """Axolotl has one plugin manager per process, and its validation sets variables for the engine that a configuration names."""
     PluginManager.get_instance().plugins.clear()
     environment = dict(os.environ)
     yield
@@ -131,9 +131,9 @@ def test_all_violations_are_said_at_once(config: dict[str, Any]) -> None:
     [
         (lambda c: c.pop("safety"), "nothing would be protected"),
         (lambda c: c.update(safety={}), "nothing would be protected"),
-        (lambda c: c.update(saftey=c.pop("safety")), "did you mean it by 'saftey'"),
+        (lambda c: c.update(saftey=c.pop("safety")), "is 'saftey' a misspelling"),
         (lambda c: c["safety"].update(asft={"wieght": 1}), "did you mean 'weight'"),
-        (lambda c: c["safety"].update(asft=None), "nothing behind it"),
+        (lambda c: c["safety"].update(asft=None), "asft is empty"),
         (lambda c: c["safety"].update(asf={}), "did you mean 'asft'"),
         (lambda c: c["safety"].update(safe_lora={}, csulora={}), "keep one of them"),
     ],
@@ -178,7 +178,7 @@ def test_the_short_name_dies_in_axolotl_itself(world: Path, config: dict[str, An
 
 
 def test_a_missing_trl_safety_cannot_be_swallowed(world: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Axolotl catches an ImportError of the plugin's own import only; ours come from a hook."""
+    """Axolotl catches only the ImportError of the plugin's own import; ours comes from a hook."""
     import sys
 
     monkeypatch.setitem(sys.modules, "trl_safety.errors", None)

@@ -75,7 +75,7 @@ def qwen2_vl() -> Any:
 
 
 def experts(name: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """Experts in tensors of their own, as every checkpoint of a mixture has them, where this Transformers joins them when it loads."""
+    """Experts in separate tensors, as in every mixture's checkpoint, where this Transformers joins them on loading."""
     gate, up, down = ("w1", "w3", "w2") if name == "block_sparse_moe" else ("gate_proj", "up_proj", "down_proj")
 
     def split(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -96,7 +96,7 @@ def experts(name: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Te
 
 
 def fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Projections in one tensor, which Transformers splits when it loads."""
+    """Projections in one tensor, which Transformers splits on loading."""
     kinds = {"self_attn.{}_proj.weight": ("gate", "q", "k", "v"), "mlp.{}_proj.weight": ("gate", "up")}
     names = {"self_attn.{}_proj.weight": "attn.gqkv_proj.weight", "mlp.{}_proj.weight": "mlp.gate_up_proj.weight"}
     result = dict(state)
@@ -176,7 +176,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[dict[str, torch.Tensor]],
 
 
 def written(family: str, folder: Path, seed: int) -> Any:
-    """A model, put into a folder under the Hub's names."""
+    """Saves a model to a folder under the Hub's names."""
     make, rename = FAMILIES[family]
     if family == "hrm-text" and not hasattr(tf, "HrmTextForCausalLM"):
         pytest.skip("this Transformers does not have it yet")
@@ -257,7 +257,7 @@ def test_every_parameter_is_as_transformers_loads_it(family: str, tmp_path: Path
 
 
 def test_as_this_version_saves_them(tmp_path: Path) -> None:
-    """One of the pair saved by this Transformers, the other as it was fetched."""
+    """One model of the pair was saved by this Transformers, the other is as downloaded."""
     written("llava", tmp_path / "base", 0)
     loaded(tmp_path / "aligned", written("llava", tmp_path / "aligned", 1)).save_pretrained(tmp_path / "saved")
     pairs = [(tmp_path / "base", tmp_path / name) for name in ("aligned", "saved")]

@@ -1,29 +1,34 @@
 """Run under `accelerate launch` with FSDP or DeepSpeed: a JSON file with a list of runs, one after the other.
 
-A run is {output, batch (of each process), block, subspace (or null), model, further (a checkpoint, "best", or null)}.
+A run is {output, batch (of each process), block, subspace (or null), model, further (a checkpoint, "best", or null), kind (of trainer)}.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tests.training.engine_device  # noqa: F401
 from tests import tiny
+from tests.training import preference
 from trl_safety import AlignmentSubspace
 
 
-def run(output: str, batch: int, block: dict[str, Any], subspace: str | None, model: str, further: str | None) -> None:
+def run(output: str, batch: int, block: dict[str, Any], subspace: str | None, model: str, further: str | None, kind: str) -> None:
     """Train and save."""
-    trainer = tiny.trainer(
+    data = tiny.rows(8) if kind == "sft" else preference.rows(kind, 8)
+    made = tiny.trainer if kind == "sft" else partial(preference.trainer, kind)
+    trainer = made(
         Path(output),
         base=model,
         safety=block,
         subspace=AlignmentSubspace.load(subspace) if subspace else None,
-        eval_dataset=tiny.rows(8),
+        eval_dataset=data,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=8 // (2 * batch),
         **tiny.WELL_CONDITIONED,
+        **preference.SPREADS.get(kind, {}),
         max_steps=4,
         eval_strategy="steps",
         eval_steps=2,

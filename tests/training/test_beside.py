@@ -1,4 +1,4 @@
-"""Every method beside every fact that a TRL run can have here: it acts, or its requirements refuse it, and nothing between the two."""
+"""Every method beside every fact that a TRL run can have here: either it acts, or its requirements refuse it."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def test_acts_or_is_refused(method: str, beside: str, world: Path, tmp_path: Pat
     start = {"peft_config": tiny.lora(init_lora_weights=True), "learning_rate": 0.1, "max_steps": 4}
     made = lambda: tiny.trainer(tmp_path, safety=block, **{**start, **kwargs, **arguments})  # noqa: E731
     if concerned:
-        with pytest.raises(SafetyError, match=f"{method} cannot act|needs rows|rows must be"):
+        with pytest.raises(SafetyError, match=f"{method} cannot act|needs rows|rows cannot be counted"):
             made()
         return
     trainer = made()

@@ -1,6 +1,6 @@
-"""Every option of every method, once.
+"""Every option of every method, defined once.
 
-`SafeSFTConfig`, the CLI and the Axolotl plugin read these classes; nothing else defines an option. All of them forbid unknown keys and
+`SafeSFTConfig`, the CLI and the Axolotl plugin read these classes; nothing else defines an option. All of them reject unknown keys and
 non-finite numbers.
 """
 

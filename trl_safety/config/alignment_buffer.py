@@ -9,12 +9,14 @@ from pydantic import Field, model_validator
 
 from trl_safety.config.method import MethodOptions, Stage
 from trl_safety.config.requirements import (
+    BESIDE_A_BUFFER,
     BUFFERS,
     HOOKS_BESIDE_COMPILATION,
     HOOKS_BESIDE_FUSED_KERNELS,
     ON_SHARDS,
     PLUGIN_TRAINER,
     SHOWN,
+    UNSLOTH,
     Requirement,
     one_of,
     revised,
@@ -24,7 +26,7 @@ _LOW_RANK: dict[str, Any] = {"when": lambda options: options.how == "low_rank", 
 
 
 class AlignmentBufferConfig(MethodOptions):
-    """A data-free buffer: train the adapter on W_aligned − γ·V, then put it on W_aligned. With γ = 1 that is the unaligned base itself."""
+    """A data-free buffer: train the adapter on W_aligned − γ·V, then use it on W_aligned. γ = 1 trains on the unaligned base itself."""
 
     hook: ClassVar[str] = "trl_safety.training.alignment_buffer:AlignmentBuffer"
     source: ClassVar[str] = "alignment buffer (trained on W_aligned − γ·V)"
@@ -32,18 +34,26 @@ class AlignmentBufferConfig(MethodOptions):
     excludes: ClassVar[tuple[str, str] | None] = BUFFERS
     needs: ClassVar[str] = "the pair of checkpoints, or an alignment subspace with a rank"
     shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
-    costs: ClassVar[str] = "nothing in a step; an exchange of the frozen weights around every evaluation"
+    costs: ClassVar[str] = "nothing in a step; the frozen weights are exchanged around every evaluation"
     whole_model: ClassVar[str | None] = "acts on the whole model"
     changes_weights: ClassVar[bool] = True
     requirements: ClassVar[tuple[Requirement, ...]] = (
         revised(HOOKS_BESIDE_FUSED_KERNELS, **_LOW_RANK),
         revised(HOOKS_BESIDE_COMPILATION, **_LOW_RANK),
+        revised(UNSLOTH, **_LOW_RANK),
+        revised(
+            UNSLOTH,
+            reason="Unsloth's kernels, and its vLLM, share the frozen weights, whose exchange has not been shown to reach them",
+            when=lambda options: options.how == "weights",
+            when_text="with how: weights",
+        ),
         PLUGIN_TRAINER,
+        *BESIDE_A_BUFFER,
         Requirement(
             "base_weights",
             one_of("8bit"),
             "8-bit",
-            "8-bit weights cannot be exchanged and quantised again as they were",
+            "8-bit weights cannot be exchanged and then restored exactly",
             {
                 "axolotl": "set how: low_rank, load_in_4bit, or full precision",
                 "any": "set how: low_rank, or load the model in 4 bits or in full precision",
@@ -54,16 +64,16 @@ class AlignmentBufferConfig(MethodOptions):
     )
 
     gamma: Annotated[float, Field(ge=0, le=4)] = 1.0
-    """γ: how much of V is taken out while training. 0 is plain fine-tuning and protects nothing."""
+    """γ: how much of V is removed during training. 0 is plain fine-tuning, without protection."""
     how: Literal["weights", "low_rank"] = "weights"
-    """'weights' reads W_aligned − γV from the two checkpoints into the frozen weights, and W_aligned back for every evaluation: exact, no
-    memory, no time in a step. 'low_rank' takes the subspace's part of V out by a frozen low-rank adapter in training steps."""
+    """'weights' loads W_aligned − γV from the two checkpoints into the frozen weights, and W_aligned back for every evaluation: exact, no
+    memory, no time in a step. 'low_rank' removes the subspace's part of V with a frozen low-rank adapter in training steps."""
     embeddings: bool = True
-    """With 'weights': also the embeddings and the output head; false where the base has not learnt the chat template's tokens."""
+    """With 'weights': also the embeddings and the output head; set false if the base has not learnt the chat template's tokens."""
     base: str | None = None
-    """With 'weights': the unaligned model, folder or Hub id; null: that of `safety.subspace`."""
+    """With 'weights': the unaligned model, folder or Hub id; null: the base of `safety.subspace`."""
     aligned: str | None = None
-    """With 'weights': the aligned model's checkpoint; null: that of `safety.subspace`, else the one that was loaded."""
+    """With 'weights': the aligned model's checkpoint; null: that of `safety.subspace`, or else the model that was loaded."""
     base_revision: str | None = None
     """Hub revision of `base`."""
     aligned_revision: str | None = None
@@ -82,12 +92,12 @@ class AlignmentBufferConfig(MethodOptions):
 
     @property
     def subspace_use(self) -> Literal["reads", "names", "none"]:
-        """'low_rank' reads V; 'weights' may take the names of the pair from the subspace."""
+        """'low_rank' reads V; 'weights' may take the pair's names from the subspace."""
         if self.how == "low_rank":
             return "reads"
         return "none" if self.base and self.aligned else "names"
 
     @property
     def every_linear_layer(self) -> bool:
-        """A buffer of low rank acts in all of them."""
+        """A low-rank buffer acts in every linear layer."""
         return self.how == "low_rank"

@@ -47,7 +47,7 @@ class Prepared:
         return [module for module in self.modules if module.name not in self.skipped]
 
     def report(self, subspace: AlignmentSubspace | None, methods: list[MethodReport], *, final: bool) -> SafetyReport:
-        """The adapter's safety report; not as protected where it holds what are no numbers."""
+        """The adapter's safety report; not marked as protected if the adapter holds NaN or infinity."""
         report = SafetyReport(
             stage="final" if final else "training",
             protected=any(method.acted for method in methods),
@@ -75,11 +75,11 @@ def prepare(
     """Check that the methods will be able to act on a model's adapter.
 
     Without a subspace there is nothing to compare the base model with, and every adapted layer is covered. `accept` takes the adapter's
-    configuration and how it is named, and raises where it must not be worked on. What was `trained` in this run is not refused for values
-    that are no numbers: it is reported as not protected.
+    configuration and name, and raises if the adapter must not be changed. An adapter that was `trained` in this run is not refused for
+    values that are not finite: it is reported as not protected.
 
     Raises:
-        AdapterError: no adapter, an unsupported kind, one that was corrected before, or a base that is not the aligned model.
+        AdapterError: there is no adapter, it is of an unsupported kind or was corrected before, or its base is not the aligned model.
         SubspaceError: an adapted layer is not in the subspace, or an entry of `skip_modules` matches nothing.
     """
     skip_modules = list(skip_modules)
@@ -89,7 +89,7 @@ def prepare(
         check_finite(modules)
     config = adapter_config(model, adapter)
     for name, other in cast(Any, unwrap(model)).peft_config.items():
-        # PEFT saves every adapter that is loaded, not the active one alone.
+        # PEFT saves every loaded adapter, not only the active one.
         refuse_provider(other, f"adapter {name!r} of the model")
     accept(config, f"adapter {adapter!r}")
     subspaces = subspace.for_modules([module.name for module in modules], skip_modules) if subspace else {}

@@ -1,4 +1,4 @@
-"""The data-free buffer in training: W_aligned − γ·V in the frozen weights, or by a frozen low-rank adapter in training steps."""
+"""The data-free buffer in training: W_aligned − γ·V in the frozen weights, or through a frozen low-rank adapter during training steps."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class AlignmentBuffer(TrainingMethod):
-    """One protected run's data-free buffer.
+    """The data-free buffer of one protected run.
 
     Raises:
-        ConfigurationError: the pair is not named, or the buffer cannot act beside another option.
-        CheckpointError, AdapterError, SubspaceError: the pair is not the model's.
+        ConfigurationError: the pair is not named, or another option keeps the buffer from acting.
+        CheckpointError, AdapterError, SubspaceError: the pair does not match the model.
     """
 
     name = "alignment_buffer"
@@ -52,7 +52,7 @@ class AlignmentBuffer(TrainingMethod):
         self.base_check = self.exchange.check
         if is_fsdp() and any(type(place.parameter).__name__ == "Params4bit" for place in self.exchange.places):
             raise ConfigurationError(
-                f"{self.name}.how = 'weights': quantises 4-bit weights again, which FSDP's shards do not allow; use how: low_rank, or load the model in 16 bits"
+                f"{self.name}.how = 'weights': requantises 4-bit weights, which FSDP's shards do not allow; use how: low_rank, or load the model in 16 bits"
             )
 
     def _low_rank(self, model: Any, subspace: AlignmentSubspace | None) -> FrozenAdapter:
@@ -61,7 +61,7 @@ class AlignmentBuffer(TrainingMethod):
         for name, layer in subspace.layers.items():
             if layer.left is None:
                 raise SubspaceError(
-                    f"layer {name!r}: the subspace keeps V whole, which a low-rank buffer cannot take out; build it with a rank or a tolerance, or use how: weights"
+                    f"layer {name!r}: the subspace keeps V whole, which a low-rank buffer cannot subtract; build it with a rank or a tolerance, or use how: weights"
                 )
             factors[name] = Factors(*alignment_buffer.low_rank(*layer.factors(), self.config.gamma), 1.0)
         self._layers = len(factors)
@@ -89,16 +89,16 @@ class AlignmentBuffer(TrainingMethod):
 
     @property
     def entered(self) -> bool:
-        """Whether the frozen weights are W_aligned − γ·V now."""
+        """Whether the frozen weights are currently W_aligned − γ·V."""
         return self._taken
 
     @property
     def leaves_to_save(self) -> bool:
-        """Where the vocabulary was resized, PEFT saves the embeddings with the adapter: the aligned model's, not those trained on."""
+        """After a resized vocabulary PEFT saves the embeddings with the adapter; they must be the aligned model's."""
         return self.exchange is not None and self.exchange.resized
 
     def enter(self) -> None:
-        """At the start of training, and after an evaluation: W_aligned − γ·V into the frozen weights."""
+        """Write W_aligned − γ·V into the frozen weights, at the start of training and after an evaluation."""
         if self.config.gamma == 0:
             logger.warning("%s.gamma = 0: this is plain fine-tuning, and the report will say so", self.name)
         if self.exchange is None or self.config.gamma == 0:
@@ -107,14 +107,14 @@ class AlignmentBuffer(TrainingMethod):
         self.exchange.put(lambda aligned, base: alignment_buffer.take_out(aligned, base, self.config.gamma))
 
     def leave(self, *, gather: bool = True) -> None:
-        """W_aligned into the frozen weights; when training ends, however it ends. See `WeightExchange.put_back`."""
+        """Write W_aligned back into the frozen weights, also when training fails. See `WeightExchange.put_back`."""
         if self.exchange is not None and self._taken:
             self.exchange.put_back(gather=gather)
             self._taken = False
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Where the buffer is a low-rank adapter it acts within the training step alone."""
+        """A low-rank buffer acts only within the training step."""
         if self.frozen is None or self.config.gamma == 0:
             if self._taken:
                 self.mark()
@@ -126,7 +126,7 @@ class AlignmentBuffer(TrainingMethod):
 
     @property
     def duties(self) -> tuple[str, ...]:
-        """With γ = 0 there are none."""
+        """None with γ = 0."""
         return (self.name,) if self.config.gamma > 0 else ()
 
     @property
@@ -136,7 +136,7 @@ class AlignmentBuffer(TrainingMethod):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """With a fingerprint of the pair."""
+        """The options, with a fingerprint of the pair."""
         return {**super().settings, "pair": self.exchange.identity if self.exchange else None}
 
     def describe(self, first: int, last: int) -> str:

@@ -1,4 +1,4 @@
-"""What a run starts from: its checkpoint, its alignment subspace, and corrections on trainers without a class of ours."""
+"""What a run starts from: its checkpoint, its alignment subspace, and corrections for trainers without a class of our own."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def needs_trainer_class(safety: SafetyConfig) -> bool:
 
 
 def add_correction(trainer: Any, safety: SafetyConfig, switched_off: Iterable[str] = ()) -> CorrectionCallback:
-    """Give any Transformers `Trainer` the correction of a safety block that needs nothing while training.
+    """Add a safety block's correction to any Transformers `Trainer`; the block may need nothing else during training.
 
     Raises:
         ConfigurationError: the block names a method that acts while training.
@@ -86,9 +86,9 @@ def add_correction(trainer: Any, safety: SafetyConfig, switched_off: Iterable[st
 
 
 def safety_section(trainer: Any, card: Path) -> None:
-    """Put the safety section into a model card that the trainer wrote itself."""
+    """Add the safety section to a model card that the trainer wrote."""
     if is_fsdp():
-        # One process writes the card, and could not gather the others' shards; what was saved beside it says it all.
+        # One process writes the card and cannot gather the others' shards; the report saved beside it has everything.
         saved = card.parent / REPORT
         report = read_report(card.parent) if saved.is_file() else None
     else:
@@ -98,11 +98,11 @@ def safety_section(trainer: Any, card: Path) -> None:
 
 
 def checkpoint_of(trainer: Any, resume_from_checkpoint: Any) -> Path | None:
-    """The checkpoint that `train` will resume from, which Transformers also does from half of one, in silence.
+    """The checkpoint that `train` will resume from. Transformers would silently resume from an incomplete one.
 
     Raises:
-        ConfigurationError: there is none, it was not saved to its end, or its state cannot be read.
-        AdapterError: its adapter cannot be read, or holds what are no numbers.
+        ConfigurationError: there is none, it is incomplete, or its state cannot be read.
+        AdapterError: its adapter cannot be read, or holds NaN or infinity.
     """
     if not resume_from_checkpoint:
         return None
@@ -117,13 +117,13 @@ def checkpoint_of(trainer: Any, resume_from_checkpoint: Any) -> Path | None:
         raise ConfigurationError(f"{setting}: no such folder; name a checkpoint, or leave it out")
     if not (found / TRAINER_STATE_NAME).is_file():
         raise ConfigurationError(
-            f"{setting}: has no {TRAINER_STATE_NAME}, which is written last: its saving was interrupted; remove it, and go on from an earlier checkpoint"
+            f"{setting}: has no {TRAINER_STATE_NAME}, which is written last: the save was interrupted; remove it, and resume from an earlier checkpoint"
         )
     try:
         TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
     except (OSError, TypeError, ValueError) as error:
         raise ConfigurationError(
-            f"{setting}: its {TRAINER_STATE_NAME} cannot be read ({reason(error)}); go on from an earlier checkpoint"
+            f"{setting}: its {TRAINER_STATE_NAME} cannot be read ({reason(error)}); resume from an earlier checkpoint"
         ) from error
     adapter = adapter_folder(unwrap(trainer.model), found, adapter_name(trainer.model))
     if (adapter / WEIGHTS).is_file():
@@ -135,7 +135,7 @@ def checkpoint_of(trainer: Any, resume_from_checkpoint: Any) -> Path | None:
 
 
 def block_subspace(trainer: Any, config: SafetyConfig, given: AlignmentSubspace | str | Path | None) -> AlignmentSubspace | None:
-    """The alignment subspace of a block: given, read, or built into the output folder; None where no method uses one.
+    """The alignment subspace of a block: given, read, or built into the output folder; None if no method uses one.
 
     Raises:
         ConfigurationError: it is missing, given twice, or used by no method.
@@ -145,7 +145,7 @@ def block_subspace(trainer: Any, config: SafetyConfig, given: AlignmentSubspace 
     if "reads" not in uses:
         if given is not None and "names" not in uses:
             raise ConfigurationError(f"subspace is given but {', '.join(config.methods())} uses none: remove it")
-        # The names of a pair are read from the block itself.
+        # The model names of a pair are read from the block itself.
         if given is None and isinstance(config.subspace, SubspaceConfig | None):
             return None
     if given is not None and config.subspace is not None:
@@ -163,7 +163,7 @@ def block_subspace(trainer: Any, config: SafetyConfig, given: AlignmentSubspace 
 
 
 def _built(trainer: Any, config: SafetyConfig, pair: SubspaceConfig) -> AlignmentSubspace:
-    """Build the subspace for the adapted layers into the output folder, once on every node."""
+    """Build the subspace of the adapted layers into the output folder, once per node."""
     names = [m.name for m in lora_modules(trainer.model)]
     if any(options.every_linear_layer for options in config.methods().values()):
         inner: Any = unwrap(trainer.model)

@@ -1,24 +1,22 @@
-"""`SafeSFTTrainer` and `SafeSFTConfig`, TRL's SFT with a `safety` block, and the trainers of a provider's adapters. With `sft.py` the
-only file that imports trl.
-"""
+"""`SafeSFTTrainer` and `SafeSFTConfig`, TRL's SFT with a `safety` block, and the trainers of a provider's adapters."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from trl_safety.config.block import SafetyConfig
 from trl_safety.errors import ConfigurationError
 from trl_safety.subspace.artifact import AlignmentSubspace
+from trl_safety.training.block_trainer import BlockTrainer, SafeArguments, served
 from trl_safety.training.data import load_rows, splittable
-from trl_safety.training.mixin import SafetyMixin
+from trl_safety.training.documents import ROW, number_documents, number_tokens, with_rows
 from trl_safety.training.provider import ProviderMixin, refuse_push
 from trl_safety.training.references import (
     References,
@@ -27,78 +25,29 @@ from trl_safety.training.references import (
     prompts_only,
     tokenised_answers,
     tokenised_prompts,
-    with_rows,
 )
-from trl_safety.training.start import safety_section
-
-TRAIN_DATASET = 3
-"""Position of `train_dataset` among SFTTrainer's arguments."""
 
 
 @dataclass
-class SafeSFTConfig(SFTConfig):
-    """`trl.SFTConfig` plus one field; with `safety=None` nothing differs from the parent.
+class SafeSFTConfig(SafeArguments, SFTConfig):
+    """`trl.SFTConfig` plus one field, `safety`; see `SafeArguments`. With `safety=None` nothing differs from the parent."""
 
-    Args:
-        safety: the safety block: a `SafetyConfig`, a mapping, the path of a YAML file, or (on a command line) JSON. It is kept
-            as a plain mapping, so that the arguments can be saved and logged.
-
-    Raises:
-        ConfigurationError: an option is unknown, out of bounds or contradictory.
-    """
-
-    _taken = False
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "safety"]  # noqa: RUF012  # TrainingArguments' own protocol
 
-    # HfArgumentParser reads the annotation at run time and accepts a union only in this form.
-    safety: Optional[Union[dict, str]] = field(  # type: ignore[type-arg]  # noqa: UP007, UP045
-        default=None, metadata={"help": "The safety block: a mapping, the path of a YAML file, or JSON."}
-    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.safety is not None:
-            self.safety = SafetyConfig.parse(self.safety).model_dump(mode="json", exclude_unset=True)
+class SafeSFTTrainer(BlockTrainer, SFTTrainer):
+    """`trl.SFTTrainer` that preserves the model's safety.
 
-    @property
-    def train_batch_size(self) -> int:
-        """As the parent's. Every Trainer asks for it when it is made, so that it is the place to refuse one without protection."""
-        if self.safety is not None and not self._taken:
-            raise ConfigurationError("args.safety is set, but the trainer is no SafeSFTTrainer and would ignore it: use SafeSFTTrainer")
-        size: int = super().train_batch_size
-        return size
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, or what a checkpoint keeps of it, is nobody's."""
-        return {name: value for name, value in vars(self).items() if name != "_taken"}
-
-
-@contextmanager
-def _served(args: Any) -> Iterator[None]:
-    """Within it a SafeSFTTrainer works with these arguments; any other trainer that does would ignore their block."""
-    if not isinstance(args, SafeSFTConfig) or args._taken:
-        yield
-        return
-    args._taken = True
-    try:
-        yield
-    finally:
-        args._taken = False
-
-
-class SafeSFTTrainer(SafetyMixin, SFTTrainer):
-    """`trl.SFTTrainer` that keeps the model's safety.
-
-    A drop-in: the same arguments, and without a safety block the same computation bit for bit. With one it differs in: what
-    the methods add to the training loss is part of the logged `loss`, a correction is applied when training ends,
-    `safety/…` metrics are in every log, and `safety_report.json` lies beside every saved adapter.
+    A drop-in replacement: it takes the same arguments, and without a safety block it computes the same, bit for bit. With one, the logged
+    `loss` includes the methods' terms, a correction is applied when training ends, every log has `safety/…` metrics, and
+    `safety_report.json` is saved beside every adapter.
 
     Args:
         *args: as in `SFTTrainer`.
         safety: the safety block: a `SafetyConfig`, a mapping, or the path of a YAML file. Or `args.safety`.
-        reference_dataset: the pool of safe references of a method that reads one, in any format that `train_dataset` takes, or prompts
-            alone; in place of that method's own option.
-        subspace: an `AlignmentSubspace` (or its file or Hub id), in place of the block's `subspace`.
+        reference_dataset: the pool of safe references for a method that reads one, in any format that `train_dataset` takes, or as prompts
+            only; used instead of the method's own option.
+        subspace: an `AlignmentSubspace` (or its file or Hub id), used instead of the block's `subspace`.
         **kwargs: as in `SFTTrainer`.
 
     Raises:
@@ -115,42 +64,31 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         reference_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
-        training_args = kwargs.get("args", args[1] if len(args) > 1 else None)
-        in_args = getattr(training_args, "safety", None)
-        if safety is not None and in_args is not None:
-            raise ConfigurationError("safety is given to SafeSFTTrainer and in args.safety: keep one of them")
-        # Validated before the parent loads a model and tokenises a dataset.
-        block = safety if safety is not None else in_args
-        config = SafetyConfig.parse(block) if block is not None else None
-        if in_args is not None:
-            # A copy: the user's own arguments, given to another trainer, are refused by it.
-            taken: Any = copy.copy(training_args)
-            args, kwargs = (args, {**kwargs, "args": taken}) if "args" in kwargs else ((args[0], taken, *args[2:]), kwargs)
+        config, given = self.with_block(SFTTrainer, args, kwargs, safety)
         references = self._references(config, reference_dataset)
         if references:
-            args, kwargs = _numbered(args, kwargs)
-        with _served(taken if in_args is not None else None):
-            super().__init__(*args, **kwargs)
-        self.start_safety(config, subspace, self._prepared(config, references, kwargs.get("formatting_func")))
+            # Before TRL filters and shuffles the rows.
+            given["train_dataset"] = with_rows(given.get("train_dataset"), "train_dataset")
+        with served(given.get("args")):
+            super().__init__(**given)
+        self.start_safety(config, subspace, self._prepared(config, references, given.get("formatting_func")))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's."""
-        with _served(self.args):
-            return super().train(*args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's."""
-        with _served(self.args):
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's."""
-        with _served(self.args):
-            return super().predict(*args, **kwargs)
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: Any, *rest: Any, **options: Any) -> Any:
+        """The parent's, except that row numbers, which the parent would drop, are packed with their tokens."""
+        cut = args.max_length is None or args.packing_strategy == "wrapped"
+        if not packing or cut or ROW not in dataset.column_names:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **options)
+        tokenised: Any = copy.copy(args)
+        # Packing cuts long rows itself. With Liger's kernels the parent drops every column that it does not know.
+        tokenised.max_length, tokenised.use_liger_kernel = None, False
+        dataset = number_tokens(super()._prepare_dataset(dataset, processing_class, tokenised, False, *rest, **options))
+        options = {"num_proc": args.dataset_num_proc, "desc": "Packing the dataset"}
+        packed = number_documents(pack_dataset(dataset, args.max_length, args.packing_strategy, options), args.max_length)
+        return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 
     @staticmethod
     def _references(config: SafetyConfig | None, given: Dataset | None) -> dict[str, Dataset]:
-        """The pools of the methods that read one, before the parent loads a model."""
+        """The pools of the methods that read one, loaded before the parent loads a model."""
         wanted = pools(config) if config else {}
         if given is not None and not wanted:
             raise ConfigurationError(
@@ -159,7 +97,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
         return {name: _pool(setting, getattr(config, name), given) for name, setting in wanted.items()}
 
     def _prepared(self, config: SafetyConfig | None, references: Mapping[str, Dataset], formatting_func: Any) -> dict[str, References]:
-        """The pools' tokens, of which the answers' alone are supervised, whatever the format of the training data."""
+        """The tokenised pools. Only answers are supervised, whatever the format of the training data."""
         prepared = {}
         for name, setting in (pools(config) if config else {}).items():
             raw = references[name]
@@ -177,7 +115,7 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
                 )
             else:
                 check_format(raw, self.args.dataset_text_field if formatting_func is None else None, setting)
-                # The parent took this from the training data.
+                # The parent derived this from the training data.
                 own = getattr(self, "completion_only_loss")  # noqa: B009  # the parent is unknown to the type check
                 self.completion_only_loss = True
                 try:
@@ -192,17 +130,12 @@ class SafeSFTTrainer(SafetyMixin, SFTTrainer):
             prepared[name] = References(rows, kl)
         return prepared
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's model card with the safety section."""
-        super().create_model_card(*args, **kwargs)
-        safety_section(self, Path(self.args.output_dir) / "README.md")
-
 
 class BufferTrainer(ProviderMixin, SFTTrainer):
     """`trl.SFTTrainer` that trains a BufferLoRA (arXiv 2605.24550): plain SFT on harmful requests and answers, on the aligned model.
 
-    A drop-in with the parent's arguments. It makes the model harmful: every saved folder is marked as what it is, nothing is
-    uploaded, and trl-safety refuses it wherever a user's adapter is meant. Differs from the authors' code in that mark alone.
+    It takes the parent's arguments. The adapter makes the model harmful: every saved folder is marked as a buffer, nothing is
+    uploaded, and trl-safety refuses it wherever a user's adapter is expected. Differs from the authors' code only in that mark.
 
     Raises:
         AdapterError: the adapter trains more than plain LoRA factors.
@@ -212,7 +145,7 @@ class BufferTrainer(ProviderMixin, SFTTrainer):
     kind = "buffer"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # The parent creates the repository as soon as it is made.
+        # The parent creates the Hub repository in its constructor.
         refuse_push(kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
         self.start_provider(None)
@@ -222,8 +155,8 @@ class ReinforceTrainer(ProviderMixin, SFTTrainer):
     """`trl.SFTTrainer` that trains a ReinforceLoRA (arXiv 2605.24550): SFT on harmful requests and refusals, and on benign pairs, beside
     the frozen buffer.
 
-    A drop-in with the parent's arguments. Differs from the authors' code in attaching the buffer within training steps alone,
-    where that merges it into the model: evaluation happens without it.
+    It takes the parent's arguments. Differs from the authors' code, which merges the buffer into the model: here it is attached only
+    during training steps, so evaluation runs without it.
 
     Args:
         *args: as in `SFTTrainer`.
@@ -231,7 +164,7 @@ class ReinforceTrainer(ProviderMixin, SFTTrainer):
         **kwargs: as in `SFTTrainer`.
 
     Raises:
-        AdapterError: the adapter trains more than plain LoRA factors, or the buffer is missing or another model's.
+        AdapterError: the adapter trains more than plain LoRA factors, or the buffer is missing or belongs to another model.
         ConfigurationError: `torch_compile` is on.
     """
 
@@ -252,10 +185,3 @@ def _pool(setting: str, options: Any, given: Dataset | None) -> Dataset:
     if isinstance(source, dict):
         raise ConfigurationError(f"{setting} = {source!r}: only Axolotl takes an entry like its datasets; give a file or a Hub id")
     return with_rows(load_rows(source, setting) if isinstance(source, str) else source, "reference_dataset")
-
-
-def _numbered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The trainer's arguments with the training rows numbered before TRL filters and shuffles them."""
-    if len(args) > TRAIN_DATASET:
-        return (*args[:TRAIN_DATASET], with_rows(args[TRAIN_DATASET], "train_dataset"), *args[TRAIN_DATASET + 1 :]), kwargs
-    return args, {**kwargs, "train_dataset": with_rows(kwargs.get("train_dataset"), "train_dataset")}

@@ -9,9 +9,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trl_safety.adapters.documents import Documents, Stretches
+from trl_safety.adapters.engine import is_deepspeed
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS
 from trl_safety.adapters.lora import DIVERGED, adapter_name, unwrap
@@ -33,10 +34,14 @@ from trl_safety.methods import dual_select
 from trl_safety.reports.selection import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
 from trl_safety.reports.source import adapter_folder
 from trl_safety.training.compat import trainer_divides_loss
-from trl_safety.training.dual_select.losses import Batch, Forward, sample_losses
+from trl_safety.training.documents import LENGTHS, ROW, number_rows, take_documents, texts, used_columns
+from trl_safety.training.dual_select.isolation import refuse_mixed_documents
+from trl_safety.training.dual_select.losses import Batch, Forward, sample_losses, watched
 from trl_safety.training.dual_select.pool import ReferencePool
+from trl_safety.training.engines import through_deepspeed
+from trl_safety.training.facts import rows_of
 from trl_safety.training.method import Context, Inner, TrainingMethod
-from trl_safety.training.references import ROW, References, number_rows
+from trl_safety.training.references import References
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +74,10 @@ class DualSelect(TrainingMethod):
         self._modules = list(context.prepared.modules)
         self._rows = references[ROW]
         self._flat = FlatFactors(self._modules)
-        rows = trainer._remove_unused_columns(references.remove_columns(ROW), description="reference")
+        rows = used_columns(trainer, references.remove_columns(ROW))
         self._pool = ReferencePool(trainer, self._flat, rows, [len(ids) for ids in references["input_ids"]], kl=pool.kl)
-        self._checked = False
+        self._packed = rows_of(trainer).value == "packed"
+        self._checked = self._kept_apart = False
         self._count = config.references or math.ceil((config.reference_share or 0) * len(references))
         if self._count > len(self._pool):
             raise ConfigurationError(
@@ -125,15 +131,7 @@ class DualSelect(TrainingMethod):
         state = self._trainer.state
         self.first_step = state.global_step
         self._reset()
-        rows = len(self._trainer.train_dataset)
-        if (
-            self.config.keep is not None
-            and rows < (batch := self._trainer.args.per_device_train_batch_size)
-            and self._kept_of(rows) >= rows
-        ):
-            raise ConfigurationError(
-                f"dual_select.keep = {self.config.keep} of a batch of {batch}: the training data has {rows} rows, of which all would be kept; use a smaller keep"
-            )
+        self._refuse_keeping_all()
         found = checkpoint is not None and (checkpoint / STATE).is_file() and self._load(checkpoint)
         if not found and state.global_step and state.is_world_process_zero:
             logger.warning(
@@ -147,9 +145,40 @@ class DualSelect(TrainingMethod):
         if state.is_world_process_zero:
             self.log.start(state.global_step if found else 0)
 
+    def _refuse_keeping_all(self) -> None:
+        """Refuse a `keep` that no batch of this training data exceeds, so that nothing would be dropped."""
+        keep, data, batch = self.config.keep, self._trainer.train_dataset, self._trainer.args.per_device_train_batch_size
+        if keep is None:
+            return
+        if LENGTHS in data.column_names:
+            counts = sorted((len(lengths) for lengths in data[LENGTHS]), reverse=True)
+            documents, most, found = (
+                sum(counts),
+                sum(counts[:batch]),
+                f"no batch of {batch} packed rows holds more than {sum(counts[:batch])} documents",
+            )
+        else:
+            documents = len(data)
+            most, found = documents if self._packed else min(documents, batch), f"the training data has {documents} rows"
+        if self._kept_of(most) >= most:
+            raise ConfigurationError(
+                f"dual_select.keep = {keep} of a batch of {batch}: {found}, of which all would be kept; use a smaller keep"
+            )
+        if self._packed:
+            loader = self._trainer.callback_handler.train_dataloader
+            mean = documents / max(1, len(loader) * self._trainer.accelerator.num_processes)
+            say = logger.warning if mean <= keep else logger.info
+            say(
+                "dual_select.keep = %s: a batch of packed rows holds %.1f documents on average; keep_tokens keeps a share of every batch",
+                keep,
+                mean,
+            )
+
     def _kept_of(self, samples: int) -> int:
-        """How many of a batch's samples are kept; the last batch of an epoch may be smaller."""
+        """How many of a batch's samples are kept. Of a batch that is not full the same share; of packed rows, which hold any number, `keep`."""
         assert self.config.keep is not None  # noqa: S101  # where keep_tokens is given nobody asks
+        if self._packed:
+            return min(self.config.keep, samples)
         batch: int = self._trainer.args.per_device_train_batch_size
         return math.ceil(self.config.keep * samples / batch)
 
@@ -168,16 +197,28 @@ class DualSelect(TrainingMethod):
             raise ConfigurationError(
                 "return_outputs = True while training: dual_select needs the loss alone; the trainer is one that it does not know"
             )
-        loss = self.select(model, inputs, lambda model, inputs: inner(model, inputs, False, None))
+        deepspeed = is_deepspeed()
+        # The engine must not take this for the step's forward pass.
+        chosen = unwrap(self._trainer.model) if deepspeed else model
+        loss = self.select(chosen, inputs, lambda model, inputs: inner(model, inputs, False, None))
         self.mark()
+        if deepspeed:
+            loss = through_deepspeed(model, partial(self._flat.with_gradient, loss, self._given()))
         divides = trainer_divides_loss(self._trainer, items)
         return loss if divides else loss / self._trainer.current_gradient_accumulation_steps
 
     def after_backward(self, returned: Any, items: Any) -> None:
-        """After an optimizer step's last batch, put the update's gradient on the factors."""
+        """After an optimizer step's last batch, put the update's gradient on the factors, unless DeepSpeed has taken it from the loss."""
         if self._trainer.accelerator.sync_gradients:
-            self.finish_step()
+            if not is_deepspeed():
+                self._flat.add_to_gradients(self.finish_step())
             self.mark(f"{self.name}'s gradient")
+
+    def _given(self) -> Tensor:
+        """(P,) the gradient of one batch's loss, of which the accumulated ones' mean is the update's: all of it comes with the last batch."""
+        trainer = self._trainer
+        last = trainer.accelerator.sync_gradients
+        return self.finish_step() * trainer.current_gradient_accumulation_steps if last else self._flat.zeros()
 
     def before_save(self) -> None:
         """What is saved next carries a report, which counts the samples of all processes."""
@@ -195,35 +236,35 @@ class DualSelect(TrainingMethod):
             The chosen samples' mean loss, for the log, which backpropagates to nothing.
         """
         trainer = self._trainer
-        rows = inputs.pop(ROW, None)
-        if rows is None:
-            raise ConfigurationError(
-                f"the batches lack {ROW!r}: the trainer's data collator or data loader was replaced after the trainer was made; set it before"
-            )
+        rows, parts, documents = take_documents(inputs)
         if self._due():
             self._refresh()
-        count = rows.shape[0]
-        collected = Collect(self._flat, count)
+        collected = Collect(self._flat, documents.count)
         labels = inputs["labels"]
-        with per_sample_gradients(self._flat, count, collected), self._outputs() as forward:
+        with per_sample_gradients(self._flat, documents, collected), watched(unwrap(trainer.model)) as forward:
             with trainer.accelerator.no_sync(model):
                 total = parent_loss(model, inputs)
-            batch = sample_losses(forward, labels, dft=getattr(trainer.args, "loss_type", None) == "dft", grad=False)
+            batch = sample_losses(forward, labels, documents, dft=getattr(trainer.args, "loss_type", None) == "dft", grad=False)
             with torch.autocast(total.device.type, enabled=False):
                 total.backward()
         share = batch.tokens.sum().clamp(min=1) / batch.tokens.clamp(min=1)
+        self._pool.fused = forward.fused
         if not self._checked:
             self._compare(total.detach(), batch)
+        self._refuse_mixed(forward, documents)
         gradients = collected.matrix
         share = share.to(gradients)
-        weights = self._choose(rows, batch, gradients, share)
+        weights = self._choose(torch.stack([rows, parts]), batch, gradients, share)
         self._step += dual_select.mean(weights, gradients, share / trainer.current_gradient_accumulation_steps)
         kept = (weights * batch.losses).sum() / weights.sum()
         return kept.float() + torch.zeros((), device=kept.device, requires_grad=True)
 
-    def _choose(self, rows: Tensor, batch: Batch, gradients: Tensor, share: Tensor) -> Tensor:
-        """(n,) weights of the batch's samples, float64; samples without a supervised token have none."""
-        config, count = self.config, rows.shape[0]
+    def _choose(self, places: Tensor, batch: Batch, gradients: Tensor, share: Tensor) -> Tensor:
+        """(n,) weights of the batch's samples, float64; samples without a supervised token have none.
+
+        `places` (2, n) are the samples' rows of the data set, and their parts of these.
+        """
+        config, count = self.config, places.shape[1]
         valid = batch.tokens > 0
         if self._warm:
             # As in the authors' code: the mean over samples, not over tokens. An all-masked batch must not divide by zero.
@@ -241,21 +282,21 @@ class DualSelect(TrainingMethod):
         mask = mask & torch.where(valid.any(), valid, True)
         weights = dual_select.soft_weights(-ranked, config.task_temperature) if config.selection == "soft" else torch.ones_like(scores)
         weights = weights * mask
-        self._note(torch.stack([rows.to(scores), weights, scores, batch.losses.double(), cosines]))
+        self._note(torch.stack([places[0].to(scores), weights, scores, batch.losses.double(), cosines, places[1].to(scores)]))
         return weights
 
-    def finish_step(self) -> None:
-        """After an optimizer step's last batch: make the update's gradient the same everywhere and put it on the factors."""
+    def finish_step(self) -> Tensor:
+        """(P,) after an optimizer step's last batch: the update's gradient, the same on every process."""
         accelerator = self._trainer.accelerator
         step = accelerator.reduce(self._step, reduction="mean") if accelerator.num_processes > 1 else self._step
         self._task += step
         if not self._warm and self.config.rho:
             reference = self._fresh() if self.config.reference_gradient == "fresh" else self._reference
             step = step + self.config.rho * reference
-        self._flat.add_to_gradients(step)
         self._step = self._flat.zeros()
         if len(self._pending) >= FLUSH_EVERY:
             self.drain()
+        return step
 
     def metrics(self) -> dict[str, float]:
         """Since the last log: share kept, mean cosine, share of samples in conflict with the references; the references' loss."""
@@ -320,29 +361,6 @@ class DualSelect(TrainingMethod):
 
     # What is written.
 
-    @contextmanager
-    def _outputs(self) -> Iterator[Forward]:
-        """What the model computes in the trainer's forward, whatever the trainer makes of it."""
-        model: Any = unwrap(self._trainer.model)
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        seen = Forward(causal)
-
-        def output(module: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-            self._pool.fused = bool(kwargs.get("fused_lm_head"))
-            seen.output = result
-
-        def hidden(module: Any, args: Any, result: Any) -> None:
-            seen.hidden = getattr(result, "last_hidden_state", None)
-
-        handles = [model.register_forward_hook(output, with_kwargs=True)]
-        if causal.base_model is not causal:
-            handles.append(causal.base_model.register_forward_hook(hidden))
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def _compare(self, total: Tensor, batch: Batch) -> None:
         """Once a run: the trainer's loss must be the token mean of the samples' losses, else their gradients are not theirs."""
         ours = (batch.losses * batch.tokens).sum() / batch.tokens.sum().clamp(min=1)
@@ -352,6 +370,12 @@ class DualSelect(TrainingMethod):
                 "compute_loss_func, a router's auxiliary loss), which dual_select cannot divide among samples; remove it"
             )
         self._checked = True
+
+    def _refuse_mixed(self, forward: Forward, documents: Documents) -> None:
+        """Once a run: documents that share a row must not see each other, else none has a gradient of its own."""
+        if not self._kept_apart and isinstance(documents, Stretches) and forward.call is not None:
+            with self._trainer.accelerator.autocast():
+                self._kept_apart = refuse_mixed_documents(forward.decoder, forward.call, documents)
 
     def _note(self, columns: Tensor) -> None:
         weights, cosines = columns[1], columns[4]
@@ -368,11 +392,11 @@ class DualSelect(TrainingMethod):
             entries = gather_object(entries)
         for step, columns in sorted(entries, key=lambda entry: entry[0]):
             order = sorted(range(len(columns[0])), key=lambda i: (columns[1][i] == 0, columns[2][i]))
-            rows, *values = [[column[i] for i in order] for column in columns]
+            rows, *values, parts = [[column[i] for i in order] for column in columns]
             self.kept += sum(weight > 0 for weight in values[0])
             self.seen += len(rows)
             if self._trainer.state.is_world_process_zero:
-                self.log.add(_choice(step, "task", [int(row) for row in rows], values))
+                self.log.add(_choice(step, "task", [int(row) for row in rows], values, [int(part) for part in parts]))
         if self._trainer.state.is_world_process_zero:
             self.log.flush()
 
@@ -464,11 +488,9 @@ class DualSelect(TrainingMethod):
         self.drain(together=ended)
         if not self._trainer.state.is_world_process_zero or not self.log.path.is_file():
             return
-        rows = [entry.row for entry in most_dropped(read_choices(self.log.path)) if entry.dropped][:MOST_TEXTS]
-        data, tokenizer = self._trainer.train_dataset, self._trainer.processing_class
-        places = {row: place for place, row in enumerate(data[ROW])}
-        texts = {row: tokenizer.decode(data[places[row]]["input_ids"]) for row in rows if row in places}
-        write_texts(self.log.path.parent, texts)
+        dropped = [entry for entry in most_dropped(read_choices(self.log.path)) if entry.dropped][:MOST_TEXTS]
+        wanted = {(entry.row, entry.part) for entry in dropped}
+        write_texts(self.log.path.parent, texts(self._trainer.train_dataset, wanted, self._trainer.processing_class))
 
     @property
     def delay(self) -> int:
@@ -494,6 +516,7 @@ class DualSelect(TrainingMethod):
         )
 
 
-def _choice(step: int, kind: Any, rows: list[int], columns: Sequence[list[float]]) -> Choice:
+def _choice(step: int, kind: Any, rows: list[int], columns: Sequence[list[float]], parts: list[int] | None = None) -> Choice:
     weights, scores, losses, cosines = columns
-    return Choice(step=step, kind=kind, indices=rows, weights=weights, scores=scores, losses=losses, cosines=cosines)
+    parts = parts if parts and any(parts) else None
+    return Choice(step=step, kind=kind, indices=rows, parts=parts, weights=weights, scores=scores, losses=losses, cosines=cosines)

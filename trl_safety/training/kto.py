@@ -1,0 +1,53 @@
+"""`SafeKTOTrainer` and `SafeKTOConfig`: TRL's KTO with a `safety` block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl import KTOConfig, KTOTrainer
+
+from trl_safety.config.block import SafetyConfig
+from trl_safety.subspace.artifact import AlignmentSubspace
+from trl_safety.training.block_trainer import BlockTrainer, SafeArguments, served
+
+
+@dataclass
+class SafeKTOConfig(SafeArguments, KTOConfig):
+    """`trl.KTOConfig` plus one field, `safety`; see `SafeArguments`. With `safety=None` nothing differs from the parent."""
+
+    _VALID_DICT_FIELDS = [*KTOConfig._VALID_DICT_FIELDS, "safety"]  # noqa: RUF012  # TrainingArguments' own protocol
+
+
+class SafeKTOTrainer(BlockTrainer, KTOTrainer):
+    """`trl.KTOTrainer` that preserves the model's safety: a drop-in replacement, like `SafeSFTTrainer` for SFT.
+
+    The reference's log-probabilities, and those of the KL term, come from the same frozen weights as the policy's: TRL computes all of
+    them in one training step, the reference's with the adapter off, so that a buffer is in all or in none. A block with a buffer
+    therefore refuses `ref_model` and `precompute_ref_log_probs`, which would not include it.
+
+    Args:
+        *args: as in `KTOTrainer`.
+        safety: the safety block: a `SafetyConfig`, a mapping, or the path of a YAML file. Or `args.safety`.
+        subspace: an `AlignmentSubspace` (or its file or Hub id), used instead of the block's `subspace`.
+        **kwargs: as in `KTOTrainer`.
+
+    Raises:
+        ConfigurationError: an option is unknown, out of bounds or contradictory, a method cannot act in KTO, or the block is given twice.
+        AdapterError: the model has no LoRA adapter, one of an unsupported kind, or is not the aligned model.
+        SubspaceError: an adapted layer is not in the alignment subspace.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        safety: SafetyConfig | Mapping[str, Any] | str | Path | None = None,
+        subspace: AlignmentSubspace | str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        config, given = self.with_block(KTOTrainer, args, kwargs, safety)
+        with served(given.get("args")):
+            super().__init__(**given)
+        self.start_safety(config, subspace)
