@@ -133,7 +133,7 @@ NOTHING: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], dict[str, An
     # A correction's mark holds the alpha of the layer that it stands at.
     "scaling": (lambda _: None, {"lora_alpha": 0, "alpha_pattern": {}}),
     "pattern": (lambda _: None, {"alpha_pattern": {".*": 0}}),
-    "alpha too small": (lambda _: None, {"lora_alpha": 1e-30}),
+    "alpha too small": (lambda _: None, {"alpha_pattern": {".*": 1e-30}}),
     "underflow": (lambda tensors: {name: tensor * 1e-42 for name, tensor in tensors.items()}, {}),
     "cancels": (cancels, {}),
     "disjoint": (disjoint, {}),
