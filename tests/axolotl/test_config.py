@@ -70,6 +70,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "alignment_buffer": {"how": "weights"},
     "buffer_reinforce": {"buffer": "buffer"},
     "sbr": {"prompts": "prompts.jsonl"},
+    "signed_vector": {"train": -1.0},
 }
 
 

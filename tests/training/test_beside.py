@@ -37,6 +37,7 @@ def options(method: str, world: Path) -> dict[str, Any]:
         "dual_select": {"references": 4, "warmup_steps": 1},
         "sbr": {"prompts": ["w41", "w42 w43"], "number": 2, "ask_first": False},
         "safe_lora": {"threshold": 1.0},
+        "signed_vector": {"train": -1.0, "serve": 0.5},
         "buffer_reinforce": {"buffer": str(world / "buffer")},
     }
     return given.get(method, {})
