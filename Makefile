@@ -21,6 +21,8 @@ PAIRS ?= 8
 SEEDS ?= 2
 WORKERS ?= 2
 OUTPUT ?= lab_results
+# What to look at first where the tests take too long.
+SLOWEST := --durations=40 --durations-min=2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -78,11 +80,11 @@ wheel:
 
 # The lab trains on all cores: beside another worker its threads would wait for each other.
 test-newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab and not slow"
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab and not slow" $(SLOWEST)
 	$(NEWEST)/bin/python -m pytest -m lab
 
 # The lab's training, the benchmarks and the documentation do not depend on the stack; the lab's wiring is tested on both.
-ON_AXOLOTL := -m pytest -n $(WORKERS) --dist loadfile -m "not lab and not slow" --ignore tests/test_benchmarks.py --ignore tests/test_documentation.py
+ON_AXOLOTL := -m pytest $(SLOWEST) -n $(WORKERS) --dist loadfile -m "not lab and not slow" --ignore tests/test_benchmarks.py --ignore tests/test_documentation.py
 
 test-axolotl: $(AXOLOTL)/.installed
 	$(AXOLOTL)/bin/python $(ON_AXOLOTL)

@@ -51,6 +51,8 @@ _HOMES = {
     "SafetyMixin": "trl_safety.training.mixin",
     "SafetyReport": "trl_safety.reports.report",
     "SbrConfig": "trl_safety.config.sbr",
+    "ServedVectorConfig": "trl_safety.config.signed_vector",
+    "SignedVectorConfig": "trl_safety.config.signed_vector",
     "SubspaceConfig": "trl_safety.config.subspace",
     "SubspaceError": "trl_safety.errors",
     "TrainingMethod": "trl_safety.training.method",
@@ -87,6 +89,8 @@ if TYPE_CHECKING:
     from trl_safety.config.safe_lora import SafeLoRAConfig as SafeLoRAConfig
     from trl_safety.config.safe_lora import SafeLoraConfig as SafeLoraConfig
     from trl_safety.config.sbr import SbrConfig as SbrConfig
+    from trl_safety.config.signed_vector import ServedVectorConfig as ServedVectorConfig
+    from trl_safety.config.signed_vector import SignedVectorConfig as SignedVectorConfig
     from trl_safety.config.subspace import SubspaceConfig as SubspaceConfig
     from trl_safety.corrections.alignment_vector import AlignmentVectorCallback as AlignmentVectorCallback
     from trl_safety.corrections.alignment_vector import apply_alignment_vector as apply_alignment_vector

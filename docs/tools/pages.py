@@ -149,7 +149,7 @@ def requirements(name: str) -> str:
 
 
 def _requirement(found: Requirement) -> str:
-    text = f"**{_upper(FACTS[found.fact])}**: {found.meaning}{f' ({found.when_text})' if found.when_text else ''}. "
+    text = f"**{_upper(FACTS[found.fact].split(':')[0])}**: {found.meaning}{f' ({found.when_text})' if found.when_text else ''}. "
     text += f"{_upper(found.reason.replace(' of {value}', ''))}. "
     if found.switch_off == "always":
         return text + "It is switched off and reported."
@@ -157,7 +157,9 @@ def _requirement(found: Requirement) -> str:
         remedy if host == "any" and len(found.remedy) == 1 else f"{'elsewhere' if host == 'any' else HOSTS[host]}, {remedy}"
         for host, remedy in found.remedy.items()
     )
-    return text + (f"If you set it: {todo}. If a default did, it is switched off." if found.switch_off == "unless_spelt_out" else f"{_upper(todo)}.")
+    return text + (
+        f"If you set it: {todo}. If a default did, it is switched off." if found.switch_off == "unless_spelt_out" else f"{_upper(todo)}."
+    )
 
 
 def _upper(text: str) -> str:
@@ -195,7 +197,7 @@ def facts(_: str = "") -> str:
         for place, text in enumerate(cells):
             if text.startswith("works ("):
                 cells[place] = f"works [{tests.setdefault(text.removeprefix('works '), len(tests) + 1)}]"
-        lines.append(f"| {FACTS[fact]}: {meaning} | {' | '.join(cells)} |")
+        lines.append(f"| {FACTS[fact].split(':')[0]}: {meaning} | {' | '.join(cells)} |")
     shown = [f"[{number}] shown by {test.strip('()')}" for test, number in tests.items()]
     return "\n".join([*lines, "", "; ".join(shown) + "."])
 
@@ -324,24 +326,15 @@ def cli(_: str = "") -> str:
 def _command(name: str, command: Any) -> str:
     arguments = [found for found in command.params if found.param_type_name == "argument"]
     chosen = [found for found in command.params if found.param_type_name == "option" and not found.hidden]
-    usage = " ".join(["trl-safety", name, *(found.make_metavar_plain() for found in map(_Argument, arguments)), *["[OPTIONS]"] * bool(chosen)])
+    names = [(found.metavar or found.name).upper() for found in arguments]
+    usage = " ".join(["trl-safety", name, *names, *(["[OPTIONS]"] if chosen else [])])
     lines = [f"## {name}", "", " ".join((command.help or "").split("\f")[0].split()), "", f"Usage: `{usage}`"]
-    if arguments or chosen:
-        lines += ["", "| | default | |", "|---|---|---|"]
-        lines += [f"| `{(found.metavar or found.name).upper()}` | {_default(found)} | {one_line(found.help)} |" for found in arguments]
-        lines += [f"| {', '.join(f'`{part}`' for part in found.opts + found.secondary_opts)} | {_default(found)} | {one_line(found.help)} |" for found in chosen]
-    else:
-        lines += ["", "It takes the arguments of `trl sft`."]
-    return "\n".join(lines)
-
-
-class _Argument:
-    def __init__(self, found: Any) -> None:
-        self.found = found
-
-    def make_metavar_plain(self) -> str:
-        name = (self.found.metavar or self.found.name).upper()
-        return name if self.found.required else f"[{name}]"
+    if not arguments and not chosen:
+        return "\n".join([*lines, "", "See its help for the options that it hands on."] if command.ignore_unknown_options else lines)
+    rows = [(f"`{shown}`", found) for shown, found in zip(names, arguments, strict=True)]
+    rows += [(", ".join(f"`{part}`" for part in found.opts + found.secondary_opts), found) for found in chosen]
+    lines += ["", "| | default | |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {shown} | {_default(found)} | {one_line(found.help)} |" for shown, found in rows])
 
 
 def _default(found: Any) -> str:

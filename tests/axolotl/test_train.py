@@ -195,6 +195,23 @@ def test_dual_select_in_axolotls_trainer(world: Path, config: dict[str, Any], ax
     assert tiny.largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "out")) > 1e-3
 
 
+def test_dual_select_on_packed_rows(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    """Every document of a batch is scored by the loss that it has alone, and is named by its row of the data set."""
+    config |= {"sample_packing": True, "micro_batch_size": 2, "sequence_len": 16, "gradient_accumulation_steps": 1, "max_steps": 2}
+    config["shuffle_merged_datasets"] = False
+    options = dual({**config, "attn_implementation": "sdpa", "learning_rate": 1e-9}, world, keep=2)
+    axolotl("train", options)
+    (choice,) = [line for line in read_choices(tmp_path / "out" / SELECTION) if line.kind == "task"]
+    assert len(choice.indices) > 2
+    assert sum(choice.weights) == 2
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "aligned"), world / "start")
+    texts = [json.loads(line)["text"] for line in (world / "text.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(world / "aligned")
+    for row, loss in zip(choice.indices, choice.losses, strict=True):
+        ids = torch.tensor([[*tokenizer(texts[row])["input_ids"], tokenizer.eos_token_id]])
+        assert loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+
+
 def test_dual_select_with_qlora_and_prompts_alone(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}]}) for i in range(12)))
@@ -323,3 +340,18 @@ def test_sbr_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: A
     assert saved[500.0].acted
     assert saved[500.0].steps == (1, 12)
     assert distances[500.0] < 0.5 * distances[1e-9]
+
+
+def test_damaged_files_of_the_block_end_the_run_with_our_own_error(
+    world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path
+) -> None:
+    """As every other reader of such files does: tests/test_error_paths.py."""
+    (tmp_path / "S.safetensors").write_bytes((world / "S.safetensors").read_bytes()[:-9])
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "w3", "completion": "w4"}\n{"prompt"')
+    options = protect(config, world, asft={})
+    options["safety"]["subspace"] = str(tmp_path / "S.safetensors")
+    assert "trl_safety.errors.SubspaceError: subspace = " in axolotl("train", options, code=1)
+    pool = {"reference_dataset": str(tmp_path / "pool.jsonl"), "keep": 2, "references": 3, "warmup_steps": 1, "refresh_steps": 2}
+    options = protect(config, world, dual_select=pool)
+    del options["safety"]["subspace"]
+    assert "pool.jsonl', line 2: is not an object" in axolotl("train", options, code=1)

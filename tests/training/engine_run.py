@@ -28,6 +28,7 @@ def run(output: str, batch: int, block: dict[str, Any], subspace: str | None, mo
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=8 // (2 * batch),
         **tiny.WELL_CONDITIONED,
+        **preference.SPREADS.get(kind, {}),
         max_steps=4,
         eval_strategy="steps",
         eval_steps=2,

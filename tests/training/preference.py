@@ -17,6 +17,10 @@ KINDS = ("dpo", "kto", "grpo")
 SGD = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 """So that the size of a gradient matters."""
 
+SPREADS: dict[str, dict[str, Any]] = {"kto": {"loss_type": "apo_zero_unpaired"}, "grpo": {"generation_kwargs": {"do_sample": False}}}
+"""With which a run does not depend on how its batch is spread: KTO's own loss has an estimate over the batch, and every process draws its
+completions by random numbers of its own."""
+
 
 def rows(kind: str, count: int = 32, seed: int = 0) -> Dataset:
     """Prompts of one length, with what the kind is trained on."""

@@ -130,6 +130,42 @@ def test_a_selection_that_diverged(tmp_path: Path) -> None:
     assert {row.seen for row in read_selection(tmp_path)} == {1}
 
 
+def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    options: dict[str, Any] = {
+        "safety": BLOCKS["asft"],
+        "subspace": gqa_subspace,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 3,
+    }
+
+    def resume(checkpoint: Any) -> None:
+        tiny.trainer(tmp_path / "out", **options).train(resume_from_checkpoint=checkpoint)
+
+    with pytest.raises(ConfigurationError, match="holds no checkpoint; leave it out"):
+        resume(True)
+    with pytest.raises(ConfigurationError, match="no such folder"):
+        resume(str(tmp_path / "out" / "checkpoint-9"))
+    tiny.trainer(tmp_path / "out", **options).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    for name, content, message in (
+        ("trainer_state.json", b"{", r"its trainer_state.json cannot be read \(Expecting"),
+        ("trainer_state.json", b"[]", "its trainer_state.json cannot be read"),
+        ("trainer_state.json", b'{"no_such_key": 1}', "its trainer_state.json cannot be read"),
+        (WEIGHTS, b"x", "truncated or no safetensors file"),
+        ("adapter_config.json", b"[]", "only LoRA adapters"),
+    ):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content)
+        with pytest.raises((ConfigurationError, AdapterError), match=f"resume_from_checkpoint = .*{message}"):
+            resume(str(checkpoint))
+        (checkpoint / name).write_bytes(whole)
+    tensors = load_file(checkpoint / WEIGHTS)
+    save_file({**tensors, next(iter(tensors)): next(iter(tensors.values())) / 0}, checkpoint / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="holds NaN or infinity"):
+        resume(str(checkpoint))
+
+
 def test_damaged_states_of_a_checkpoint(tmp_path: Path) -> None:
     options: dict[str, Any] = {"safety": BLOCKS["dual_select"], "reference_dataset": POOL, "save_strategy": "steps", "save_steps": 3}
     tiny.trainer(tmp_path / "out", max_steps=3, **options).train()

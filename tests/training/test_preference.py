@@ -22,8 +22,6 @@ ASFT = {"asft": {"weight": 2.0}}
 PAIR = {"base": str(tiny.DATA / "gqa-base"), "aligned": str(tiny.DATA / "gqa-aligned")}
 BUFFER = {"alignment_buffer": PAIR}
 SBR = {"sbr": {"prompts": ["w41", "w42 w43 w44"], "number": 2, "ask_first": False, "weight": 200.0}}
-NO_KL = {"kto": {"loss_type": "apo_zero_unpaired"}}
-"""KTO's own loss has an estimate over the batch that is another one in a smaller batch."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def test_accumulation_changes_nothing(kind: str, tmp_path: Path, gqa_subspace: A
             gradient_accumulation_steps=steps,
             per_device_train_batch_size=8 // steps,
             **{**SGD, "learning_rate": 0.05},
-            **NO_KL.get(kind, {}),
+            **preference.SPREADS.get(kind, {}),
         )
         for steps in (1, 4)
     ]

@@ -244,7 +244,7 @@ def test_a_method_with_nothing_behind_it_is_an_error(tmp_path: Path) -> None:
 
 def test_the_arguments_in_a_plain_trainer_are_an_error(tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path, safety={"subspace": "S.safetensors", "asft": {}})
-    with pytest.raises(ConfigurationError, match="no SafeSFTTrainer"):
+    with pytest.raises(ConfigurationError, match="not a SafeSFTTrainer"):
         tiny.trainer(tmp_path, cls=SFTTrainer, args=args).train()
 
 
@@ -573,7 +573,7 @@ class TestArguments:
         model = PeftModel.from_pretrained(tiny.model(), str(DATA / "gqa-adapter"), is_trainable=True)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-        with pytest.raises(ConfigurationError, match=r"args\.safety is set, but the trainer is no SafeSFTTrainer"):
+        with pytest.raises(ConfigurationError, match=r"args\.safety is set, but the trainer is not a SafeSFTTrainer"):
             SFTTrainer(
                 model, args=tiny.arguments(tmp_path, safety=ASFT), train_dataset=tiny.rows(8), processing_class=tiny.tokenizer(),
                 optimizers=(optimizer, scheduler),

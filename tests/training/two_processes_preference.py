@@ -17,15 +17,9 @@ for kind in preference.KINDS:
         "asft": {"weight": 2.0},
         "sbr": {"prompts": ["w41", "w42 w43 w44", "w46 w47"], "number": 3, "ask_first": False},
     }
-    options: dict[str, Any] = {**preference.SGD, "learning_rate": 0.05}
-    if kind == "grpo":
-        # Every process draws its completions by random numbers of its own.
-        options["generation_kwargs"] = {"do_sample": False}
-    else:
+    if kind != "grpo":
         block["alignment_buffer"] = {"base": str(tiny.DATA / "gqa-base"), "aligned": str(tiny.DATA / "gqa-aligned")}
-    if kind == "kto":
-        # KTO's own loss has an estimate over the batch that is another one in a smaller batch.
-        options["loss_type"] = "apo_zero_unpaired"
+    options: dict[str, Any] = {**preference.SGD, "learning_rate": 0.05, **preference.SPREADS.get(kind, {})}
     trainer = preference.trainer(
         kind, Path(output) / kind, safety=block, per_device_train_batch_size=int(batch), ddp_backend="gloo", **options
     )

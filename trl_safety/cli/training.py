@@ -69,14 +69,14 @@ def lab(
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tuning runs per method and pair.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the first pair and of the first fine-tuning.")] = 0,
     innocent_base: Annotated[bool, typer.Option("--innocent-base", help="Use base models that have never seen a forbidden topic.")] = False,
-    both_bases: Annotated[bool, typer.Option("--both-bases", help="Pairs of both kinds of base.")] = False,
+    both_bases: Annotated[bool, typer.Option("--both-bases", help="Use pairs of both kinds of base.")] = False,
     methods: Annotated[list[str] | None, typer.Option("--methods", help="Only these rows; may be repeated.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Every method at one strength, without the controls that are trained.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
 ) -> None:
     """Make tiny aligned models, fine-tune them on poisoned data with every method, and show what each kept and cost.
 
-    Finished rows are kept in the folder: a run that was stopped goes on, and the same command with more pairs adds to it.
+    Finished rows are kept in the folder: an interrupted run continues, and the same command with more pairs adds to it.
     """
     with errors():
         from trl_safety.errors import ConfigurationError

@@ -15,6 +15,7 @@ from trl_safety.config.dual_select import DualSelectConfig
 from trl_safety.config.evaluation import SafetyEvalConfig
 from trl_safety.config.options import validate
 from trl_safety.config.safe_lora import SafeLoraConfig
+from trl_safety.config.signed_vector import ServedVectorConfig, SignedVectorConfig
 from trl_safety.config.subspace import SubspaceConfig
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "SafeLoraConfig",
     "SafetyConfig",
     "SafetyEvalConfig",
+    "ServedVectorConfig",
+    "SignedVectorConfig",
     "SubspaceConfig",
     "validate",
 ]

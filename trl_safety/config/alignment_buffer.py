@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from trl_safety.config.method import MethodOptions, Stage
+from trl_safety.config.options import Options
 from trl_safety.config.requirements import (
     BESIDE_A_BUFFER,
     BUFFERS,
@@ -25,18 +26,12 @@ from trl_safety.config.requirements import (
 _LOW_RANK: dict[str, Any] = {"when": lambda options: options.how == "low_rank", "when_text": "with how: low_rank"}
 
 
-class AlignmentBufferConfig(MethodOptions):
-    """A data-free buffer: train the adapter on W_aligned − γ·V, then use it on W_aligned. γ = 1 trains on the unaligned base itself."""
+class BufferOptions(MethodOptions):
+    """Base of the options of the methods that train the adapter on W_aligned − γ·V."""
 
-    hook: ClassVar[str] = "trl_safety.training.alignment_buffer:AlignmentBuffer"
-    source: ClassVar[str] = "alignment buffer (trained on W_aligned − γ·V)"
-    stage: ClassVar[Stage] = "weights"
     excludes: ClassVar[tuple[str, str] | None] = BUFFERS
-    needs: ClassVar[str] = "the pair of checkpoints, or an alignment subspace with a rank"
     shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
-    costs: ClassVar[str] = "nothing in a step; the frozen weights are exchanged around every evaluation"
-    whole_model: ClassVar[str | None] = "acts on the whole model"
-    changes_weights: ClassVar[bool] = True
+    whole_model: ClassVar[str | None] = "acts on the whole model with how: weights"
     requirements: ClassVar[tuple[Requirement, ...]] = (
         revised(HOOKS_BESIDE_FUSED_KERNELS, **_LOW_RANK),
         revised(HOOKS_BESIDE_COMPILATION, **_LOW_RANK),
@@ -63,8 +58,6 @@ class AlignmentBufferConfig(MethodOptions):
         ),
     )
 
-    gamma: Annotated[float, Field(ge=0, le=4)] = 1.0
-    """γ: how much of V is removed during training. 0 is plain fine-tuning, without protection."""
     how: Literal["weights", "low_rank"] = "weights"
     """'weights' loads W_aligned − γV from the two checkpoints into the frozen weights, and W_aligned back for every evaluation: exact, no
     memory, no time in a step. 'low_rank' removes the subspace's part of V with a frozen low-rank adapter in training steps."""
@@ -80,7 +73,7 @@ class AlignmentBufferConfig(MethodOptions):
     """Hub revision of `aligned`."""
 
     @model_validator(mode="after")
-    def _nothing_unused(self) -> AlignmentBufferConfig:
+    def _nothing_unused(self) -> BufferOptions:
         if self.how == "low_rank":
             unused = [name for name in ("base", "aligned", "base_revision", "aligned_revision") if getattr(self, name) is not None]
             unused += ["embeddings"] if not self.embeddings else []
@@ -89,6 +82,21 @@ class AlignmentBufferConfig(MethodOptions):
                     f"{unused[0]} = {getattr(self, unused[0])!r} is not used with how: low_rank, which takes V from safety.subspace"
                 )
         return self
+
+    @property
+    def removed(self) -> float:
+        """γ in W_aligned − γ·V."""
+        raise NotImplementedError
+
+    @property
+    def changes_weights(self) -> bool:
+        """Unless γ is 0."""
+        return self.removed != 0
+
+    @property
+    def cannot_skip(self) -> str | None:
+        """A low-rank buffer can leave layers alone."""
+        return None if self.how == "low_rank" else self.whole_model
 
     @property
     def subspace_use(self) -> Literal["reads", "names", "none"]:
@@ -101,3 +109,23 @@ class AlignmentBufferConfig(MethodOptions):
     def every_linear_layer(self) -> bool:
         """A low-rank buffer acts in every linear layer."""
         return self.how == "low_rank"
+
+
+class _Strength(Options):
+    gamma: Annotated[float, Field(ge=0, le=4)] = 1.0
+    """γ: how much of V is removed during training. 0 is plain fine-tuning, without protection."""
+
+
+class AlignmentBufferConfig(BufferOptions, _Strength):
+    """A data-free buffer: train the adapter on W_aligned − γ·V, then use it on W_aligned. γ = 1 trains on the unaligned base itself."""
+
+    hook: ClassVar[str] = "trl_safety.training.alignment_buffer:AlignmentBuffer"
+    source: ClassVar[str] = "alignment buffer (trained on W_aligned − γ·V)"
+    stage: ClassVar[Stage] = "weights"
+    needs: ClassVar[str] = "the pair of checkpoints, or an alignment subspace with a rank"
+    costs: ClassVar[str] = "nothing in a step; the frozen weights are exchanged around every evaluation"
+
+    @property
+    def removed(self) -> float:
+        """γ itself."""
+        return self.gamma

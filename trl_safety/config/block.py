@@ -25,6 +25,7 @@ from trl_safety.config.method import STAGES, MethodOptions
 from trl_safety.config.options import Options, models_in, read_yaml, validate
 from trl_safety.config.safe_lora import SafeLoraConfig
 from trl_safety.config.sbr import SbrConfig
+from trl_safety.config.signed_vector import SignedVectorConfig
 from trl_safety.config.subspace import SubspaceSource
 from trl_safety.errors import ConfigurationError
 
@@ -43,6 +44,7 @@ class SafetyConfig(Options):
     safe_lora: SafeLoraConfig | None = None
     csulora: CsuloraConfig | None = None
     alignment_vector: AlignmentVectorConfig | None = None
+    signed_vector: SignedVectorConfig | None = None
     buffer_reinforce: BufferReinforceConfig | None = None
     eval: SafetyEvalConfig | None = None
     """Monitoring only, without protection."""
@@ -69,15 +71,15 @@ class SafetyConfig(Options):
             raise ValueError(f"names no method, so nothing would be protected: add one of {', '.join(known_methods())}")
         groups: dict[tuple[str, str], list[str]] = {}
         for name, options in methods.items():
-            if options.excludes:
-                groups.setdefault(options.excludes, []).append(name)
+            for group in options.groups:
+                groups.setdefault(group, []).append(name)
         for (_, reason), names in groups.items():
             if len(names) > 1:
                 raise ValueError(f"{' and '.join(names)} {reason}: keep one of them")
         for name, options in methods.items():
-            if self.skip_modules and options.whole_model:
+            if self.skip_modules and options.cannot_skip:
                 raise ValueError(
-                    f"skip_modules = {self.skip_modules!r}: {name} {options.whole_model} and cannot leave layers alone; remove one of the two"
+                    f"skip_modules = {self.skip_modules!r}: {name} {options.cannot_skip} and cannot leave layers alone; remove one of the two"
                 )
             if isinstance(options, CorrectionConfig) and options.idle:
                 raise ValueError(f"{name}.{options.idle}, so it would do nothing: choose another value, or remove {name}")

@@ -78,7 +78,6 @@ class BufferReinforceConfig(_MergeOptions, MethodOptions):
     shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
     costs: ClassVar[str] = "a second frozen adapter in every training step; the merge takes seconds"
     whole_model: ClassVar[str | None] = "acts on the whole model"
-    changes_weights: ClassVar[bool] = True
     requirements: ClassVar[tuple[Requirement, ...]] = (
         HOOKS_BESIDE_FUSED_KERNELS,
         HOOKS_BESIDE_COMPILATION,
@@ -108,6 +107,11 @@ class BufferReinforceConfig(_MergeOptions, MethodOptions):
             option, value = next(iter(given.items()))
             raise ValueError(f"{option} = {value!r} is used only in the merge: give reinforce, or remove {option}")
         return self
+
+    @property
+    def changes_weights(self) -> bool:
+        """The buffer is in the model while it trains."""
+        return True
 
     @property
     def scales_adapter(self) -> str | None:

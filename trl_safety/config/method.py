@@ -36,8 +36,6 @@ class MethodOptions(Options):
     """A group from which a block may have only one method, and why, in words that complete "A and B …"."""
     whole_model: ClassVar[str | None] = None
     """Why it cannot leave modules alone, in words that complete "NAME …"; None if it can."""
-    changes_weights: ClassVar[bool] = False
-    """Whether training uses other model weights than inference."""
     reads_references: ClassVar[str | None] = None
     """The option that names a pool of rows, which the host prepares like the training data."""
     loses_by_scaling: ClassVar[bool] = False
@@ -50,6 +48,21 @@ class MethodOptions(Options):
     """What its report measures in every layer, and what each value means, for the run page."""
     shown: ClassVar[Mapping[str, str]] = {}
     """"fact: meaning" of a requirement that the method does not have → the test that shows that the method acts there."""
+
+    @property
+    def groups(self) -> tuple[tuple[str, str], ...]:
+        """The groups in which these options are: `excludes`, unless it depends on the options."""
+        return (self.excludes,) if self.excludes else ()
+
+    @property
+    def cannot_skip(self) -> str | None:
+        """Why these options cannot leave modules alone: `whole_model`, unless it depends on the options."""
+        return self.whole_model
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether training uses other model weights than inference."""
+        return False
 
     @property
     def subspace_use(self) -> Literal["reads", "names", "none"]:

@@ -26,6 +26,8 @@ class AlignmentVectorCorrection(SubspaceCorrection):
     """ΔW ← κ·ΔW + γ·V_k."""
 
     name = "alignment_vector"
+    strength = "gamma"
+    """The option that sets γ."""
     config: AlignmentVectorConfig
 
     def check(self, layers: Mapping[str, LayerSubspace]) -> None:
@@ -38,7 +40,7 @@ class AlignmentVectorCorrection(SubspaceCorrection):
                 )
             if self.config.rank is not None and self.config.rank > layer.rank:
                 raise SubspaceError(
-                    f"alignment_vector.rank = {self.config.rank}: the subspace has {layer.rank} directions of layer {layer.name!r}; use at most that many, or "
+                    f"{self.name}.rank = {self.config.rank}: the subspace has {layer.rank} directions of layer {layer.name!r}; use at most that many, or "
                     "build it with a larger rank"
                 )
 
@@ -47,7 +49,7 @@ class AlignmentVectorCorrection(SubspaceCorrection):
         largest = max(ranks.get(name, 0) + (self.config.rank or layer.rank) for name, layer in layers.items())
         if self.config.cut_to is not None and self.config.cut_to >= largest:
             raise ConfigurationError(
-                f"alignment_vector.cut_to = {self.config.cut_to}: the corrected adapter has rank {largest}, so nothing would be cut; use less, or remove it"
+                f"{self.name}.cut_to = {self.config.cut_to}: the corrected adapter has rank {largest}, so nothing would be cut; use less, or remove it"
             )
 
     def keeps_ranks(self, ranks: Mapping[str, int]) -> bool:
@@ -60,7 +62,7 @@ class AlignmentVectorCorrection(SubspaceCorrection):
         if self.config.gamma > 0:
             return report
         return report.model_copy(
-            update={"acted": False, "summary": f"{report.summary}; NOT a protection, with gamma = {self.config.gamma:g}"}
+            update={"acted": False, "summary": f"{report.summary}; NOT a protection, with {self.strength} = {self.config.gamma:g}"}
         )
 
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
@@ -101,17 +103,22 @@ class AlignmentVectorCorrection(SubspaceCorrection):
                 "energy_lost_by_rank": lost / (corrected + lost) if corrected + lost > 0 else 0.0,
             }
             if config.gamma == 0 and config.kappa == 1 and not config.dare:
-                report = LayerReport(action="left_alone", reason="gamma is 0 and kappa is 1", measured=measured)
+                report = LayerReport(action="left_alone", reason=self._nothing, measured=measured)
                 results[layer.name] = LayerResult(report, None)
             else:
                 results[layer.name] = LayerResult(LayerReport(action="corrected", measured=measured), factors)
         return results
 
+    @property
+    def _nothing(self) -> str:
+        """Why no layer is changed, if none is."""
+        return f"{self.strength} is 0 and kappa is 1"
+
     def summary(self, results: Mapping[str, LayerReport]) -> str:
         """What was added, how much of V it is, and what the cut cost."""
         corrected = [report for report in results.values() if report.action == "corrected"]
         if not corrected:
-            return "gamma is 0 and kappa is 1: the adapter is as it was trained"
+            return f"{self._nothing}: the adapter is as it was trained"
         update, vector = (sum(report.measured[key] ** 2 for report in corrected) ** 0.5 for key in ("update_norm", "vector_norm"))
         share = sum(report.measured["vector_share"] for report in corrected) / len(corrected)
         text = (

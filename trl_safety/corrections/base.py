@@ -172,6 +172,27 @@ class Correction(ABC):
         return [*earlier, self.report({}, why)]
 
 
+def continued(own: MethodReport, earlier: Sequence[MethodReport], pending: str, otherwise: str = "") -> list[MethodReport]:
+    """All methods' reports, where a correction completes a method of its own name that acted during training.
+
+    Args:
+        own: the correction's report; it continues the training's, if there is one.
+        earlier: the other reports.
+        pending: how the training's summary ends until the correction has acted.
+        otherwise: how the summary begins if there is no report on the training.
+    """
+    trained = next((method for method in earlier if method.name == own.name), None)
+    before = trained.summary.removesuffix(pending) if trained else otherwise
+    whole = own.model_copy(
+        update={
+            "settings": {**(trained.settings if trained else {}), **own.settings},
+            "summary": "; ".join(text for text in (before, own.summary) if text),
+            "steps": trained.steps if trained else None,
+        }
+    )
+    return [method for method in earlier if method.name != own.name and method.acted] + [whole]
+
+
 def working_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Factors in float64, on their device: a trained adapter is small, and Gram matrices square the condition number."""
     return B.detach().double(), A.detach().double()

@@ -22,7 +22,7 @@ from trl_safety.adapters.record import RECORD, AdapterRecord, open_kind
 from trl_safety.config.block import options_class
 from trl_safety.config.buffer_reinforce import ReinforceMergeConfig
 from trl_safety.config.options import validate
-from trl_safety.corrections.base import Bound, Correction, LayerInput, LayerResult, on_host, working_factors
+from trl_safety.corrections.base import Bound, Correction, LayerInput, LayerResult, continued, on_host, working_factors
 from trl_safety.corrections.prepared import Prepared
 from trl_safety.corrections.registry import correct
 from trl_safety.errors import AdapterError, ConfigurationError
@@ -250,20 +250,9 @@ class ReinforceMerge(Correction):
         trained = next((method for method in earlier if method.name == NAME), None)
         if results is None:
             return super().reports(earlier, None) if trained is None else list(earlier)
-        before = trained.summary.removesuffix(PENDING) if trained else "the user's adapter has no report on a buffer"
         own = self.report(results)
-        merged = own.model_copy(
-            update={
-                "settings": {
-                    **(trained.settings if trained else {}),
-                    **own.settings,
-                    "reinforce_sha256": sha256(self.folder.path / WEIGHTS),
-                },
-                "summary": f"{before}; {own.summary}",
-                "steps": trained.steps if trained else None,
-            }
-        )
-        return [method for method in earlier if method.name != NAME and method.acted] + [merged]
+        own.settings["reinforce_sha256"] = sha256(self.folder.path / WEIGHTS)
+        return continued(own, earlier, PENDING, "the user's adapter has no report on a buffer")
 
     def not_done(self, earlier: Sequence[MethodReport], why: str) -> list[MethodReport]:
         """See `Correction.not_done`; the buffer's report no longer says that the merge is still to come."""

@@ -47,7 +47,7 @@ class Prepared:
         return [module for module in self.modules if module.name not in self.skipped]
 
     def report(self, subspace: AlignmentSubspace | None, methods: list[MethodReport], *, final: bool) -> SafetyReport:
-        """The adapter's safety report; not as protected where it holds what are no numbers."""
+        """The adapter's safety report; not marked as protected if the adapter holds NaN or infinity."""
         report = SafetyReport(
             stage="final" if final else "training",
             protected=any(method.acted for method in methods),

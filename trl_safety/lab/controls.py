@@ -1,4 +1,4 @@
-"""The lab's controls: as small an update, without the method."""
+"""The lab's controls: an equally small update, without the method."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def search(train: Callable[[float], Outcome], target: float, *, start: float, ru
     """The outcome whose ‖ΔW‖ comes closest to the target's, over a few weights of a penalty.
 
     Args:
-        train: trains with a weight.
+        train: trains with a given weight.
         target: the norm to meet.
         start: the first weight.
-        runs: trainings at most; at least one.
-        tolerance: distance of logarithms at which it stops.
+        runs: maximum number of trainings, at least one.
+        tolerance: difference of the norms' logarithms at which it stops.
     """
     tried: list[tuple[float, Outcome]] = []
     guess = start

@@ -35,7 +35,7 @@ class Task:
     """The rows of one group on one pair and one seed.
 
     Attributes:
-        folder: where the lab keeps what it makes.
+        folder: the lab's output folder.
         pair: seed of the pair and its language.
         seed: of the fine-tuning.
         innocent: whether the base has never seen a forbidden topic.
@@ -65,8 +65,8 @@ def run(
 ) -> list[Outcome]:
     """Run the experiment, print a line for every finished row and the table, write `results.json` and `results.png`.
 
-    Rows are kept in `output` by what they depend on, so that a run that was stopped goes on, and a new method costs only its own rows.
-    Every worker computes on one thread: the number of cores changes no number.
+    Rows are kept in `output` by what they depend on, so that an interrupted run continues, and a new method costs only its own rows.
+    Every worker uses one thread, so the number of cores does not change any result.
 
     Args:
         output: the folder to write to. Several commands may share it.
@@ -80,7 +80,7 @@ def run(
         echo: takes each line; printed by default.
 
     Raises:
-        SafetyError: a pair could not be made, or the folder cannot be written to. The other rows are made and kept all the same.
+        SafetyError: a pair could not be made, or the folder cannot be written to. The other rows are still made and kept.
     """
     echo = echo or functools.partial(print, flush=True)
     started = time.perf_counter()
@@ -137,7 +137,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _gather(
     pool: ProcessPoolExecutor, work: Callable[[Any], Any], items: list[Any], failures: list[SafetyError], done: Callable[[Any, Any], None]
 ) -> None:
-    """Hand over what each item gave as it comes, and keep the errors for later."""
+    """Pass on each item's result as it arrives, and collect the errors."""
     running = {pool.submit(work, item): item for item in items}
     for future in as_completed(running):
         try:
@@ -165,7 +165,7 @@ def _make_pair(place: tuple[Path, int, bool, Settings]) -> str:
 
 
 def _make_rows(task: Task) -> list[Outcome]:
-    """A task's rows, read if they are kept."""
+    """A task's rows, read from the folder if they are kept there."""
     with quiet():
         lab = _lab(task.folder, task.pair, task.innocent, task.settings)
         name = f"seed-{task.seed}-{task.group}-{_key(lab, task)}"

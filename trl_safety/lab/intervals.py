@@ -17,7 +17,7 @@ class Interval:
 
     Attributes:
         mean: the mean over pairs of each pair's mean over seeds.
-        low: lower end of the 95 % interval; None with one pair, which tells nothing of others.
+        low: lower end of the 95 % interval; None with one pair, which says nothing about others.
         high: upper end.
         pairs: number of pairs.
     """
@@ -28,7 +28,7 @@ class Interval:
     pairs: int
 
     def excludes(self, value: float) -> bool:
-        """Whether there is an interval and it does not hold `value`."""
+        """Whether there is an interval and it does not contain `value`."""
         return self.low is not None and self.high is not None and not self.low <= value <= self.high
 
 
@@ -47,7 +47,7 @@ def over_pairs(values: Mapping[int, Sequence[float]], *, seed: int = 0) -> Inter
     if len(pairs) < 2:
         return Interval(mean, None, None, len(pairs))
     rng = np.random.default_rng(seed)
-    # One draw of every pair's seeds for each time that the pair could be drawn: a pair that is drawn twice has its seeds drawn twice.
+    # Seeds are drawn once for each time that a pair could be drawn: a pair that is drawn twice has its seeds drawn twice.
     drawn = rng.integers(len(pairs), size=(RESAMPLES, len(pairs)))
     means = np.stack([found[rng.integers(len(found), size=(RESAMPLES, len(pairs), len(found)))].mean(2) for found in pairs], axis=2)
     resampled = np.take_along_axis(means, drawn[:, :, None], axis=2)[:, :, 0].mean(1)

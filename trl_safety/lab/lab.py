@@ -1,4 +1,4 @@
-"""A pair with its subspaces, and what is done with them: fine-tuning, the provider's adapters, scoring."""
+"""A pair with its subspaces, and the steps of the experiment: fine-tuning, the provider's adapters, scoring."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Lab:
     """A pair with its subspaces, and the experiments on them.
 
     Args:
-        folder: where the pair and what was trained from it are kept. Several processes may share it.
+        folder: where the pair and its adapters are kept. Several processes may share it.
         seed: determines the language and the pair.
         innocent: whether the base has never seen a forbidden topic; see `make_pair`.
         settings: of the fine-tuning and the methods.
@@ -53,7 +53,7 @@ class Lab:
         self.full = AlignmentSubspace.from_pair(**pair, tolerance=1e-9)
 
     def lock(self, name: str) -> FileLock:
-        """Held by the process that makes something which others would make, too."""
+        """A lock for something that several processes would otherwise make."""
         return FileLock(self.folder / f"{name}.lock")
 
     def norms(self) -> dict[str, float]:
@@ -105,7 +105,7 @@ class Lab:
         return trainer.model, time.perf_counter() - started
 
     def plain(self, seed: int) -> tuple[Path, float]:
-        """The folder of the plainly fine-tuned adapter, trained once, and the seconds that took."""
+        """The folder of the plainly fine-tuned adapter, trained once, and its training time in seconds."""
         folder = self.folder / f"plain-{seed}-{_key(self.settings.of())}"
         with self.lock(folder.name):
             if not (folder / TIME).is_file():

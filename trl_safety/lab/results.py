@@ -38,7 +38,7 @@ class Outcome:
         extra_seconds: time for the correction after it.
         pair: seed of the pair.
         innocent: whether its base has never seen a forbidden topic.
-        control_of: the row whose control this is, or nothing.
+        control_of: the row that this is a control of; empty if it is none.
         kept_forbidden: share of forbidden samples among those that DualSelect kept.
     """
 
@@ -63,14 +63,14 @@ class Outcome:
 
 
 def line(outcome: Outcome) -> str:
-    """A row as it is printed when it is done."""
+    """The line that is printed when a row is done."""
     base = "innocent pair" if outcome.innocent else "pair"
     rates = "  ".join(f"{metric} {getattr(outcome, metric):.2f}" for metric in METRICS)
     return f"{base} {outcome.pair}, seed {outcome.seed}: {outcome.method}: {rates}  ({outcome.train_seconds:.1f} s)"
 
 
 def by_method(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
-    """The rows of each method, in the order in which they came."""
+    """The rows of each method, in order of first appearance."""
     found: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         found.setdefault(outcome.method, []).append(outcome)
@@ -117,7 +117,7 @@ def _cell(rows: list[Outcome], metric: str) -> str:
 
 
 def _verdict(rows: list[Outcome], methods: dict[str, list[Outcome]]) -> str:
-    """Whether a control's attack differs from its method's: said only where the interval over pairs says so."""
+    """Whether a control's attack differs from its method's, by the interval over pairs."""
     method = methods.get(rows[0].control_of)
     if not method:
         return ""
@@ -160,7 +160,7 @@ def _label(method: str, *, control: bool) -> str:
 
 
 def show(outcomes: list[Outcome], places: list[dict[str, Any]], settings: Settings) -> None:
-    """Print a table for each kind of base, and what its pairs are like."""
+    """Print a table for each kind of base, with a caption about its pairs."""
     from rich.console import Console
 
     console = Console()
@@ -177,12 +177,12 @@ def show(outcomes: list[Outcome], places: list[dict[str, Any]], settings: Settin
 
 
 def caption(places: list[dict[str, Any]]) -> str:
-    """How far the aligned models lie from their bases, beside what was measured on real pairs."""
+    """How far the aligned models are from their bases, compared with real pairs."""
     ratios = [place["v_to_w"] for place in places]
     low, high = REAL_V_TO_W
     text = f"‖V‖/‖W‖ {min(ratios):.1%} to {max(ratios):.1%}" if len(ratios) > 1 else f"‖V‖/‖W‖ {ratios[0]:.1%}"
     if max(ratios) > 3 * high:
-        text += f": far from the {low:.1%} to {high:.1%} of real pairs, where what V does may differ"
+        text += f": far from the {low:.1%} to {high:.1%} of real pairs, where the effect of V may differ"
     return text
 
 

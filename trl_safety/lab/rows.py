@@ -36,7 +36,7 @@ class Group:
     Attributes:
         make: gives the rows of a pair and a fine-tuning seed.
         settings: prefixes of the settings that they depend on, beside those of every fine-tuning.
-        rooms: stems of the modules of the package that decide what they say.
+        rooms: stems of the package's modules that decide the results.
     """
 
     make: Callable[[Lab, int], Iterator[Outcome]]
@@ -90,7 +90,7 @@ def _corrected(lab: Lab, seed: int, name: str, correct: Callable[[Any], SafetyRe
 
 
 def asft(lab: Lab, seed: int) -> Iterator[Outcome]:
-    """AsFT at each λ, and as small an update by plain L2."""
+    """AsFT at each λ, and an equally small update by plain L2."""
     for weight in lab.settings.asft_weights:
         model, seconds = lab.fine_tune(seed, safety={"asft": {"weight": weight}}, subspace=lab.whole)
         outcome = lab.outcome(f"AsFT, λ = {weight:g}", seed, model, seconds)
@@ -119,7 +119,7 @@ def sbr(lab: Lab, seed: int) -> Iterator[Outcome]:
 
 
 def dual_select(lab: Lab, seed: int) -> Iterator[Outcome]:
-    """DualSelect, and its references mixed into the data of as long a training."""
+    """DualSelect, and equally long training with its references mixed into the data."""
     settings, references = lab.settings, lab.references(seed)
     pool = Dataset.from_list([row.messages() for row in references])
     block = {"keep": settings.dual_select_keep, "references": settings.dual_select_references}
@@ -189,7 +189,7 @@ def alignment_vector(lab: Lab, seed: int) -> Iterator[Outcome]:
 
 
 def alignment_buffer(lab: Lab, seed: int) -> Iterator[Outcome]:
-    """Training beside −γV."""
+    """Training on W_aligned − γ·V."""
     for gamma in lab.settings.buffer_gammas:
         block = {"alignment_buffer": {"base": str(lab.base), "aligned": str(lab.aligned), "gamma": gamma}}
         model, seconds = lab.fine_tune(seed, safety=block)

@@ -17,7 +17,7 @@ class Settings:
         batch: rows in a step.
         learning_rate: of every fine-tuning, with a cosine schedule.
         lora_rank: rank of every adapter; alpha is twice that.
-        subspace_rank: rank of V where a method takes a part of it.
+        subspace_rank: rank of V where a method uses a part of it.
         scales: factors of the plainly trained update: the cheapest protection there is.
         safe_lora_threshold: cosine at or below which Safe LoRA projects a layer.
         safe_lora_layers: number of layers that Safe LoRA projects in its other mode.
@@ -33,7 +33,7 @@ class Settings:
         sbr_prompts: forbidden requests whose states SBR holds.
         sbr_weight: SBR's λ.
         control_runs: trainings that a control by plain L2 may take to meet its method's ‖ΔW‖; 0 leaves these controls out.
-        control_tolerance: how far, in logarithms, it may miss it.
+        control_tolerance: allowed difference of the norms' logarithms.
     """
 
     samples: int = 1_000

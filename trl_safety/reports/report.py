@@ -29,11 +29,14 @@ MEANINGLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "pef
 
 NO_UPDATE = "its update is zero in every layer, so no method had anything to act on: train the adapter"
 
+AS_IT_IS = "surrogateescape"
+"""How bytes that are not UTF-8 are read and written."""
+
 CARD_START, CARD_END = "<!-- trl-safety -->", "<!-- /trl-safety -->"
 
 
 STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
-"""JSON has no NaN and no infinity: measurements of an adapter that diverged are texts there, and numbers again when they are read."""
+"""JSON has no NaN or infinity: such measurements, of an adapter that diverged, are written as strings and read back as numbers."""
 
 
 class LayerReport(BaseModel):
@@ -142,12 +145,12 @@ def write_report(folder: Path, report: SafetyReport) -> None:
 
 
 def settled(report: SafetyReport, folder: Path) -> SafetyReport:
-    """The report of the adapter that lies in a folder: with its hashes, and not as protected where it has no update at all or cannot be read.
+    """The report of the adapter in a folder: with its hashes, and not as protected if the adapter has no update at all or cannot be read.
 
     Raises:
         ReportError: the adapter's configuration cannot be read.
     """
-    # What was trained is kept with its report, whatever it is.
+    # Every adapter keeps its report, even one that cannot be read.
     try:
         why = NO_UPDATE if AdapterFolder.open(folder).is_zero else None
     except AdapterError as error:
@@ -188,12 +191,12 @@ def describes(report: SafetyReport, folder: Path) -> bool:
 
 
 def changed_since(report: SafetyReport) -> SafetyReport:
-    """The report of an adapter that was changed after the methods had acted, by training it further, say."""
+    """The report of an adapter that was changed after the methods had acted, for example by further training."""
     return not_acted(report, "the adapter was changed afterwards, without protection")
 
 
 def not_acted(report: SafetyReport, why: str) -> SafetyReport:
-    """The report of an adapter that no method protects after all, and why."""
+    """The report changed to not protected, with the reason."""
     note = f"; BUT {why}"
     methods = [
         method.model_copy(update={"acted": False, "summary": method.summary if why in method.summary else method.summary + note})
@@ -209,9 +212,14 @@ def add_to_card(card: Path, report: SafetyReport) -> None:
 
 def add_section(card: Path, section: str) -> None:
     """Add a section of ours to a model card, replacing an earlier one."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = read_card(card)
     with replacing(card, error=ReportError, setting="model card") as temporary:
-        temporary.write_text(_replaced(text, section), encoding="utf-8")
+        temporary.write_text(_replaced(text, section), encoding="utf-8", errors=AS_IT_IS)
+
+
+def read_card(card: Path) -> str:
+    """A model card's text, to be written with the same `errors`; empty if there is no card. Bytes that are not UTF-8 are kept."""
+    return card.read_text(encoding="utf-8", errors=AS_IT_IS) if card.is_file() else ""
 
 
 def with_section(text: str, report: SafetyReport) -> str:

@@ -34,9 +34,9 @@ class Choice(BaseModel):
     """The optimizer step, from 1; for a refresh, the step that follows it."""
     kind: Literal["reference", "task"]
     indices: list[int]
-    """Rows of the user's data set, or of the reference data set, as it was given to the trainer."""
+    """Row numbers in the user's data set, or in the reference data set, as given to the trainer."""
     parts: list[int] | None = None
-    """Which part of its row each sample is, from 0, where rows were cut into several samples, or given with several documents in each."""
+    """Which part of its row each sample is, from 0, if rows were cut into several samples or hold several documents."""
     weights: list[float]
     scores: list[float]
     losses: list[float]
@@ -44,7 +44,7 @@ class Choice(BaseModel):
 
     @property
     def not_finite(self) -> str | None:
-        """The first of its columns that holds NaN or infinity, as those of a training that diverged do."""
+        """The first column that holds NaN or infinity, as after training has diverged; None if there is none."""
         return next((name for name, values in self if isinstance(values, list) and not all(map(math.isfinite, values))), None)
 
 
@@ -109,12 +109,12 @@ def read_choices(path: Path) -> list[Choice]:
 
 
 def most_dropped(choices: Iterable[Choice], texts: Mapping[tuple[int, int], str] | None = None) -> list[Dropped]:
-    """The training samples by how often they were dropped when seen, then by their mean score, highest first.
+    """The training samples, sorted by the share of times they were dropped, then by mean score; highest first.
 
     Batches whose numbers are not finite are left out.
 
     Args:
-        choices: of a log.
+        choices: the lines of a log.
         texts: the samples' text, by row and part.
     """
     rows: dict[tuple[int, int], list[tuple[float, float, float, float]]] = {}
@@ -158,7 +158,7 @@ def read_selection(folder: str | Path) -> list[Dropped]:
     """The most-dropped rows of a run, with their text if the run kept it.
 
     Raises:
-        ReportError: the folder has no selection log, or one in which no sample was scored, or that holds what are no numbers.
+        ReportError: the folder has no selection log, or one in which no sample was scored, or one with values that are not finite.
     """
     folder = Path(folder)
     choices = read_choices(folder / SELECTION)
@@ -172,12 +172,12 @@ def read_selection(folder: str | Path) -> list[Dropped]:
     if (folder / TEXTS).is_file():
         named = f"{str(folder / TEXTS)!r}"
         for number, entry in read_lines(folder / TEXTS, named, error=ReportError):
-            place = entry.get("row"), entry.get("part", 0)
-            if not all(isinstance(number, int) for number in place) or not isinstance(entry.get("text"), str):
+            row, part, text = entry.get("row"), entry.get("part", 0), entry.get("text")
+            if not isinstance(row, int) or not isinstance(part, int) or not isinstance(text, str):
                 raise ReportError(
                     f"{named}, line {number}: has no row and text; remove the file, and the rows are shown without their text"
                 )
-            texts[place] = entry["text"]
+            texts[row, part] = text
     table = most_dropped(choices, texts)
     if not table:
         raise ReportError(f"{str(folder / SELECTION)!r}: no sample was scored; the run ended in its warm-up")

@@ -15,7 +15,7 @@ from trl_safety.adapters.documents import Documents, Place, Rows, Stretches
 from trl_safety.errors import ConfigurationError
 
 ROW = "safety_row"
-"""Column of the training and reference data with the row of the user's data set; in packed rows a list, one entry a document."""
+"""Column of the training and reference data with the row of the user's data set; in packed rows a list, one entry per document."""
 
 PART = "safety_part"
 """Column of packed rows: which part of its row of the user's data set each document is, from 0."""
@@ -46,10 +46,10 @@ def documents_of(example: Mapping[str, Any]) -> list[Document]:
 
 
 class RowCollator:
-    """The trainer's collator, which also says which rows of the user's data set a batch holds, and where their documents lie.
+    """The trainer's collator; it also records which rows of the user's data set a batch holds, and where their documents are.
 
-    It takes what the collators of TRL (plain, padding-free, packed), Transformers (flattening) and Axolotl (sample packing, whose examples
-    come as one list for each row) take.
+    It takes the examples of the collators of TRL (plain, padding-free, packed), Transformers (flattening) and Axolotl (sample packing,
+    with one list of examples per row).
     """
 
     def __init__(self, collator: Any) -> None:
@@ -93,7 +93,7 @@ def _places(ids: Tensor, rows: list[list[Any]], documents: list[list[Document]])
 
 
 def take_documents(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Documents]:
-    """Take the documents out of a batch, leaving what the model takes. Where they share rows, no label crosses from one to the next.
+    """Take the documents' entries out of a batch, leaving the model's inputs. If they share rows, no label crosses from one to the next.
 
     Returns:
         (n,) rows of the user's data set; (n,) parts of these; where the documents lie.
@@ -109,40 +109,51 @@ def take_documents(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Documents]:
     if places is None:
         return rows, torch.zeros_like(rows), Rows(len(rows))
     labels = inputs["labels"] = inputs["labels"].clone()
-    # Its predictor would be the last token of the document before. TRL does the same, Axolotl does not.
+    # It would be predicted from the last token of the document before. TRL does the same, Axolotl does not.
     labels[places[:, 1], places[:, 2]] = -100
     shape = (labels.shape[0], labels.shape[1])
     return rows, places[:, 0], Stretches([Place(*place) for place in places[:, 1:].tolist()], shape)
 
 
 def with_rows(dataset: Any, setting: str) -> Dataset:
-    """A data set with the number of every row in a column of its own.
+    """The data set with an added column of row numbers.
 
     Raises:
-        ConfigurationError: it is streamed, so that its rows have no numbers and it cannot be read again and again.
+        ConfigurationError: it is streamed, so its rows cannot be numbered or read repeatedly.
     """
     if not isinstance(dataset, Dataset):
         raise ConfigurationError(
-            f"{setting} is a {type(dataset).__name__}: rows must be such that they can be counted and read again; give a datasets.Dataset (load "
+            f"{setting} is a {type(dataset).__name__}, whose rows cannot be counted and read again; give a datasets.Dataset (load "
             "without streaming)"
         )
     return dataset if ROW in dataset.column_names else dataset.add_column(ROW, list(range(len(dataset))))
 
 
 def number_rows(trainer: Any) -> None:
-    """Have the batches say which rows of the training data they hold.
+    """Add the row numbers of the training data to its batches.
 
     Raises:
         ConfigurationError: the training data is streamed.
     """
     trainer.train_dataset = with_rows(trainer.train_dataset, "train_dataset")
-    trainer._set_signature_columns_if_needed()
+    if trainer._signature_columns is None:
+        trainer._set_signature_columns_if_needed()
     trainer._signature_columns += [ROW, PART]
     trainer.data_collator = RowCollator(trainer.data_collator)
 
 
+def used_columns(trainer: Any, dataset: Dataset) -> Dataset:
+    """What the trainer's model and collator take of a data set, once `number_rows` has been called.
+
+    The trainer's own `_remove_unused_columns` asks for the columns again, which Axolotl's answers only once beside packed rows.
+    """
+    if not trainer.args.remove_unused_columns:
+        return dataset
+    return dataset.select_columns([name for name in dataset.column_names if name in trainer._signature_columns])
+
+
 def number_tokens(dataset: Dataset) -> Dataset:
-    """Tokenised rows with their numbers repeated for every token, which packing then cuts and joins as it does the tokens."""
+    """Tokenised rows with their numbers repeated for every token, which packing then cuts and joins like the tokens."""
     dataset = dataset.map(_numbered_tokens, batched=True, desc="Numbering the tokens")
     return dataset.select_columns([name for name in dataset.column_names if name in ("input_ids", "labels", ROW, PART)])
 
@@ -160,7 +171,7 @@ def number_documents(packed: Dataset, max_length: int) -> Dataset:
 
     Args:
         packed: with TRL's column of the documents' lengths.
-        max_length: where a row that is longer was cut.
+        max_length: the length at which longer rows were cut.
     """
     return packed.map(_numbered_documents, batched=True, fn_kwargs={"max_length": max_length}, desc="Numbering the documents")
 

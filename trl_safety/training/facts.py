@@ -40,7 +40,10 @@ def trainer_facts(trainer: Any) -> Facts:
         "label_smoothing": _option(args, "label_smoothing_factor"),
         "images": Fact(bool(getattr(trainer, "_is_vision_dataset", False)), "the training data holds images"),
         "replicated": Fact(args.n_gpu > 1, f"n_gpu = {args.n_gpu}"),
-        "batch": Fact(None if rows.value == "packed" else batch, f"per_device_train_batch_size (micro_batch_size) = {batch}"),
+        "batch": Fact(
+            None if rows.value == "packed" else batch if batch > 1 else args.gradient_accumulation_steps,
+            f"per_device_train_batch_size (micro_batch_size) = {batch}, gradient_accumulation_steps = {args.gradient_accumulation_steps}",
+        ),
         "trained_besides": Fact(
             bool(outside), f"{len(outside)} trainable parameters are not LoRA factors ({next(iter(outside), '')!r} first)"
         ),
@@ -50,21 +53,21 @@ def trainer_facts(trainer: Any) -> Facts:
 
 
 def objective(trainer_class: type) -> Fact:
-    """What a trainer trains for, by the name of the TRL trainer among its bases: "sft", "dpo", …; None for one that is none of TRL's."""
+    """What a trainer trains for, by the name of the TRL trainer among its bases: "sft", "dpo", …; None for one outside TRL."""
     found = next((base for base in trainer_class.__mro__ if base.__module__.startswith("trl.") and base.__name__.endswith("Trainer")), None)
     name = found.__name__ if found else trainer_class.__name__
     return Fact(name.removesuffix("Trainer").lower() if found else None, f"the trainer is a {name}")
 
 
 def reference(args: Any, ref_model: Any) -> Fact:
-    """Where TRL takes the log-probabilities of the reference: "precomputed", a "second_model", or None for the model without its adapter."""
+    """Where TRL gets the log-probabilities of the reference: "precomputed", a "second_model", or None for the model without its adapter."""
     if getattr(args, "precompute_ref_log_probs", False):
         return Fact("precomputed", "precompute_ref_log_probs = True")
     return Fact("second_model" if ref_model is not None else None, f"ref_model is a {type(ref_model).__name__}")
 
 
 UNSLOTH = "unsloth"
-"""How the modules of Unsloth begin, of its `unsloth_zoo`, and of the code that it writes while it runs."""
+"""Prefix of the modules of Unsloth, of its `unsloth_zoo`, and of the code that it generates at run time."""
 
 
 def _unsloth(trainer: Any) -> Fact:
@@ -74,7 +77,7 @@ def _unsloth(trainer: Any) -> Fact:
 
 
 def _origins(trainer: Any) -> Iterator[str]:
-    """Names of the classes of a trainer, and of where the classes, functions and replaced functions of its model's layers are from."""
+    """Names and modules of a trainer's classes, and the modules of the classes and functions of its model's layers."""
     for base in type(trainer).__mro__:
         yield base.__module__
         yield base.__name__
@@ -98,7 +101,7 @@ def _precision(trainer: Any) -> Fact:
 
 
 def rows_of(trainer: Any) -> Fact:
-    """How the samples lie in the rows of a trainer's batches: see `FACTS`."""
+    """How the samples are laid out in the rows of a trainer's batches; see `FACTS`."""
     args, data = trainer.args, trainer.train_dataset
     if getattr(args, "packing", None) is True:
         strategy = args.packing_strategy

@@ -1,4 +1,4 @@
-"""Pools of reference rows, prepared as the training data is."""
+"""Pools of reference rows, prepared like the training data."""
 
 from __future__ import annotations
 

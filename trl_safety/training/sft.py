@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
@@ -23,10 +23,13 @@ from trl import (
     get_quantization_config,
 )
 
+from trl_safety.adapters.architecture import UNREADABLE
 from trl_safety.adapters.folder import refuse_diverged
+from trl_safety.adapters.lora import unwrap
 from trl_safety.config.options import read_yaml
 from trl_safety.errors import ConfigurationError, SafetyError, reason
-from trl_safety.training.data import check_columns, load_splits
+from trl_safety.training.data import check_columns, check_filled, check_tokens, load_splits
+from trl_safety.training.start import refuse_empty
 from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
 
 
@@ -84,6 +87,7 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
     evaluated = training.eval_strategy != "no"
     datasets = _datasets(script, mixture, evaluated=evaluated)
     check_columns(datasets[script.dataset_train_split].column_names, _named(script, mixture), training.dataset_text_field)
+    check_filled(datasets[script.dataset_train_split], _named(script, mixture), training.dataset_text_field)
     given = training.model_init_kwargs or {}
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -92,6 +96,9 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         "dtype": model.dtype,
         **given,
     }
+    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
+        # TRL makes a text of a list of one, which PEFT takes for a pattern of whole names.
+        model.lora_target_modules = [model.lora_target_modules]
     try:
         trainer = trainer_class(
             model=model.model_name_or_path,
@@ -104,9 +111,12 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         )
     except SafetyError:
         raise
-    except (ValueError, OSError, TemplateError) as error:
-        # Errors of TRL, PEFT and Transformers about the user's arguments, and of the chat template about the data.
-        raise ConfigurationError(f"the run cannot start: {error}") from error
+    except (*UNREADABLE, TemplateError) as error:
+        # Errors of TRL, PEFT and Transformers about the user's arguments and files, and of the chat template about the data.
+        raise ConfigurationError(f"the run cannot start: {str(error) or reason(error)}") from error
+    refuse_empty(trainer)
+    embeddings: Any = cast(Any, unwrap(trainer.model)).get_input_embeddings()
+    check_tokens(datasets[script.dataset_train_split], _named(script, mixture), len(embeddings.weight))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
     if trainer.is_world_process_zero():

@@ -7,19 +7,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_safety.adapters.engine import is_fsdp
-from trl_safety.adapters.lora import linear_layers, lora_modules, unwrap
+from trl_safety.adapters.folder import WEIGHTS, AdapterFolder
+from trl_safety.adapters.lora import adapter_name, linear_layers, lora_modules, unwrap
 from trl_safety.adapters.names import is_named
 from trl_safety.config.block import SafetyConfig
 from trl_safety.config.correction import CorrectionConfig
 from trl_safety.config.requirements import resolve
 from trl_safety.config.subspace import SubspaceConfig
 from trl_safety.corrections.callback import CorrectionCallback
-from trl_safety.errors import ConfigurationError
+from trl_safety.errors import AdapterError, ConfigurationError, reason
 from trl_safety.reports.report import REPORT, add_to_card, read_report
+from trl_safety.reports.source import adapter_folder
 from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.subspace.build import build_subspace
 from trl_safety.training.engines import LoadedShards, refuse_unjoined
@@ -36,6 +39,21 @@ def tell(switched: Iterable[str]) -> None:
     """Log what was switched off in a trainer's options."""
     for text in switched:
         logger.warning("%s", text)
+
+
+def refuse_empty(trainer: Any) -> None:
+    """Refuse a run that has no row to train on, as where all were dropped when they were made into tokens.
+
+    Raises:
+        ConfigurationError: naming what may have dropped them.
+    """
+    data = trainer.train_dataset
+    if data is not None and hasattr(data, "__len__") and not len(data):
+        length = getattr(trainer.args, "max_length", None)
+        raise ConfigurationError(
+            "train_dataset: no row is left to train on: either there was none, or none has a token of its answer"
+            + (f" within max_length = {length}: raise it, or give other rows" if length else "; give other rows")
+        )
 
 
 def needs_trainer_class(safety: SafetyConfig) -> bool:
@@ -83,19 +101,36 @@ def checkpoint_of(trainer: Any, resume_from_checkpoint: Any) -> Path | None:
     """The checkpoint that `train` will resume from. Transformers would silently resume from an incomplete one.
 
     Raises:
-        ConfigurationError: it is incomplete.
+        ConfigurationError: there is none, it is incomplete, or its state cannot be read.
+        AdapterError: its adapter cannot be read, or holds NaN or infinity.
     """
     if not resume_from_checkpoint:
         return None
-    given = get_last_checkpoint(trainer.args.output_dir) if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
+    output = Path(trainer.args.output_dir)
+    named = isinstance(resume_from_checkpoint, bool)
+    given = (get_last_checkpoint(str(output)) if output.is_dir() else None) if named else resume_from_checkpoint
     if given is None:
-        return None
+        raise ConfigurationError(f"resume_from_checkpoint = True: output_dir = {str(output)!r} holds no checkpoint; leave it out")
     found = Path(given)
-    if found.is_dir() and not (found / TRAINER_STATE_NAME).is_file():
+    setting = f"resume_from_checkpoint = {str(found)!r}"
+    if not found.is_dir():
+        raise ConfigurationError(f"{setting}: no such folder; name a checkpoint, or leave it out")
+    if not (found / TRAINER_STATE_NAME).is_file():
         raise ConfigurationError(
-            f"resume_from_checkpoint = {str(found)!r}: has no {TRAINER_STATE_NAME}, which is written last: the save was interrupted; remove it, and resume from "
-            "an earlier checkpoint"
+            f"{setting}: has no {TRAINER_STATE_NAME}, which is written last: the save was interrupted; remove it, and resume from an earlier checkpoint"
         )
+    try:
+        TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{setting}: its {TRAINER_STATE_NAME} cannot be read ({reason(error)}); resume from an earlier checkpoint"
+        ) from error
+    adapter = adapter_folder(unwrap(trainer.model), found, adapter_name(trainer.model))
+    if (adapter / WEIGHTS).is_file():
+        try:
+            AdapterFolder.open(adapter)
+        except AdapterError as error:
+            raise AdapterError(f"{setting}: {error}") from error
     return found
 
 

@@ -36,11 +36,11 @@ class SafeSFTConfig(SafeArguments, SFTConfig):
 
 
 class SafeSFTTrainer(BlockTrainer, SFTTrainer):
-    """`trl.SFTTrainer` that keeps the model's safety.
+    """`trl.SFTTrainer` that preserves the model's safety.
 
-    A drop-in: the same arguments, and without a safety block the same computation bit for bit. With one it differs in: what
-    the methods add to the training loss is part of the logged `loss`, a correction is applied when training ends,
-    `safety/…` metrics are in every log, and `safety_report.json` lies beside every saved adapter.
+    A drop-in replacement: it takes the same arguments, and without a safety block it computes the same, bit for bit. With one, the logged
+    `loss` includes the methods' terms, a correction is applied when training ends, every log has `safety/…` metrics, and
+    `safety_report.json` is saved beside every adapter.
 
     Args:
         *args: as in `SFTTrainer`.
@@ -74,12 +74,12 @@ class SafeSFTTrainer(BlockTrainer, SFTTrainer):
         self.start_safety(config, subspace, self._prepared(config, references, given.get("formatting_func")))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: Any, *rest: Any, **options: Any) -> Any:
-        """The parent's. Where rows are numbered and packed, the numbers are packed with their tokens, which the parent would drop."""
+        """The parent's, except that row numbers, which the parent would drop, are packed with their tokens."""
         cut = args.max_length is None or args.packing_strategy == "wrapped"
         if not packing or cut or ROW not in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **options)
         tokenised: Any = copy.copy(args)
-        # Packing cuts by itself. Beside Liger's kernels the parent drops every column that is not its own.
+        # Packing cuts long rows itself. With Liger's kernels the parent drops every column that it does not know.
         tokenised.max_length, tokenised.use_liger_kernel = None, False
         dataset = number_tokens(super()._prepare_dataset(dataset, processing_class, tokenised, False, *rest, **options))
         options = {"num_proc": args.dataset_num_proc, "desc": "Packing the dataset"}
