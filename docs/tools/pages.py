@@ -268,7 +268,7 @@ def included(name: str) -> str:
 
 
 def chart(rows: list[dict[str, Any]]) -> str:
-    """Attack and task of every row, as SVG: two marks on a line for each, read without colour by their shape."""
+    """Attack and task of every row, as SVG: two marks on a line for each, told apart by shape and size as well as by colour."""
     import io
 
     from matplotlib import rc_context
@@ -281,8 +281,8 @@ def chart(rows: list[dict[str, Any]]) -> str:
         for place, name in enumerate(names):
             attack, task = (statistics.fmean(row[key] for row in rows if row["method"] == name) for key in ("attack", "task"))
             axes.plot([attack, task], [place, place], color="#999999", linewidth=1, zorder=1)
-            axes.scatter(attack, place, marker="o", color="#d55e00", zorder=2, label=None if place else "attack ↓")
-            axes.scatter(task, place, marker="s", color="#0072b2", zorder=2, label=None if place else "task ↑")
+            axes.scatter(attack, place, marker="o", s=70, color="#d55e00", zorder=2, label=None if place else "attack ↓")
+            axes.scatter(task, place, marker="s", s=20, color="#0072b2", zorder=3, label=None if place else "task ↑")
         labels = [f"– {name.partition(': ')[2]}" if ": " in name else name for name in names]
         axes.set_yticks(range(len(names)), labels, color="#808080", fontsize=8)
         axes.tick_params(colors="#808080")
@@ -327,10 +327,11 @@ def _command(name: str, command: Any) -> str:
     arguments = [found for found in command.params if found.param_type_name == "argument"]
     chosen = [found for found in command.params if found.param_type_name == "option" and not found.hidden]
     names = [(found.metavar or found.name).upper() for found in arguments]
-    usage = " ".join(["trl-safety", name, *names, *(["[OPTIONS]"] if chosen else [])])
+    further = "[OPTIONS]" if chosen else "[OPTIONS OF trl sft]" if command.context_settings.get("ignore_unknown_options") else ""
+    usage = " ".join(["trl-safety", name, *names, further]).strip()
     lines = [f"## {name}", "", " ".join((command.help or "").split("\f")[0].split()), "", f"Usage: `{usage}`"]
     if not arguments and not chosen:
-        return "\n".join([*lines, "", "See its help for the options that it hands on."] if command.ignore_unknown_options else lines)
+        return "\n".join(lines)
     rows = [(f"`{shown}`", found) for shown, found in zip(names, arguments, strict=True)]
     rows += [(", ".join(f"`{part}`" for part in found.opts + found.secondary_opts), found) for found in chosen]
     lines += ["", "| | default | |", "|---|---|---|"]
