@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,10 +32,13 @@ from trl_safety.adapters.folder import refuse_diverged
 from trl_safety.adapters.record import open_kind
 from trl_safety.config.options import read_yaml
 from trl_safety.errors import ConfigurationError, SafetyError, reason
-from trl_safety.messages import ShapeError, conversation
+from trl_safety.messages import ShapeError, conversation, text_of
+from trl_safety.scoring import KeywordJudge, Prompt
 from trl_safety.subspace.artifact import HUB_FILE, AlignmentSubspace
 from trl_safety.training.data import check_columns, load_rows, load_splits
 from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -122,7 +126,9 @@ def run_vector(
     Checkpoint(model, options.model_revision)
     if buffer is not None:
         open_kind(buffer, "buffer", "buffer")
-    pairs = [*_pairs(refusals, "refusals"), *_pairs(benign, "benign")]
+    wanted, other = _pairs(refusals, "refusals"), _pairs(benign, "benign")
+    _check_direction(wanted, other)
+    pairs = [*wanted, *other]
     if len({(type(pair["prompt"]), type(pair["completion"])) for pair in pairs}) > 1:
         raise ConfigurationError(
             f"refusals = {refusals!r}, benign = {benign!r}: some rows hold text and others messages; give all of them in one form"
@@ -137,6 +143,22 @@ def run_vector(
     )
     found.save_pretrained(output)
     return found
+
+
+def _check_direction(refusals: Sequence[Mapping[str, Any]], benign: Sequence[Mapping[str, Any]]) -> None:
+    """Check by phrases of refusal that the two data sets are not swapped: V would then point away from refusing."""
+    shares = []
+    for pairs in (refusals, benign):
+        answers = [
+            answer if isinstance(answer, str) else text_of(answer[-1]["content"]) for answer in (pair["completion"] for pair in pairs)
+        ]
+        verdicts = KeywordJudge().verdicts([Prompt(answer) for answer in answers], answers)
+        shares.append(verdicts.count("refused") / len(verdicts))
+    said = f"{shares[0]:.0%} of the answers in refusals read like refusals, and {shares[1]:.0%} of those in benign"
+    if shares[0] < shares[1]:
+        raise ConfigurationError(f"{said}: the two are swapped, and V would point away from refusing; swap them")
+    if shares[0] == shares[1]:
+        logger.warning("%s: check that the first do refuse", said)
 
 
 def _pairs(source: str, setting: str) -> list[dict[str, Any]]:
