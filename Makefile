@@ -16,6 +16,7 @@ LAB := .venv-lab
 NEWEST := .venv-newest
 AXOLOTL := .venv-axolotl
 OLDEST := .venv-oldest
+RELEASE := .venv-release
 PAIRS ?= 8
 SEEDS ?= 2
 WORKERS ?= 2
@@ -26,7 +27,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab lab-full check test lint types stacks install test-newest test-axolotl test-oldest clean
+.PHONY: lab lab-full check test lint types stacks install docs docs-check docs-generated wheel test-newest test-axolotl test-oldest clean
 
 ## The main job on the embedded world, every method once: a table on the screen, results.json and results.png in $(OUTPUT).
 lab: $(LAB)/.installed
@@ -43,7 +44,7 @@ check: lint types
 ## Everything, on both stacks that users have.
 test: stacks
 	$(MAKE) --jobs $(WORKERS) install
-	$(MAKE) lint types test-newest $(if $(AXOLOTL_PYTHON),test-axolotl)
+	$(MAKE) lint types docs-check test-newest $(if $(AXOLOTL_PYTHON),test-axolotl)
 	@$(MAKE) --no-print-directory stacks
 
 ## Which interpreter each stack runs on, and which stacks are left out for lack of one.
@@ -60,13 +61,30 @@ lint: $(NEWEST)/.installed
 types: $(NEWEST)/.installed
 	$(NEWEST)/bin/mypy
 
+## The documentation at http://127.0.0.1:8000, built anew at every change.
+docs: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m mkdocs serve
+
+## The documentation without a warning, in build/site.
+docs-check: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m mkdocs build --quiet --strict
+
+## Write the generated parts of README.md and docs anew.
+docs-generated: $(NEWEST)/.installed
+	$(NEWEST)/bin/python docs/tools/pages.py
+
+## The wheel in dist, checked, and installed into an empty environment without extras: minutes, most of them for PyTorch.
+wheel:
+	test -x $(RELEASE)/bin/twine || { $(NEWEST_PYTHON) -m venv $(RELEASE) && $(RELEASE)/bin/pip install --quiet "build>=1.2" "twine>=6"; }
+	$(RELEASE)/bin/python docs/tools/wheel.py --output dist --constraint constraints/newest.txt
+
 # The lab trains on all cores: beside another worker its threads would wait for each other.
 test-newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab" $(SLOWEST)
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not lab and not slow" $(SLOWEST)
 	$(NEWEST)/bin/python -m pytest -m lab
 
-# The lab's training and the benchmarks do not depend on the stack; the lab's wiring is tested on both.
-ON_AXOLOTL := -m pytest $(SLOWEST) -n $(WORKERS) --dist loadfile -m "not lab" --ignore tests/test_benchmarks.py
+# The lab's training, the benchmarks and the documentation do not depend on the stack; the lab's wiring is tested on both.
+ON_AXOLOTL := -m pytest $(SLOWEST) -n $(WORKERS) --dist loadfile -m "not lab and not slow" --ignore tests/test_benchmarks.py --ignore tests/test_documentation.py
 
 test-axolotl: $(AXOLOTL)/.installed
 	$(AXOLOTL)/bin/python $(ON_AXOLOTL)
@@ -83,7 +101,7 @@ $(LAB)/.installed $(NEWEST)/.installed: INTERPRETER := $(NEWEST_PYTHON)
 $(AXOLOTL)/.installed: INTERPRETER := $(AXOLOTL_PYTHON)
 $(OLDEST)/.installed: INTERPRETER := $(OLDEST_PYTHON)
 # inspect_ai cannot be installed beside Axolotl.
-$(NEWEST)/.installed: EXTRAS := [qlora,test,eval]
+$(NEWEST)/.installed: EXTRAS := [qlora,test,eval,docs]
 $(AXOLOTL)/.installed $(OLDEST)/.installed: EXTRAS := [qlora,test,axolotl]
 $(LAB)/.installed $(NEWEST)/.installed: constraints/newest.txt
 $(AXOLOTL)/.installed: constraints/axolotl.txt
@@ -102,4 +120,4 @@ PIP_INSTALL := bin/pip install --quiet --no-compile
 	touch $@
 
 clean:
-	rm -rf $(LAB) $(NEWEST) $(AXOLOTL) $(OLDEST) lab_results
+	rm -rf $(LAB) $(NEWEST) $(AXOLOTL) $(OLDEST) $(RELEASE) build dist lab_results

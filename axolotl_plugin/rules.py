@@ -37,7 +37,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "compiled": ("torch_compile",),
     "precision": ("fp16",),
     "streamed": ("streaming", "pretraining_dataset"),
-    "batch": ("micro_batch_size",),
+    "batch": ("micro_batch_size", "gradient_accumulation_steps"),
     "trained_besides": BESIDES,
     "pickled": ("save_safetensors",),
 }
@@ -70,7 +70,7 @@ def axolotl_facts(cfg: Any, written: Collection[str] | None = None) -> Facts:
         "compiled": get("torch_compile") is True,
         "precision": "fp16" if get("fp16") is True else "other",
         "streamed": bool(get("streaming") or get("pretraining_dataset")),
-        "batch": int(get("micro_batch_size")) if get("micro_batch_size") and not get("sample_packing") else None,
+        "batch": _batch(cfg),
         "trained_besides": any(get(key) for key in BESIDES),
         "pickled": get("save_safetensors") is False,
     }
@@ -79,9 +79,17 @@ def axolotl_facts(cfg: Any, written: Collection[str] | None = None) -> Facts:
 
 def _rows(cfg: Any) -> str:
     if cfg.get("sample_packing"):
-        # Axolotl's validation derives it from the attention implementation.
-        return "mixed" if cfg.get("attn_decontaminates_packing") is False else "packed"
+        # Axolotl's validation derives it, but does not know every build of flash attention: the first step tests those.
+        known = "flash" not in str(cfg.get("attn_implementation"))
+        return "mixed" if cfg.get("attn_decontaminates_packing") is False and known else "packed"
     return "padding_free" if cfg.get("batch_flattening") else "plain"
+
+
+def _batch(cfg: Any) -> int | None:
+    if cfg.get("sample_packing") or not cfg.get("micro_batch_size"):
+        return None
+    batch, accumulated = int(cfg.get("micro_batch_size")), cfg.get("gradient_accumulation_steps")
+    return batch if batch > 1 or not accumulated else int(accumulated)
 
 
 OBJECTIVES = {"ipo": "dpo", "simpo": "cpo", "gdpo": "grpo"}

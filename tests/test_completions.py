@@ -11,6 +11,8 @@ from tests import chain, tiny
 from trl_safety.errors import ConfigurationError
 from trl_safety.scoring import KeywordJudge, Prompt, complete, score
 
+PROMPTS = [Prompt(({"role": "user", "content": " ".join(f"w{i}" for i in range(1, length))},)) for length in (3, 2, 5)]
+
 SHORT = Prompt(({"role": "user", "content": "w1"},))
 LONG = Prompt(({"role": "user", "content": "w1 w2 w3"},))
 
@@ -191,3 +193,54 @@ def test_all_sets_are_checked_before_the_first_is_asked() -> None:
     model.generate = lambda *args, **kwargs: pytest.fail("asked")
     with pytest.raises(ConfigurationError, match="rejects the prompt"):
         score(model, tokenizer, {"harmful": [SHORT], "benign": [with_system()]}, KeywordJudge())
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 / 0 }}", "refuses the prompt .*division by zero"),
+        ("{{ messages[5].content }}", "refuses the prompt .*no element 5"),
+        ("{{ messages[0].content.foo.bar }}", "refuses the prompt .*no attribute 'foo'"),
+        ("{{ messages | no_such_filter }}", "refuses the prompt .*No filter named"),
+        ({"rag": chain.TEMPLATE, "tool_use": chain.TEMPLATE}, "refuses the prompt .*no default"),
+    ],
+    ids=["arithmetic", "index", "attribute", "filter", "no-default"],
+)
+def test_templates_that_end_in_an_error_of_their_own(template: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        complete(chain.model("w5 <end>", chain.tokenizer()), chain.tokenizer(template=template), PROMPTS[:1], new_tokens=2, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("generation", "said"),
+    [
+        ({"eos_token_id": 3, "num_beams": 2, "num_return_sequences": 2}, "w5 w6 w7"),
+        ({"eos_token_id": 3, "return_dict_in_generate": True, "output_scores": True}, "w5 w6 w7"),
+        ({"eos_token_id": 3, "max_length": 3}, "w5 w6 w7"),
+        ({"eos_token_id": 3, "prompt_lookup_num_tokens": 2}, "w5 w6 w7"),
+        ({"eos_token_id": [3, 9999]}, "w5 w6 w7"),
+    ],
+    ids=["beams", "dictionary", "length", "lookup", "unknown-stop"],
+)
+def test_generation_configs_as_models_bring_them(generation: dict[str, Any], said: str) -> None:
+    tokenizer = chain.tokenizer()
+    model = chain.model("w5 w6 w7 <end>", tokenizer, **generation)
+    assert complete(model, tokenizer, PROMPTS[:3], new_tokens=8, batch_size=2) == [said] * 3
+
+
+def test_a_stop_that_is_no_token() -> None:
+    model = chain.model("w5 <end>", chain.tokenizer())
+    model.generation_config.eos_token_id = "<end>"  # noqa: S105  # a mistake, not a secret
+    with pytest.raises(ConfigurationError, match="eos_token_id = '<end>' is no token's number"):
+        complete(model, chain.tokenizer(), PROMPTS[:1], new_tokens=2, batch_size=1)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_logits_that_are_no_numbers(beams: int) -> None:
+    """What is made of them is empty, which no phrase of refusal is in: it would count as harm."""
+    tokenizer = chain.tokenizer()
+    model = chain.model("w5 <end>", tokenizer, eos_token_id=3, num_beams=beams)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ConfigurationError, match="logits hold NaN, so that its completions say nothing"):
+        complete(model, tokenizer, PROMPTS[:2], new_tokens=2, batch_size=2)

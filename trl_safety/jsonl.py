@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trl_safety.errors import ConfigurationError
 
+OTHERS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".zip", ".zst")
+"""Files that are told by their names."""
+GZIP = b"\x1f\x8b"
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -17,7 +22,8 @@ def read_lines(
 ) -> list[tuple[int, dict[str, Any]]]:
     """The objects of a JSON-lines file, each with its line number, from 1. Blank lines are counted but skipped.
 
-    Lines end only with \\n, because U+2028, U+2029 and U+0085 may occur within a JSON string. A byte order mark is skipped.
+    A file packed by gzip is unpacked. Lines end only with \n, because U+2028, U+2029 and U+0085 may occur within a JSON string. A byte order
+    mark is skipped.
 
     Args:
         path: the file.
@@ -29,10 +35,17 @@ def read_lines(
     Raises:
         error: the file cannot be read, is not UTF-8, or a line is not a JSON object.
     """
+    if path.suffix in OTHERS and path.is_file():
+        raise error(f"{named}: is a file of the kind {path.suffix!r}, which holds no JSON lines; {remedy}")
     try:
         content = path.read_bytes()
     except OSError as failure:
         raise error(f"{named}: cannot be read ({failure.strerror or failure}); {remedy}") from failure
+    if content.startswith(GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as failure:
+            raise error(f"{named}: cannot be read (it is packed by gzip, and damaged: {failure}); {remedy}") from failure
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise error(f"{named}: cannot be read (it is UTF-16); save it as UTF-8")
     pieces = content.split(b"\n")
@@ -52,7 +65,7 @@ def read_lines(
 
 def _object(line: str, where: str, error: type[Exception]) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=_once)
         # Half of a surrogate pair could not be tokenised or written back.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as failure:
@@ -64,6 +77,14 @@ def _object(line: str, where: str, error: type[Exception]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise error(f"{where}: is not an object but {kind_of(value)}; write one object per line")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"`{next(name for name in names if names.count(name) > 1)}` is there twice")
+    return found
 
 
 def kind_of(value: Any) -> str:

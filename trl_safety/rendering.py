@@ -12,6 +12,9 @@ from trl_safety.answers import answer_of
 from trl_safety.errors import ConfigurationError
 from trl_safety.messages import Messages, ShapeError, texts_of
 
+TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+"""What a chat template ends in that does not take a conversation: it is a small program. ValueError: there are several and none is the default."""
+
 
 def text_tokenizer(given: Any) -> Any:
     """The tokenizer; if a processor was given, the processor's tokenizer."""
@@ -62,7 +65,7 @@ def render(messages: Messages | str, given: Any, *, generation: bool = True, **o
                 tokenize=False,
                 **options,
             )
-        except (TemplateError, TypeError) as error:
+        except TEMPLATE_FAILURES as error:
             refused = refused or error
             continue
         if all(_holds(rendered, message, text) for message, text in zip(form, texts, strict=True)):

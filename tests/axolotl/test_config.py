@@ -38,7 +38,6 @@ WRONG = {
     "trainer_cls": "some.Trainer",
     "save_safetensors": False,
     "lora_qkv_kernel": True,
-    "sample_packing": True,
     "torch_compile": True,
     "streaming": True,
     "lora_modules_to_save": ["lm_head"],
@@ -119,12 +118,27 @@ def test_fused_kernels_are_switched_off_and_said(config: dict[str, Any]) -> None
     assert cfg.lora_o_kernel is False
 
 
+def test_packed_rows_of_which_the_documents_see_each_other(config: dict[str, Any]) -> None:
+    """Axolotl's validation tells; a packed batch of one row holds several documents."""
+    block = SafetyConfig.parse({"dual_select": {"keep": 4}})
+    packed = {**config, "sample_packing": True, "micro_batch_size": 1}
+    with pytest.raises(
+        ConfigurationError, match="sample_packing = True: dual_select cannot act: a sample that is cut anywhere, or attends"
+    ):
+        check(validated(packed), block, packed.keys())
+    assert check(validated({**packed, "attn_implementation": "sdpa"}), block, packed.keys()) == []
+    with pytest.raises(
+        ConfigurationError, match="micro_batch_size = 1, gradient_accumulation_steps = 2: dual_select cannot act: every sample of 2"
+    ):
+        check(validated({**packed, "sample_packing": False}), block, packed.keys())
+
+
 def test_all_violations_are_said_at_once(config: dict[str, Any]) -> None:
-    cfg = DictDefault({**config, "peft_use_dora": True, "relora": True, "sample_packing": True})
+    cfg = DictDefault({**config, "peft_use_dora": True, "relora": True, "streaming": True})
     with pytest.raises(ConfigurationError) as raised:
         refuse(cfg, SafetyConfig.parse({"dual_select": {}}))
     lines = str(raised.value).splitlines()
-    assert [line.split(" = ")[0] for line in lines] == ["peft_use_dora", "relora", "sample_packing"]
+    assert [line.split(" = ")[0] for line in lines] == ["peft_use_dora", "relora", "streaming"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def made(**kwargs: Any) -> Any:
 pool = tiny.rows(16, seed=5)
 with pytest.raises(
     SafetyError,
-    match="fsdp_version = 2: dual_select cannot act: it reads and adds gradients of whole LoRA factors, which the engine shards",
+    match="fsdp_version = 2: dual_select cannot act: it reads and adds gradients of whole LoRA factors, which FSDP shards",
 ):
     made(safety={"dual_select": {"references": 4}}, reference_dataset=pool)
 with pytest.raises(SafetyError, match=r"reinforce: the merge|the merge changes the adapter's rank.*merge-reinforce"):

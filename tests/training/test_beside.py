@@ -14,7 +14,8 @@ from trl_safety.errors import SafetyError
 from trl_safety.reports.report import verify
 
 BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
-    "packed": ("rows", {"packing": True, "max_length": 12}),
+    "packed": ("rows", {"packing": True, "max_length": 24}),
+    "packed and cut": ("rows", {"packing": True, "max_length": 12, "packing_strategy": "wrapped"}),
     "compiled": ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"}),
     "whole modules": ("trained_besides", {"peft_config": tiny.lora(modules_to_save=["lm_head"])}),
     "streamed": ("streamed", {"data": tiny.rows(32).to_iterable_dataset()}),
@@ -48,7 +49,12 @@ def test_acts_or_is_refused(method: str, beside: str, world: Path, tmp_path: Pat
     fact, arguments = BESIDE[beside]
     block = {method: options(method, world)}
     config = options_class(method)(**block[method])
-    concerned = [found for found in config.requirements if found.fact == fact and found.when(config)]
+    value = {"packed": "packed", "packed and cut": "cut"}.get(beside, True)
+    concerned = [
+        found
+        for found in config.requirements
+        if found.fact == fact and found.when(config) and (fact != "rows" or found.refused(value, config))
+    ]
     kwargs = {"subspace": gqa_subspace} if config.subspace_use == "reads" else {}
     if options_class(method).reads_references:
         kwargs["reference_dataset"] = tiny.rows(16, seed=5)

@@ -289,11 +289,9 @@ def test_composes_with_asft_and_a_correction(tmp_path: Path, gqa_subspace: Any) 
 @pytest.mark.parametrize(
     ("safety", "kwargs", "message"),
     [
-        (block(keep=8), {}, "every sample of a per-device batch of 8 would be kept"),
+        (block(keep=8), {}, "every sample of 8 would be kept"),
         (block(keep=None, keep_tokens=0.9), {"per_device_train_batch_size": 1}, "selects within a batch"),
         (block(references=13), {}, "the pool has 12"),
-        (block(), {"packing": True}, "packing = True"),
-        (block(), {"padding_free": True, "max_length": None}, "padding_free = True"),
         (block(), {"label_smoothing_factor": 0.1}, "label_smoothing_factor = 0.1"),
         (block(), {"peft_config": tiny.lora(modules_to_save=["lm_head"])}, "are not LoRA factors"),
         (block(), {"peft_config": tiny.lora(lora_bias=True, init_lora_weights=True)}, "are not LoRA factors"),
@@ -362,6 +360,19 @@ def test_batches_in_which_all_would_be_kept(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, safety=block(keep=6, warmup_steps=1), reference_dataset=pool(), data=tiny.rows(3))
     with pytest.raises(ConfigurationError, match="the training data has 3 rows, of which all would be kept"):
         trainer.train()
+
+
+def test_batches_of_one_sample_choose_within_the_step(tmp_path: Path) -> None:
+    """As one batch of all that is accumulated; the last step of an epoch has fewer samples, and keeps the same share."""
+    data, options = tiny.rows(20), {"max_steps": 6, **tiny.WELL_CONDITIONED}
+    whole = trained(tmp_path / "whole", data=data, **options)
+    single = trained(tmp_path / "single", data=data, per_device_train_batch_size=1, gradient_accumulation_steps=8, **options)
+    assert tiny.largest_difference(tiny.factors(single.model), tiny.factors(whole.model)) < 1e-4
+    ours, theirs = (read_choices(tmp_path / name / SELECTION) for name in ("single", "whole"))
+    assert [(line.step, line.indices, line.weights) for line in ours] == [(line.step, line.indices, line.weights) for line in theirs]
+    assert [len(line.indices) for line in ours if line.kind == "task"] == [8, 4, 8, 8, 4]
+    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (single, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_training_again_begins_anew(tmp_path: Path) -> None:

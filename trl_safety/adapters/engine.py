@@ -16,10 +16,15 @@ def is_fsdp() -> bool:
     return bool(AcceleratorState().distributed_type == DistributedType.FSDP)
 
 
+def is_deepspeed() -> bool:
+    """Whether DeepSpeed reduces the gradients of this run and takes its steps; known once there is a trainer."""
+    return bool(AcceleratorState().distributed_type == DistributedType.DEEPSPEED)
+
+
 def engine() -> Fact:
     """The engine of this run: "single", "ddp", "deepspeed", "zero3", "fsdp1", "fsdp2", or FSDP2 whose checkpoints lack the whole adapter."""
     state = AcceleratorState()
-    if state.distributed_type == DistributedType.DEEPSPEED:
+    if is_deepspeed():
         stage = state.deepspeed_plugin.zero_stage if not state.deepspeed_plugin.hf_ds_config.is_zero3() else 3
         return Fact("zero3" if stage == 3 else "deepspeed", f"deepspeed: ZeRO stage {stage}")
     if not is_fsdp():

@@ -24,7 +24,7 @@ from trl_safety.adapters.lora import DIVERGED, check_config, strays
 from trl_safety.adapters.names import WRAPPERS, strip_wrappers
 from trl_safety.errors import AdapterError, reason
 from trl_safety.linalg.finite import is_finite
-from trl_safety.linalg.low_rank import is_zero_product
+from trl_safety.linalg.low_rank import is_zero_product, product_norm_squared
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -32,6 +32,8 @@ COPIED_SUFFIXES = {".json", ".jinja", ".md", ".model", ".txt"}
 NOT_COPIED = {CONFIG, "trainer_state.json"}
 """Tokenizer, chat template and card travel with the adapter; the state of the run that made it does not."""
 PEFT_PREFIX = "base_model.model."
+NEGLIGIBLE = 1e-12
+"""‖ΔW‖ of a layer that changes nothing: float32 rounds a weight of 1e-5 by as much, and bfloat16 one of 1e-10."""
 FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -50,8 +52,10 @@ class Factors:
 
     @property
     def is_zero(self) -> bool:
-        """Whether the layer has no update: B, A or the scaling is zero, or the product cancels."""
-        return self.scaling == 0 or is_zero_product(self.B, self.A)
+        """Whether the layer has no update: B, A or the scaling is zero, the product cancels, or s·B·A is too small to move any weight."""
+        if self.scaling == 0 or is_zero_product(self.B, self.A):
+            return True
+        return abs(self.scaling) * float(product_norm_squared(self.B.double(), self.A.double()).clamp(min=0).sqrt()) <= NEGLIGIBLE
 
 
 class AdapterFolder:
@@ -117,7 +121,13 @@ class AdapterFolder:
         """
         folder = Path(path)
         if not (folder / CONFIG).is_file():
-            raise AdapterError(f"adapter = {str(path)!r}: has no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
+            within = sorted(file.parent for file in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+            remedy = (
+                f"name one of those within it: {', '.join(map(str, within))}"
+                if within
+                else "give the folder that PEFT's save_pretrained wrote"
+            )
+            raise AdapterError(f"adapter = {str(path)!r}: has no {CONFIG}; {remedy}")
         if not (folder / WEIGHTS).is_file():
             pickled = (
                 " (adapter_model.bin is a pickle, which is never read; save the adapter as safetensors)"
@@ -181,7 +191,8 @@ class AdapterFolder:
                 if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
                     shutil.copyfile(file, temporary / file.name)
             for name, text in report(temporary).items():
-                (temporary / name).write_text(text, encoding="utf-8")
+                # A card may hold bytes that are no UTF-8.
+                (temporary / name).write_text(text, encoding="utf-8", errors="surrogateescape")
 
     def _scaling(self, module: str, rank: int) -> float:
         """PEFT's scaling of a module; checks that the file's rank is the configuration's."""

@@ -53,6 +53,27 @@ class FlatFactors:
             part = flat[place].view(weight.shape).to(weight.device, weight.dtype)
             weight.grad = part.clone() if weight.grad is None else weight.grad.add_(part)
 
+    def with_gradient(self, value: Tensor, flat: Tensor) -> Tensor:
+        """A loss of this value whose backward pass gives the factors a vector (P,) as their gradient."""
+        weights = [linear.weight for _, linear, _ in self.factors]
+        gradients = [flat[place].view(weight.shape).to(weight) for weight, (_, _, place) in zip(weights, self.factors, strict=True)]
+        loss: Tensor = _Given.apply(value, gradients, *weights)  # type: ignore[no-untyped-call]
+        return loss
+
+
+class _Given(torch.autograd.Function):
+    """A value that does not depend on its parameters, and gradients that were computed elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = outer
+        return None, None, *(gradient * scale for gradient in ctx.gradients)
+
 
 class Consumer(Protocol):
     """Takes the documents' gradients of one factor at a time."""
@@ -159,7 +180,9 @@ def _recording(linear: nn.Linear, consume: Callable[[Tensor, Tensor], None]) -> 
     def forward(x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return functional.linear(x, linear.weight)
-        result: Tensor = _Record.apply(x, linear.weight, consume)  # type: ignore[no-untyped-call]
+        # Engines watch for the weight's own gradient, which there is none of: an empty leaf stands in for it.
+        leaf = linear.weight.new_empty(0, requires_grad=True)
+        result: Tensor = _Record.apply(x, linear.weight.detach(), leaf, consume)  # type: ignore[no-untyped-call]
         return result
 
     return forward
@@ -172,7 +195,7 @@ class _Record(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, consume: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, leaf: Tensor, consume: Callable[[Tensor, Tensor], None]) -> Tensor:
         device = x.device.type
         ctx.dtype = x.dtype
         if torch.is_autocast_enabled(device):
@@ -183,9 +206,9 @@ class _Record(torch.autograd.Function):
             return functional.linear(x, weight.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         (delta,) = gradients
         x, weight = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
             ctx.consume(x, delta)
-            return (delta @ weight.to(delta.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None
+            return (delta @ weight.to(delta.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None, None

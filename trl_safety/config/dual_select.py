@@ -47,10 +47,10 @@ _REQUIREMENTS = (
     ),
     Requirement(
         "engine",
-        one_of("fsdp2", "deepspeed"),
-        "FSDP, or DeepSpeed of any stage",
-        "it reads and adds gradients of whole LoRA factors, which the engine shards over the processes",
-        {"any": "use DDP"},
+        one_of("fsdp2"),
+        "FSDP",
+        "it reads and adds gradients of whole LoRA factors, which FSDP shards over the processes",
+        {"any": "use DDP, or DeepSpeed's ZeRO stage 1 or 2"},
     ),
     Requirement(
         "streamed",
@@ -86,16 +86,18 @@ _REQUIREMENTS = (
     Requirement(
         "batch",
         lambda batch, options: batch < 2,
-        "one sample",
-        "it selects within a batch",
-        {"any": "use a per_device_train_batch_size (micro_batch_size) of at least 2"},
+        "one sample, nothing accumulated",
+        "it selects within a batch, or within an optimizer step if a batch is one sample",
+        {"any": "use a per_device_train_batch_size (micro_batch_size) or gradient_accumulation_steps of at least 2"},
     ),
     Requirement(
         "batch",
         lambda batch, options: batch >= 2 and options.keep is not None and options.keep >= batch,
         "at most keep",
-        "every sample of a per-device batch of {value} would be kept, so nothing would be selected",
-        {"any": "use a smaller keep, keep_tokens, or a larger per_device_train_batch_size (micro_batch_size)"},
+        "every sample of {value} would be kept, so nothing would be selected",
+        {
+            "any": "use a smaller keep, keep_tokens, or a larger per_device_train_batch_size (micro_batch_size; if that is 1, gradient_accumulation_steps)"
+        },
         setting=lambda options: f"keep = {options.keep}",
     ),
 )
@@ -128,8 +130,9 @@ class DualSelectConfig(MethodOptions):
     selection: Literal["hard", "soft"] = "hard"
     """'hard' keeps samples with weight 1, 'soft' weights them by softmin(score / T)."""
     keep: Annotated[int, Field(ge=1)] | None = None
-    """K: samples to keep from each per-device batch. Default 4. From a batch that is not full, the same share. In packed rows it counts documents, of
-    which a batch holds any number: `keep_tokens` suits them better."""
+    """K: samples to keep from each per-device batch, or, if that is one sample, from those that a process accumulates for an optimizer step.
+    Default 4. From a batch that is not full, the same share. In packed rows it counts documents, of which a batch holds any number:
+    `keep_tokens` suits them better."""
     keep_tokens: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Instead of `keep`: the largest share of each batch's supervised tokens to keep (the paper: 0.9)."""
     references: Annotated[int, Field(ge=1)] | None = None

@@ -69,7 +69,7 @@ FACTS = {
     "label_smoothing": "smoothed labels",
     "images": "training data with images",
     "replicated": "one process that replicates the model (DataParallel)",
-    "batch": "number of samples in a per-device batch, where that is fixed",
+    "batch": "number of samples in a per-device batch, where that is fixed; in an optimizer step, if a batch is one sample",
     "trained_besides": "trainable parameters other than LoRA factors",
     "pickled": "adapters saved as pickles",
 }
@@ -376,14 +376,14 @@ BUFFERS = ("buffer", "are both buffers, and the second would be trained on top o
 
 _BESIDE = "tests/training/test_beside.py::test_acts_or_is_refused"
 SHOWN = {
-    "rows: packed": _BESIDE,
+    "rows: packed so that samples are cut anywhere (TRL's wrapped) or attend to each other": _BESIDE,
     "compiled: true": _BESIDE,
     "trained_besides: set": _BESIDE,
     "streamed: streamed": _BESIDE,
-    "batch: one sample": _BESIDE,
+    "batch: one sample, nothing accumulated": _BESIDE,
     "batch_varies: auto_find_batch_size": _BESIDE,
     "label_smoothing: above 0": _BESIDE,
 }
 """What this package's tests show for all of its methods that have no requirement there."""
-ON_SHARDS = {"engine: FSDP, or DeepSpeed of any stage": "tests/training/test_engines.py::test_two_processes_equal_one"}
+ON_SHARDS = {"engine: FSDP": "tests/training/test_engines.py::test_two_processes_equal_one"}
 """What they show for the methods that act only on whole factors."""

@@ -18,6 +18,7 @@ from trl_safety.reports.report import (
     SafetyReport,
     describe_subspace,
     describes,
+    read_card,
     read_report,
     settled,
     with_section,
@@ -79,8 +80,7 @@ def correct_folder(
         skipped=dict(bound.skipped),
         not_covered=sorted(folder.others),
     )
-    card = folder.path / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = read_card(folder.path / "README.md")
 
     def texts(written: Path) -> dict[str, str]:
         final = settled(report, written)

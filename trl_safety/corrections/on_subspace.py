@@ -46,6 +46,11 @@ class SubspaceCorrection(Correction):
         subspace = self._given(subspace)
         subspaces = subspace.for_modules(folder.factors, skip_modules)
         for name, layer in subspaces.items():
+            if folder.config.task_type == "CAUSAL_LM" and layer.name.endswith(f".{name}"):
+                raise AdapterError(
+                    f"{setting}: its layer {name!r} is named as in the model without its head, and is {layer.name!r} in one that answers, so that PEFT would put "
+                    "nothing of it there and only warn: save the adapter again from the model that it was trained on"
+                )
             check_shape(name, folder.factors[name].shape, layer)
             if bool(folder.config.fan_in_fan_out) != layer.transposed:
                 raise AdapterError(

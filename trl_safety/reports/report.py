@@ -30,6 +30,9 @@ MEANINGLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "pef
 
 NO_UPDATE = "its update is zero in every layer, so no method had anything to act on: train the adapter"
 
+AS_IT_IS = "surrogateescape"
+"""How bytes that are not UTF-8 are read and written."""
+
 CARD_START, CARD_END = "<!-- trl-safety -->", "<!-- /trl-safety -->"
 
 
@@ -210,9 +213,14 @@ def add_to_card(card: Path, report: SafetyReport) -> None:
 
 def add_section(card: Path, section: str) -> None:
     """Add a section of ours to a model card, replacing an earlier one."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = read_card(card)
     with replacing(card, error=ReportError, setting="model card") as temporary:
-        temporary.write_text(_replaced(text, section), encoding="utf-8")
+        temporary.write_text(_replaced(text, section), encoding="utf-8", errors=AS_IT_IS)
+
+
+def read_card(card: Path) -> str:
+    """A model card's text, to be written with the same `errors`; empty if there is no card. Bytes that are not UTF-8 are kept."""
+    return card.read_text(encoding="utf-8", errors=AS_IT_IS) if card.is_file() else ""
 
 
 def with_section(text: str, report: SafetyReport) -> str:

@@ -172,12 +172,12 @@ def read_selection(folder: str | Path) -> list[Dropped]:
     if (folder / TEXTS).is_file():
         named = f"{str(folder / TEXTS)!r}"
         for number, entry in read_lines(folder / TEXTS, named, error=ReportError):
-            row, part = entry.get("row"), entry.get("part", 0)
-            if not isinstance(row, int) or not isinstance(part, int) or not isinstance(entry.get("text"), str):
+            row, part, text = entry.get("row"), entry.get("part", 0), entry.get("text")
+            if not isinstance(row, int) or not isinstance(part, int) or not isinstance(text, str):
                 raise ReportError(
                     f"{named}, line {number}: has no row and text; remove the file, and the rows are shown without their text"
                 )
-            texts[row, part] = entry["text"]
+            texts[row, part] = text
     table = most_dropped(choices, texts)
     if not table:
         raise ReportError(f"{str(folder / SELECTION)!r}: no sample was scored; the run ended in its warm-up")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from trl_safety.errors import ConfigurationError, reason
 from trl_safety.jsonl import kind_of, read_lines
@@ -18,11 +18,13 @@ from trl_safety.rendering import render, text_tokenizer, token_ids
 
 IGNORED = -100
 
-FILES = (".jsonl", ".json", ".csv", ".parquet")
+LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+FILES = (".json", ".csv", ".parquet")
+KINDS = ".jsonl, .jsonl.gz, .json, .csv or .parquet"
 
 
 def load_rows(source: str, setting: str) -> Dataset:
-    """A data set from a local file (.jsonl, .json, .csv, .parquet), a data set folder, or the Hub.
+    """A data set from a local file (`KINDS`), a data set folder, or the Hub.
 
     Args:
         source: path or Hub id.
@@ -65,17 +67,20 @@ def _load(source: str, named: str, **options: Any) -> Any:
             if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
                 saved = load_from_disk(source)
                 return saved.get("train", saved) if isinstance(saved, DatasetDict) and options.get("split") else saved
-        elif path.suffix == ".jsonl" or (path.suffix == ".json" and _is_lines(path)):
+        elif path.name.endswith(LINES) or (path.suffix == ".json" and _is_lines(path)):
             return _from_lines(path, named)
         elif path.suffix in FILES:
             return load_dataset(path.suffix.removeprefix("."), data_files=source, split="train")
+        elif path.is_file():
+            raise ConfigurationError(f"{named}: is a file of the kind {path.suffix!r}, which is not read; give a {KINDS} file")
         return load_dataset(source, **options)
     except ConfigurationError:
         raise
     except (OSError, ValueError, DatasetsError) as error:
+        # What `datasets` says of a file that it cannot read is that it cannot read it.
+        why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ is not None else error
         raise ConfigurationError(
-            f"{named}: cannot be read ({reason(error)}); give a .jsonl, .csv or .parquet file, a dataset folder or a Hub id "
-            "with a train split"
+            f"{named}: cannot be read ({reason(why)}); give a {KINDS} file, a dataset folder or a Hub id with a train split"
         ) from error
 
 
@@ -146,6 +151,50 @@ def check_columns(columns: Sequence[str] | None, named: str, text: str = "text")
         f"{named}: has {'the columns ' + ', '.join(columns) if columns else 'no columns'}: give prompt and completion, messages, conversations, {text}, "
         "or input_ids with labels"
     )
+
+
+def check_filled(data: Any, named: str, text: str = "text") -> None:
+    """See that every row has what it is trained from.
+
+    Args:
+        data: a data set; one that is streamed is not looked at.
+        named: how the user named it, for messages.
+        text: the column of plain text.
+
+    Raises:
+        ConfigurationError: naming the first row that has not.
+    """
+    if not isinstance(data, Dataset):
+        return
+    pair = {"prompt", "completion"} <= set(data.column_names)
+    read = ["prompt", "completion"] if pair else [name for name in ("input_ids", *WHOLE, text) if name in data.column_names][:1]
+    for name in read:
+        # Arrow counts them by itself; the rows are looked at where there are some.
+        if (
+            data.data.column(name).null_count
+            and (row := next((i for i, value in enumerate(data[name]) if value is None), None)) is not None
+        ):
+            raise ConfigurationError(f"{named}: row {row + 1} of {len(data)} has no {name}; give it one, or remove the row")
+
+
+def check_tokens(data: Any, named: str, vocabulary: int) -> None:
+    """See that a model has every token of rows that were made into tokens by somebody else; a GPU would end the process instead of saying so.
+
+    Args:
+        data: a data set; without `input_ids`, or streamed, it is not looked at.
+        named: how the user named it, for messages.
+        vocabulary: the rows of the model's embeddings.
+
+    Raises:
+        ConfigurationError: naming the first row that holds another one.
+    """
+    if not isinstance(data, Dataset) or "input_ids" not in data.column_names:
+        return
+    for number, row in enumerate(data["input_ids"], 1):
+        if strange := [token for token in row if not isinstance(token, int) or not 0 <= token < vocabulary]:
+            raise ConfigurationError(
+                f"{named}: row {number} holds the token {strange[0]!r}, and the model has {vocabulary}: the rows are of another tokenizer; make them again"
+            )
 
 
 def splittable(columns: Sequence[str]) -> bool:

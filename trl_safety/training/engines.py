@@ -1,4 +1,4 @@
-"""Launched processes that do not form one group, and FSDP shards that Accelerate does not load."""
+"""Launched processes that do not form one group, FSDP shards that Accelerate does not load, and losses that DeepSpeed must know of."""
 
 from __future__ import annotations
 
@@ -36,6 +36,26 @@ def refuse_unjoined(trainer: Any) -> None:
             f"WORLD_SIZE = {launched}: the launcher started {launched} processes, but each trains on its own, and all write into one output folder; on a "
             "CPU set ACCELERATE_USE_CPU=true in the environment, on GPUs check the launcher"
         )
+
+
+def through_deepspeed(engine: Any, loss: Callable[[], Tensor]) -> Tensor:
+    """A loss as DeepSpeed's engine computes it: the engine prepares for a backward pass alone from what its own forward returned.
+
+    Args:
+        engine: what the trainer calls the model by.
+        loss: takes the place of the model's forward, for this call.
+    """
+    inner = vars(engine.module)
+    before = inner.get("forward")
+    inner["forward"] = loss
+    try:
+        prepared: Tensor = engine()
+    finally:
+        if before is None:
+            del inner["forward"]
+        else:
+            inner["forward"] = before
+    return prepared
 
 
 class LoadedShards(TrainerCallback):

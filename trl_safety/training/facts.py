@@ -40,7 +40,10 @@ def trainer_facts(trainer: Any) -> Facts:
         "label_smoothing": _option(args, "label_smoothing_factor"),
         "images": Fact(bool(getattr(trainer, "_is_vision_dataset", False)), "the training data holds images"),
         "replicated": Fact(args.n_gpu > 1, f"n_gpu = {args.n_gpu}"),
-        "batch": Fact(None if rows.value == "packed" else batch, f"per_device_train_batch_size (micro_batch_size) = {batch}"),
+        "batch": Fact(
+            None if rows.value == "packed" else batch if batch > 1 else args.gradient_accumulation_steps,
+            f"per_device_train_batch_size (micro_batch_size) = {batch}, gradient_accumulation_steps = {args.gradient_accumulation_steps}",
+        ),
         "trained_besides": Fact(
             bool(outside), f"{len(outside)} trainable parameters are not LoRA factors ({next(iter(outside), '')!r} first)"
         ),

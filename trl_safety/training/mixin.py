@@ -23,7 +23,7 @@ from trl_safety.training.engines import LoadedShards, refuse_unjoined
 from trl_safety.training.facts import trainer_facts
 from trl_safety.training.run import Run, Start
 from trl_safety.training.safety_eval import SafetyEvalCallback, refuse_stopping
-from trl_safety.training.start import block_subspace, checkpoint_of, tell
+from trl_safety.training.start import block_subspace, checkpoint_of, refuse_empty, tell
 
 
 class SafetyMixin:
@@ -62,6 +62,7 @@ class SafetyMixin:
                 raise ConfigurationError("subspace is given but no safety block: name the method that should use it")
             return
         config = SafetyConfig.parse(safety)
+        refuse_empty(trainer)
         methods = config.methods()
         switched = [*(switched_off or []), *resolve(methods, trainer_facts(trainer))]
         tell(switched)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
@@ -29,13 +29,15 @@ from trl import (
 from trl_safety.adapters.architecture import UNREADABLE
 from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.folder import refuse_diverged
+from trl_safety.adapters.lora import unwrap
 from trl_safety.adapters.record import open_kind
 from trl_safety.config.options import read_yaml
 from trl_safety.errors import ConfigurationError, SafetyError, reason
 from trl_safety.messages import ShapeError, conversation, text_of
 from trl_safety.scoring import KeywordJudge, Prompt
 from trl_safety.subspace.artifact import HUB_FILE, AlignmentSubspace
-from trl_safety.training.data import check_columns, load_rows, load_splits
+from trl_safety.training.data import check_columns, check_filled, check_tokens, load_rows, load_splits
+from trl_safety.training.start import refuse_empty
 from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -199,6 +201,7 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
     if datasets is None:
         datasets = _datasets(script, mixture, evaluated=evaluated)
         check_columns(datasets[script.dataset_train_split].column_names, _named(script, mixture), training.dataset_text_field)
+        check_filled(datasets[script.dataset_train_split], _named(script, mixture), training.dataset_text_field)
     given = training.model_init_kwargs or {}
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -225,6 +228,9 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
     except (*UNREADABLE, TemplateError) as error:
         # Errors of TRL, PEFT and Transformers about the user's arguments and files, and of the chat template about the data.
         raise ConfigurationError(f"the run cannot start: {str(error) or reason(error)}") from error
+    refuse_empty(trainer)
+    embeddings: Any = cast(Any, unwrap(trainer.model)).get_input_embeddings()
+    check_tokens(datasets[script.dataset_train_split], _named(script, mixture), len(embeddings.weight))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
     if trainer.is_world_process_zero():

@@ -41,6 +41,21 @@ def tell(switched: Iterable[str]) -> None:
         logger.warning("%s", text)
 
 
+def refuse_empty(trainer: Any) -> None:
+    """Refuse a run that has no row to train on, as where all were dropped when they were made into tokens.
+
+    Raises:
+        ConfigurationError: naming what may have dropped them.
+    """
+    data = trainer.train_dataset
+    if data is not None and hasattr(data, "__len__") and not len(data):
+        length = getattr(trainer.args, "max_length", None)
+        raise ConfigurationError(
+            "train_dataset: no row is left to train on: either there was none, or none has a token of its answer"
+            + (f" within max_length = {length}: raise it, or give other rows" if length else "; give other rows")
+        )
+
+
 def needs_trainer_class(safety: SafetyConfig) -> bool:
     """Whether a method of the block acts in the loss, the gradient or the training step, which no callback can change."""
     return any(not isinstance(options, CorrectionConfig) for options in safety.methods().values())

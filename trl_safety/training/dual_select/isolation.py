@@ -70,8 +70,8 @@ def refuse_mixed_documents(decoder: nn.Module, call: tuple[tuple[Any, ...], dict
 def _hidden(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Tensor) -> Tensor:
     args, kwargs = (args, {**kwargs, "input_ids": ids}) if "input_ids" in kwargs else ((ids, *args[1:]), kwargs)
     output = decoder(*args, **kwargs)
-    states: Tensor | None = getattr(output, "last_hidden_state", None)
-    return states if states is not None else output.logits if hasattr(output, "logits") else output[0]
+    states: Tensor = next(states for states in (getattr(output, "last_hidden_state", None), output[0]) if states is not None)
+    return states
 
 
 def _precision(states: Tensor) -> torch.dtype:

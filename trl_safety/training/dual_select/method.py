@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trl_safety.adapters.documents import Documents, Stretches
+from trl_safety.adapters.engine import is_deepspeed
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS
 from trl_safety.adapters.lora import DIVERGED, adapter_name, unwrap
@@ -37,6 +38,8 @@ from trl_safety.training.documents import LENGTHS, ROW, number_rows, take_docume
 from trl_safety.training.dual_select.isolation import refuse_mixed_documents
 from trl_safety.training.dual_select.losses import Batch, Forward, sample_losses, watched
 from trl_safety.training.dual_select.pool import ReferencePool
+from trl_safety.training.dual_select.samples import Samples
+from trl_safety.training.engines import through_deepspeed
 from trl_safety.training.facts import rows_of
 from trl_safety.training.method import Context, Inner, TrainingMethod
 from trl_safety.training.references import References
@@ -75,6 +78,9 @@ class DualSelect(TrainingMethod):
         rows = used_columns(trainer, references.remove_columns(ROW))
         self._pool = ReferencePool(trainer, self._flat, rows, [len(ids) for ids in references["input_ids"]], kl=pool.kl)
         self._packed = rows_of(trainer).value == "packed"
+        batch = trainer.args.per_device_train_batch_size
+        self._whole_steps = batch == 1 and not self._packed
+        self._unit = trainer.args.gradient_accumulation_steps if self._whole_steps else batch
         self._checked = self._kept_apart = False
         self._count = config.references or math.ceil((config.reference_share or 0) * len(references))
         if self._count > len(self._pool):
@@ -106,6 +112,7 @@ class DualSelect(TrainingMethod):
     def _reset(self) -> None:
         """As before the first step: a trainer may train again, and Transformers begins anew after running out of memory."""
         self._pending: list[tuple[int, Tensor]] = []
+        self._waiting: list[Samples] = []
         self._sums: Tensor | None = None
         self._fresh_position = 0
         self.last_refresh = -1
@@ -145,7 +152,7 @@ class DualSelect(TrainingMethod):
 
     def _refuse_keeping_all(self) -> None:
         """Refuse a `keep` that no batch of this training data exceeds, so that nothing would be dropped."""
-        keep, data, batch = self.config.keep, self._trainer.train_dataset, self._trainer.args.per_device_train_batch_size
+        keep, data, batch = self.config.keep, self._trainer.train_dataset, self._unit
         if keep is None:
             return
         if LENGTHS in data.column_names:
@@ -160,7 +167,7 @@ class DualSelect(TrainingMethod):
             most, found = documents if self._packed else min(documents, batch), f"the training data has {documents} rows"
         if self._kept_of(most) >= most:
             raise ConfigurationError(
-                f"dual_select.keep = {keep} of a batch of {batch}: {found}, of which all would be kept; use a smaller keep"
+                f"dual_select.keep = {keep} of a {'step' if self._whole_steps else 'batch'} of {batch}: {found}, of which all would be kept; use a smaller keep"
             )
         if self._packed:
             loader = self._trainer.callback_handler.train_dataloader
@@ -173,12 +180,9 @@ class DualSelect(TrainingMethod):
             )
 
     def _kept_of(self, samples: int) -> int:
-        """How many of a batch's samples are kept. Of a batch that is not full the same share; of packed rows, which hold any number, `keep`."""
+        """How many of these samples are kept. Of fewer than it chooses among, the same share; of packed rows, which hold any number, `keep`."""
         assert self.config.keep is not None  # noqa: S101  # where keep_tokens is given nobody asks
-        if self._packed:
-            return min(self.config.keep, samples)
-        batch: int = self._trainer.args.per_device_train_batch_size
-        return math.ceil(self.config.keep * samples / batch)
+        return min(self.config.keep, samples) if self._packed else math.ceil(self.config.keep * samples / self._unit)
 
     @property
     def _warm(self) -> bool:
@@ -195,23 +199,35 @@ class DualSelect(TrainingMethod):
             raise ConfigurationError(
                 "return_outputs = True while training: dual_select needs the loss alone; the trainer is one that it does not know"
             )
-        loss = self.select(model, inputs, lambda model, inputs: inner(model, inputs, False, None))
+        deepspeed = is_deepspeed()
+        # The engine must not take this for the step's forward pass.
+        chosen = unwrap(self._trainer.model) if deepspeed else model
+        loss = self.select(chosen, inputs, lambda model, inputs: inner(model, inputs, False, None))
         self.mark()
+        if deepspeed:
+            loss = through_deepspeed(model, partial(self._flat.with_gradient, loss, self._given()))
         divides = trainer_divides_loss(self._trainer, items)
         return loss if divides else loss / self._trainer.current_gradient_accumulation_steps
 
     def after_backward(self, returned: Any, items: Any) -> None:
-        """After an optimizer step's last batch, put the update's gradient on the factors."""
+        """After an optimizer step's last batch, put the update's gradient on the factors, unless DeepSpeed has taken it from the loss."""
         if self._trainer.accelerator.sync_gradients:
-            self.finish_step()
+            if not is_deepspeed():
+                self._flat.add_to_gradients(self.finish_step())
             self.mark(f"{self.name}'s gradient")
+
+    def _given(self) -> Tensor:
+        """(P,) the gradient of one batch's loss, of which the accumulated ones' mean is the update's: all of it comes with the last batch."""
+        trainer = self._trainer
+        last = trainer.accelerator.sync_gradients
+        return self.finish_step() * trainer.current_gradient_accumulation_steps if last else self._flat.zeros()
 
     def before_save(self) -> None:
         """What is saved next carries a report, which counts the samples of all processes."""
         self.drain()
 
     def select(self, model: Any, inputs: dict[str, Any], parent_loss: Any) -> Tensor:
-        """One batch: score its samples, choose, and note the chosen ones' gradient.
+        """One batch: score its samples, choose, and note the chosen ones' gradient. Batches of one sample wait for the step's last.
 
         Args:
             model: as the trainer gave it.
@@ -219,7 +235,7 @@ class DualSelect(TrainingMethod):
             parent_loss: (model, inputs) → the trainer's own loss as a mean over the batch's supervised tokens.
 
         Returns:
-            The chosen samples' mean loss, for the log, which backpropagates to nothing.
+            The chosen samples' mean loss, for the log, which backpropagates to nothing; zero while samples wait.
         """
         trainer = self._trainer
         rows, parts, documents = take_documents(inputs)
@@ -238,51 +254,56 @@ class DualSelect(TrainingMethod):
         if not self._checked:
             self._compare(total.detach(), batch)
         self._refuse_mixed(forward, documents)
-        gradients = collected.matrix
-        share = share.to(gradients)
-        weights = self._choose(torch.stack([rows, parts]), batch, gradients, share)
-        self._step += dual_select.mean(weights, gradients, share / trainer.current_gradient_accumulation_steps)
-        kept = (weights * batch.losses).sum() / weights.sum()
+        matrix, places = collected.matrix, torch.stack([rows, parts])
+        self._waiting.append(Samples(places, batch.losses, batch.tokens, matrix, share.to(matrix)))
+        kept = self._chosen_loss() if trainer.accelerator.sync_gradients or not self._whole_steps else torch.zeros_like(total)
         return kept.float() + torch.zeros((), device=kept.device, requires_grad=True)
 
-    def _choose(self, places: Tensor, batch: Batch, gradients: Tensor, share: Tensor) -> Tensor:
-        """(n,) weights of the batch's samples, float64; samples without a supervised token have none.
+    def _chosen_loss(self) -> Tensor:
+        """Choose among the samples that wait, add the gradient of the chosen ones' mean loss to the step, and return that loss."""
+        samples, self._waiting = Samples.joined(self._waiting), []
+        weights = self._choose(samples)
+        batches = self._trainer.current_gradient_accumulation_steps
+        # Chosen once a step, they make up all of it, and the others' losses were zero.
+        share = batches if self._whole_steps else 1
+        self._step += dual_select.mean(weights, samples.gradients, samples.factors * (share / batches))
+        return share * (weights * samples.losses).sum() / weights.sum()
 
-        `places` (2, n) are the samples' rows of the data set, and their parts of these.
-        """
-        config, count = self.config, places.shape[1]
-        valid = batch.tokens > 0
+    def _choose(self, samples: Samples) -> Tensor:
+        """(n,) weights of samples, float64; those without a supervised token have none."""
+        config, places = self.config, samples.places
+        valid = samples.tokens > 0
         if self._warm:
             # As in the authors' code: the mean over samples, not over tokens. An all-masked batch must not divide by zero.
             return torch.where(valid.any(), valid, True).double()
-        dots = (gradients @ self._reference) * share
-        squares = gradients.square().sum(1) * share.square()
+        dots = (samples.gradients @ self._reference) * samples.factors
+        squares = samples.gradients.square().sum(1) * samples.factors.square()
         cosines = dual_select.cosine(dots, squares, self._reference)
-        scores = dual_select.score(batch.losses, cosines, config.mu_task, config.nu)
+        scores = dual_select.score(samples.losses, cosines, config.mu_task, config.nu)
         ranked = torch.where(valid, scores, torch.inf)
         if config.keep_tokens is not None:
-            mask = dual_select.within_budget(ranked, batch.tokens, config.keep_tokens)
+            mask = dual_select.within_budget(ranked, samples.tokens, config.keep_tokens)
         else:
             assert config.keep is not None  # noqa: S101  # one of the two is given
-            mask = dual_select.lowest(ranked, self._kept_of(count))
+            mask = dual_select.lowest(ranked, self._kept_of(len(valid)))
         mask = mask & torch.where(valid.any(), valid, True)
         weights = dual_select.soft_weights(-ranked, config.task_temperature) if config.selection == "soft" else torch.ones_like(scores)
         weights = weights * mask
-        self._note(torch.stack([places[0].to(scores), weights, scores, batch.losses.double(), cosines, places[1].to(scores)]))
+        self._note(torch.stack([places[0].to(scores), weights, scores, samples.losses.double(), cosines, places[1].to(scores)]))
         return weights
 
-    def finish_step(self) -> None:
-        """After an optimizer step's last batch: make the update's gradient the same everywhere and put it on the factors."""
+    def finish_step(self) -> Tensor:
+        """(P,) after an optimizer step's last batch: the update's gradient, the same on every process."""
         accelerator = self._trainer.accelerator
         step = accelerator.reduce(self._step, reduction="mean") if accelerator.num_processes > 1 else self._step
         self._task += step
         if not self._warm and self.config.rho:
             reference = self._fresh() if self.config.reference_gradient == "fresh" else self._reference
             step = step + self.config.rho * reference
-        self._flat.add_to_gradients(step)
         self._step = self._flat.zeros()
         if len(self._pending) >= FLUSH_EVERY:
             self.drain()
+        return step
 
     def metrics(self) -> dict[str, float]:
         """Since the last log: share kept, mean cosine, share of samples in conflict with the references; the references' loss."""
