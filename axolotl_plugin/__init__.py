@@ -1,7 +1,7 @@
 """The methods of trl-safety from an Axolotl YAML: a `safety:` block, and before Axolotl 0.21 `plugins: [axolotl_plugin.SafetyPlugin]`.
 
-Axolotl prints an error of a plugin's own import and trains on without it. Nothing is imported here that could fail: what is missing
-is raised from the plugin's hooks, whose errors Axolotl does not catch.
+If a plugin cannot be imported, Axolotl prints the error and trains without it. So nothing is imported here that could fail: a missing
+package raises in the plugin's hooks, whose errors Axolotl does not catch.
 """
 
 from typing import Any

@@ -14,13 +14,13 @@ from trl_safety.config.block import SafetyConfig
 class SafetyPluginArgs(BaseModel):
     """Merged by Axolotl into its own configuration class under this name."""
 
-    # As what it is: a block may hold a method of another package, of which the declared class does not know.
+    # Serialised by its actual class: a block may hold another package's method, which the declared class does not know.
     safety: SerializeAsAny[SafetyConfig]
 
     @model_validator(mode="before")
     @classmethod
     def check_safety(cls, data: Any) -> Any:
-        """Validate the block with messages that name each option, then the keys that no method can act beside."""
+        """Validate the block, with messages that name each option; then refuse the keys that keep a method from acting."""
         if isinstance(data, Mapping) and "safety" in data:
             block = data["safety"]
             config = SafetyConfig.parse(block.to_dict() if hasattr(block, "to_dict") else block)

@@ -1,8 +1,8 @@
 """`axolotl safety …`: Axolotl's commands for configurations with a `safety:` block, and the `trl-safety` commands.
 
-From Axolotl 0.21 on, plain `axolotl train` does the same. Before, Axolotl splits a plugin's name at a dot before it imports
-anything, so that `plugins: [safety]` cannot work there; these commands write the full name in its place and hand over. They also
-refuse a `safety:` block without the plugin line, which an Axolotl before 0.21 would ignore.
+From Axolotl 0.21 on, plain `axolotl train` does the same. Earlier versions split a plugin's name at a dot before they import
+anything, so `plugins: [safety]` cannot work there; these commands replace it by the full name and call Axolotl. They also refuse a
+`safety:` block without the plugin line, which an Axolotl before 0.21 would ignore.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def safety() -> None:
 
 
 def _hand_over(command: str, config: str, arguments: list[str]) -> None:
-    """Run an Axolotl command on the configuration with the plugin's full name; its exit status is ours."""
+    """Run an Axolotl command on the configuration with the plugin's full name, and exit with its status."""
     from trl_safety.errors import SafetyError
 
     try:
@@ -43,11 +43,11 @@ def _hand_over(command: str, config: str, arguments: list[str]) -> None:
 
 
 def resolve(path: Path) -> str | None:
-    """The configuration's text with the short plugin name spelt out, or None where it is already.
+    """The configuration's text with the short plugin name spelt out, or None if it needs no change.
 
     Raises:
-        ConfigurationError: the file is no YAML, or has no safety block or, before Axolotl 0.21, no plugin line, so that nothing
-            would be protected.
+        ConfigurationError: the file is not YAML; or it has no safety block or, before Axolotl 0.21, no plugin line, so nothing would be
+            protected.
     """
     import yaml
 
@@ -78,7 +78,7 @@ def _axolotl_command(name: str, text: str) -> None:
     def command(config: str, arguments: tuple[str, ...]) -> None:
         _hand_over(name, config, list(arguments))
 
-    command.help = f"{text}; further arguments are Axolotl's."
+    command.help = f"{text}; further arguments are passed to Axolotl."
 
 
 def _own_command(name: str, text: str) -> None:

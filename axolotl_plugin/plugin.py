@@ -1,13 +1,14 @@
-"""`SafetyPlugin`: hands Axolotl's hooks to trl_safety. No mathematics, and no import of ours before a hook runs.
+"""`SafetyPlugin`: connects Axolotl's hooks to trl_safety. It holds no mathematics, and imports nothing of ours before a hook runs.
 
-Axolotl 0.21 loads it in every run, by the entry point: nothing here may fail, or do anything, where the configuration has no
-`safety:` block.
+Axolotl 0.21 loads it in every run, through the entry point: without a `safety:` block in the configuration, nothing here may fail or
+have any effect.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ def loaded_by_axolotl() -> bool:
 
 
 class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annotations
-    """Validates the `safety:` block with the classes that `SafeSFTTrainer` uses, and has its methods act in Axolotl's trainer.
+    """Validates the `safety:` block with the classes that `SafeSFTTrainer` uses, and runs its methods in Axolotl's trainer.
 
     Attributes:
         active: whether the run that was registered last has a `safety:` block.
@@ -37,21 +38,21 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
     _written: frozenset[str] = frozenset()
     """The keys that the user wrote, before Axolotl added its own defaults."""
     _switched_off: list[str] = []  # noqa: RUF012  # replaced, never changed
-    """What was switched off in the configuration for the methods."""
+    """What was switched off in the configuration so that the methods can act."""
 
     def __init__(self) -> None:
         super().__init__()
         self.active = False
         if loaded_by_axolotl():
-            # Axolotl takes a name of `plugins` that it finds here as loaded. It could not import this one, which has no dot.
+            # Axolotl takes a name in `plugins` for loaded if it finds it here. It could not import this one, which has no dot.
             PluginManager().plugins.setdefault(SHORT_NAME, BasePlugin())
 
     def register(self, cfg: Any) -> None:
-        """Refuse a plugin line without a block, where nothing would be protected, and a provider's adapter to train or merge.
+        """Refuse a plugin line without a block, which would protect nothing, and a provider's adapter to train or merge.
 
         Raises:
             ConfigurationError: there is no `safety:` block, but the plugin line or a misspelt key asks for one.
-            AdapterError: `lora_model_dir` is a BufferLoRA or a ReinforceLoRA.
+            AdapterError: `lora_model_dir` is a BufferLoRA or a ReinforceLoRA, or its configuration cannot be read.
         """
         self.active = bool(cfg.get("safety"))
         listed = [str(name).replace(":", ".") for name in cfg.get("plugins") or []]
@@ -65,23 +66,18 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         if loaded_by_axolotl():
             _stand_where_listed(listed)
         self._written = frozenset(key for key, value in cfg.items() if value is not None)
-        folder = cfg.get("lora_model_dir")
-        if folder and (Path(folder) / "adapter_config.json").is_file():
-            from peft import LoraConfig
-
-            from trl_safety.adapters.marks import refuse_provider
-
-            refuse_provider(LoraConfig.from_pretrained(folder), f"lora_model_dir = {folder!r}")
+        if folder := cfg.get("lora_model_dir"):
+            _check_start(str(folder))
 
     def get_input_args(self) -> str | None:
-        """The class that adds the `safety` key to Axolotl's own schema, where there is a block."""
+        """The class that adds the `safety` key to Axolotl's own schema, if there is a block."""
         return "axolotl_plugin.args.SafetyPluginArgs" if self.active else None
 
     def pre_model_load(self, cfg: Any) -> None:
         """Check the options once more: Axolotl has switched some on by itself since it validated what the user wrote.
 
         Raises:
-            ConfigurationError: a method could not act beside one of them.
+            ConfigurationError: one of them keeps a method from acting.
         """
         if not self.active:
             return
@@ -90,10 +86,10 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         self._switched_off = check(cfg, safety_of(cfg), self._written)
 
     def get_trainer_cls(self, cfg: Any) -> Any:
-        """Axolotl's trainer with the safety mixin where a method is part of the loss, else None.
+        """Axolotl's trainer with the safety mixin if a method acts during training, else None.
 
-        Nor with `rl:`, where Axolotl would call a plugin's class without the model and without what that trainer needs besides; see
-        `post_trainer_create`.
+        Also None with `rl:`, where Axolotl would call a plugin's class without the model and the other arguments that the trainer needs;
+        see `post_trainer_create`.
         """
         if not self.active or cfg.get("rl"):
             return None
@@ -102,10 +98,10 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
         return _safe_trainer_class() if needs_trainer_class(safety_of(cfg)) else None
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Check that every method will be able to act, and hook it in.
+        """Check that every method can act, and attach it.
 
         Raises:
-            ConfigurationError: another plugin chose the trainer class, so that the loss cannot be changed.
+            ConfigurationError: another plugin chose the trainer class, so the loss cannot be changed.
             AdapterError: the model's adapter cannot be protected.
             SubspaceError: an adapted layer is not in the subspace.
         """
@@ -117,7 +113,8 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
 
         safety = safety_of(cfg)
         if cfg.get("rl") and needs_trainer_class(safety) and not isinstance(trainer, SafetyMixin):
-            trainer.__class__ = _with_safety(type(trainer))
+            trainer_class: Any = type(trainer)
+            trainer.__class__ = _with_safety(trainer_class)
         if not needs_trainer_class(safety):
             add_correction(trainer, safety, self._switched_off)
         elif isinstance(trainer, SafetyMixin):
@@ -130,9 +127,10 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
             )
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Axolotl calls this before and after it saves; the correction has acted by then, and the card is the last file it writes.
+        """Add the safety section to the model card, the last file that Axolotl writes.
 
-        With FSDP it writes the adapter itself, without the model's `save_pretrained`, which would have written the report.
+        Axolotl calls this before and after it saves; the correction has acted by then. With FSDP it writes the adapter itself, without
+        the model's `save_pretrained`, which would have written the report.
         """
         if not self.active:
             return
@@ -148,19 +146,37 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
             add_to_card(folder / "README.md", read_report(folder))
 
 
-def _without_block(cfg: Any, named: list[str]) -> str | None:
-    """What is wrong if something in a configuration without a `safety:` block asks for one.
+def _check_start(folder: str) -> None:
+    """Refuse an adapter to go on from that cannot be read, or that is a provider's. One on the Hub is read when it has been fetched."""
+    from trl_safety.adapters.folder import CONFIG, WEIGHTS, AdapterFolder, read_config
+    from trl_safety.adapters.marks import refuse_provider
+    from trl_safety.errors import AdapterError
 
-    Without a plugin line, which Axolotl 0.21 does not need, a misspelt `safety` is told from other keys by what is in it.
+    setting, path = f"lora_model_dir = {folder!r}", Path(folder)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not folder.startswith("."):
+        return
+    try:
+        # A pickle is Axolotl's affair.
+        pickled = (path / "adapter_model.bin").is_file() and not (path / WEIGHTS).is_file()
+        config = read_config(path / CONFIG) if pickled else AdapterFolder.open(path).config
+    except AdapterError as error:
+        raise AdapterError(f"{setting}: {error}") from error
+    refuse_provider(config, setting)
+
+
+def _without_block(cfg: Any, named: list[str]) -> str | None:
+    """The error if something in a configuration without a `safety:` block asks for one, else None.
+
+    Without a plugin line, which Axolotl 0.21 does not need, a misspelt `safety` is recognised by its contents.
     """
     close = difflib.get_close_matches("safety", [key for key in cfg if isinstance(key, str) and key != "safety"], n=1)
-    meant = f" (did you mean it by {close[0]!r}?)" if close else ""
+    meant = f" (is {close[0]!r} a misspelling?)" if close else ""
     if named:
         return f"safety{meant} is missing: plugins names {named[0]}, but nothing would be protected; add a `safety:` block or remove the plugin"
     if "safety" in cfg:
         return f"safety = {cfg['safety']!r} has no method: nothing would be protected; add one, or remove the key"
     if close and _looks_like_a_block(cfg[close[0]]):
-        return f"safety{meant} is missing: Axolotl ignores a key that it does not know, and nothing would be protected; correct the key"
+        return f"safety{meant} is missing: Axolotl ignores unknown keys, so nothing would be protected; correct the key"
     return None
 
 
@@ -173,9 +189,9 @@ def _looks_like_a_block(value: Any) -> bool:
 
 
 def _stand_where_listed(listed: list[str]) -> None:
-    """Put the plugin at its place in `plugins`, or last: the first plugin that brings a trainer class wins.
+    """Move the plugin to its place in `plugins`, or to the end: the first plugin that provides a trainer class wins.
 
-    Axolotl loads entry points before the plugins of the configuration. The safety block would win silently over a plugin
+    Axolotl loads entry points before the plugins of the configuration, so the safety block would silently override a plugin
     listed before it.
     """
     plugins = PluginManager().plugins
@@ -186,7 +202,7 @@ def _stand_where_listed(listed: list[str]) -> None:
 
 
 def safety_of(cfg: Any) -> SafetyConfig:
-    """The safety block of an Axolotl configuration, whose `DictDefault` would answer None for every missing key."""
+    """The safety block of an Axolotl configuration, whose `DictDefault` returns None for every missing key."""
     from trl_safety.config.block import SafetyConfig
 
     block = cfg.get("safety")
@@ -196,8 +212,8 @@ def safety_of(cfg: Any) -> SafetyConfig:
 def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> dict[str, Any]:
     """The pools of the methods that read one, prepared as Axolotl prepares the training data.
 
-    A path takes the format of the first entry of `datasets`, or where that is plain text or tokens, the pool's own prompt and completion or
-    messages; an entry of its own names all that `datasets` can. Of what is a conversation the answers alone are supervised.
+    A path is read in the format of the first entry of `datasets`; if that is plain text or tokens, as the pool's own prompt and completion
+    or messages. A mapping takes the keys of a `datasets` entry. In conversations only the answers are supervised.
 
     Raises:
         ConfigurationError: no pool is named, or Axolotl dropped all of its rows.
@@ -210,7 +226,8 @@ def references(cfg: Any, safety: SafetyConfig, trainer: Any) -> dict[str, Any]:
 def _pool(cfg: Any, setting: str, options: Any, trainer: Any) -> Any:
     from trl_safety.errors import ConfigurationError
     from trl_safety.training.data import load_rows
-    from trl_safety.training.references import ROW, References, prompts_only, tokenised_answers, tokenised_prompts, with_rows
+    from trl_safety.training.documents import ROW, with_rows
+    from trl_safety.training.references import References, prompts_only, tokenised_answers, tokenised_prompts
 
     source = getattr(options, setting.rpartition(".")[2])
     if source is None:
@@ -243,19 +260,19 @@ def _pool(cfg: Any, setting: str, options: Any, trainer: Any) -> Any:
                 "val_set_size": 0,
                 "sample_packing": False,
                 "shuffle_merged_datasets": False,
-                # It would supervise the references' requests as well.
+                # True would supervise the references' requests as well.
                 "train_on_inputs": False,
             }
         )
     )
     prepared, _, _, _ = prepare_datasets(own, trainer.processing_class)
     if not len(prepared):
-        raise ConfigurationError(f"{setting} = {source!r}: Axolotl left none of its rows within sequence_len")
+        raise ConfigurationError(f"{setting} = {source!r}: Axolotl kept none of its rows within sequence_len")
     return References(with_rows(prepared.remove_columns([ROW] if ROW in prepared.column_names else []), setting), kl=False)
 
 
 def _has_answers_of_its_own(columns: list[str], first: Any) -> bool:
-    """Whether references are a conversation that the first entry of `datasets` would not read, or read as one text."""
+    """Whether references are conversations that the first entry of `datasets` would not read, or would read as one text."""
     from trl_safety.training.data import splittable
 
     kind = str(first.get("type") or "completion")
@@ -271,8 +288,8 @@ def _safe_trainer_class() -> Any:
 
 
 @cache
-def _with_safety(trainer_class: type) -> type:
-    """Axolotl's own trainer class with the methods' hooks before its own. The mixin has no constructor, so that a trainer can become one."""
+def _with_safety(trainer_class: Any) -> Any:
+    """Axolotl's trainer class with the mixin in front. The mixin has no constructor, so an existing trainer can take this class."""
     from trl_safety.training.mixin import SafetyMixin
 
     return type(f"Safe{trainer_class.__name__}", (SafetyMixin, trainer_class), {"__doc__": "Axolotl's trainer with the safety block."})

@@ -1,4 +1,4 @@
-"""An Axolotl configuration as facts for the requirements of the methods.
+"""The facts of an Axolotl configuration that the methods' requirements check.
 
 `python -m axolotl_plugin.rules` prints the table of example_configs/axolotl/README.md from the same requirements.
 """
@@ -33,19 +33,19 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "trainer_class": ("trainer_cls",),
     "fused_kernels": KERNELS,
     "base_weights": ("load_in_8bit", "load_in_4bit"),
-    "rows": ("sample_packing",),
+    "rows": ("sample_packing", "batch_flattening", "attn_implementation"),
     "compiled": ("torch_compile",),
     "precision": ("fp16",),
     "streamed": ("streaming", "pretraining_dataset"),
-    "batch": ("micro_batch_size",),
+    "batch": ("micro_batch_size", "gradient_accumulation_steps"),
     "trained_besides": BESIDES,
     "pickled": ("save_safetensors",),
 }
-"""Fact → the keys that say it, of which the table names the first ones."""
+"""Fact → the keys that decide it, which the table names."""
 
 
 def axolotl_facts(cfg: Any, written: Collection[str] | None = None) -> Facts:
-    """The facts of an Axolotl configuration, before or after its own validation.
+    """The facts of an Axolotl configuration, before or after Axolotl validates it.
 
     Args:
         cfg: a mapping.
@@ -66,19 +66,34 @@ def axolotl_facts(cfg: Any, written: Collection[str] | None = None) -> Facts:
         "trainer_class": bool(get("trainer_cls")),
         "fused_kernels": any(get(key) for key in KERNELS),
         "base_weights": "8bit" if get("load_in_8bit") else "4bit" if get("load_in_4bit") or get("adapter") == "qlora" else None,
-        "rows": "packed" if get("sample_packing") else "plain",
+        "rows": _rows(cfg),
         "compiled": get("torch_compile") is True,
         "precision": "fp16" if get("fp16") is True else "other",
         "streamed": bool(get("streaming") or get("pretraining_dataset")),
-        "batch": int(get("micro_batch_size")) if get("micro_batch_size") else None,
+        "batch": _batch(cfg),
         "trained_besides": any(get(key) for key in BESIDES),
         "pickled": get("save_safetensors") is False,
     }
     return Facts("axolotl", {fact: Fact(value, *_told(cfg, fact, written)) for fact, value in values.items()})
 
 
+def _rows(cfg: Any) -> str:
+    if cfg.get("sample_packing"):
+        # Axolotl's validation derives it, but does not know every build of flash attention: the first step tests those.
+        known = "flash" not in str(cfg.get("attn_implementation"))
+        return "mixed" if cfg.get("attn_decontaminates_packing") is False and known else "packed"
+    return "padding_free" if cfg.get("batch_flattening") else "plain"
+
+
+def _batch(cfg: Any) -> int | None:
+    if cfg.get("sample_packing") or not cfg.get("micro_batch_size"):
+        return None
+    batch, accumulated = int(cfg.get("micro_batch_size")), cfg.get("gradient_accumulation_steps")
+    return batch if batch > 1 or not accumulated else int(accumulated)
+
+
 OBJECTIVES = {"ipo": "dpo", "simpo": "cpo", "gdpo": "grpo"}
-"""Values of `rl` → the TRL trainer that they use, where it has another name."""
+"""Value of `rl` → the TRL trainer that it uses, if that has another name."""
 
 
 def _objective(cfg: Any) -> str:
@@ -125,7 +140,7 @@ def _switch_off(cfg: Any, keys: list[str]) -> None:
 
 
 def refuse(cfg: Mapping[str, Any], safety: SafetyConfig) -> None:
-    """Refuse an Axolotl configuration beside which one of the block's methods could not act; nothing is changed in it.
+    """Refuse an Axolotl configuration that keeps one of the block's methods from acting; the configuration is not changed.
 
     Raises:
         ConfigurationError, AdapterError: with a line for every setting: its value, the methods, the reason and the remedy.
@@ -134,7 +149,7 @@ def refuse(cfg: Mapping[str, Any], safety: SafetyConfig) -> None:
 
 
 def check(cfg: Any, safety: SafetyConfig, written: Collection[str]) -> list[str]:
-    """As `refuse`, after Axolotl has added its own choices; switches off what changes no result, and what the user did not write.
+    """Like `refuse`, after Axolotl has added its own choices; switches off what changes no result, and what the user did not write.
 
     Returns:
         What was switched off.

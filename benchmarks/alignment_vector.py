@@ -2,9 +2,9 @@
 
     python benchmarks/alignment_vector.py [--seeds 5] [--output FOLDER] [--gammas 0.25 …] [--ranks 8 …]
 
-For each seed: plain SFT on poisoned data; V added to it at every γ, and at γ = 1 cut to every k; the controls (−V, a random
-matrix with V's singular values, the update shrunk); and training on W_aligned − γ·V at every γ. Prints mean ± half the range and
-writes `curves.json` and `curves.png`.
+For each seed: plain SFT on poisoned data; V added to it at every γ, and at γ = 1 truncated to every rank k; the controls (−V, a
+random matrix with V's singular values, the update shrunk); and training on W_aligned − γ·V at every γ. Prints mean ± half the
+range and writes `curves.json` and `curves.png`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import torch
 from matplotlib.figure import Figure
 
 from trl_safety import apply_alignment_vector
-from trl_safety.lab.experiment import Lab, _quiet, random_like, shrink_to
+from trl_safety.lab.controls import random_like, scale
+from trl_safety.lab.experiment import quiet
+from trl_safety.lab.lab import Lab
 from trl_safety.lab.results import METRICS, Outcome
 
 GAMMAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -29,24 +31,23 @@ RANKS = (8, 16, 32, 64)
 
 def rows(lab: Lab, seed: int, gammas: list[float], ranks: list[int]) -> list[Outcome]:
     """All points of one seed."""
-    plain, seconds = lab.fine_tune(seed)
-    state = {name: value.detach().clone() for name, value in plain.state_dict().items() if "lora_" in name}
-    found = [lab._outcome("plain SFT", seed, plain, seconds)]
+    plain, seconds = lab.plain(seed)
+    found = [lab.outcome("plain SFT", seed, lab.adapted(plain), seconds)]
     points: list[tuple[str, Any, dict[str, Any]]] = [(f"vector, γ = {gamma:g}", lab.full, {"gamma": gamma}) for gamma in gammas]
     points += [(f"vector, γ = 1, k = {rank}", lab.full, {"rank": rank}) for rank in ranks]
     points += [("control: −V", lab.full, {"gamma": -1.0}), ("control: random, V's spectrum", random_like(lab.full, seed), {})]
     for name, subspace, options in points:
-        model = lab._restored(plain, state)
+        model = lab.adapted(plain)
         apply_alignment_vector(model, subspace, **options)
-        found.append(lab._outcome(name, seed, model, seconds, control=name.startswith("control")))
+        found.append(lab.outcome(name, seed, model, seconds, control_of="plain SFT" if name.startswith("control") else ""))
     for factor in (0.8, 0.5):
-        model = lab._restored(plain, state)
-        shrink_to(model, factor * found[0].update_norm)
-        found.append(lab._outcome(f"control: ΔW shrunk to {factor:g}", seed, model, seconds, control=True))
+        model = lab.adapted(plain)
+        scale(model, factor)
+        found.append(lab.outcome(f"control: ΔW shrunk to {factor:g}", seed, model, seconds, control_of="plain SFT"))
     for gamma in gammas:
         block = {"alignment_buffer": {"base": str(lab.base), "aligned": str(lab.aligned), "gamma": gamma}}
         model, seconds = lab.fine_tune(seed, safety=block)
-        found.append(lab._outcome(f"buffer, γ = {gamma:g}", seed, model, seconds))
+        found.append(lab.outcome(f"buffer, γ = {gamma:g}", seed, model, seconds))
     return found
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     outcomes: list[Outcome] = []
-    with _quiet():
+    with quiet():
         lab = Lab(options.output, 0)
         for seed in range(options.seeds):
             outcomes += rows(lab, seed, options.gammas, options.ranks)
@@ -85,7 +86,7 @@ def main() -> None:
                 means,
                 "o-",
                 color=colour,
-                label="added after training" if kind == "vector" else "taken out while training",
+                label="added after training" if kind == "vector" else "subtracted during training",
             )
         axis.set(title=metric, xlabel="γ", ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)

@@ -2,9 +2,9 @@
 
     python benchmarks/asft_penalty.py [--size 4096] [--rank 16] [--subspace-rank 64] [--layers 8] [--tokens 1024] [--json FILE]
 
-The dense form is written here from the paper's formula: C = VVᵀ/‖V‖_F made once, then (I − C)·B·A at every step. The plain
-step is forward, backward and AdamW on the LoRA factors of a Llama with an 8B model's proportions (hidden : intermediate =
-1 : 3.5, four query heads to a key/value head) and adapters on all linear layers. Medians of repeated timings.
+The dense form follows the paper's formula: C = VVᵀ/‖V‖_F once, then (I − C)·B·A at every step. The plain step is forward,
+backward and AdamW on the LoRA factors of a Llama with an 8B model's proportions (hidden : intermediate = 1 : 3.5, four query
+heads per key/value head) and adapters on all linear layers. Timings are medians of repeated runs.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def one_layer(size: int, rank: int, subspace_rank: int, device: str) -> dict[str
     dense = lambda: run(lambda: ((identity - C) @ (B @ A)).square().sum())  # noqa: E731
     ours = lambda: run(lambda: asft.penalty(B, A, operator))  # noqa: E731
     torch.testing.assert_close(ours(), dense(), rtol=1e-3, atol=0)
-    # What must move: factors and basis read forward and backward, the factors' gradients written, at the speed of a copy here.
+    # The least data to move, at the speed of a copy: factors and basis read forward and backward, the factors' gradients written.
     moved = 4 * (2 * (B.numel() + A.numel() + U.numel()) + B.numel() + A.numel())
     source = torch.empty(1 << 24, device=device)
     copied = median_seconds(lambda: source.clone(), 10)

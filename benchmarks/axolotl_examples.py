@@ -1,10 +1,10 @@
-"""How many of Axolotl's own examples each method can be added to, and why not to the others.
+"""Counts the examples of Axolotl that each method can be added to, and the reasons against the others.
 
     python benchmarks/axolotl_examples.py EXAMPLES.jsonl [--files]
 
-EXAMPLES.jsonl has a line per example: {"file": …, "config": the parsed YAML}. Each goes through Axolotl's own validation, as for one
-GPU of compute capability 9.0, with a block of one method, and through the plugin's check before the model is loaded. Needs
-Axolotl 0.21 or newer. Nothing is loaded or trained. An example can have several reasons.
+EXAMPLES.jsonl has a line per example: {"file": …, "config": the parsed YAML}. With a block of one method, each goes through Axolotl's
+own validation (as on one GPU of compute capability 9.0) and through the plugin's check before the model is loaded. Nothing is loaded
+or trained. An example can be refused for several reasons. Needs Axolotl 0.21 or newer.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from trl_safety.errors import ConfigurationError, SafetyError
 CAPABILITIES = {"bf16": True, "n_gpu": 1, "compute_capability": "sm_90", "fp8": False, "tf32": True}
 ENVIRONMENT = {"torch_version": "2.10.0"}
 OPTIONS: dict[str, dict[str, Any]] = {"dual_select": {"keep": 1}}
-"""What fits most examples: many have a batch of two, of which the default would keep both."""
+"""Options that suit most examples: many have a batch of two, and the default would keep both."""
 OURS = re.compile(r"(?:Value error, )?(?P<setting>.+?): (?P<methods>[\w, ]+) cannot act: (?P<reason>.+?)(?: \[type=|$)")
 
 
 def block(method: str) -> dict[str, Any]:
-    """The shortest safety block with the method; the files that it names are not opened here."""
+    """The shortest safety block with the method; the files it names are not opened here."""
     options = {name: f"somewhere/{name}" for name, field in options_class(method).model_fields.items() if field.is_required()}
     options |= OPTIONS.get(method, {})
     with_subspace = {"subspace": "S.safetensors", method: options}
@@ -48,9 +48,9 @@ def block(method: str) -> dict[str, Any]:
 
 
 def refusal(config: dict[str, Any], safety: dict[str, Any]) -> str | None:
-    """What is said when the example is validated with the safety block; None where it is accepted."""
+    """The error when the example is validated with the safety block; None if it is accepted."""
     cfg = DictDefault({**copy.deepcopy(config), "safety": safety})
-    # One configuration after another in one process: Axolotl keeps the plugins of the last, and variables for its engine.
+    # All configurations run in one process, in which Axolotl keeps the last one's plugins and the variables for its engine.
     PluginManager.get_instance().plugins.clear()
     environment = dict(os.environ)
     try:
@@ -66,7 +66,7 @@ def refusal(config: dict[str, Any], safety: dict[str, Any]) -> str | None:
 
 
 def reasons(said: str) -> list[str]:
-    """The reasons in a refusal, without the example's own values; another complaint as it is."""
+    """The reasons in a refusal, without the example's own values; any other error unchanged."""
     found = [match for line in said.splitlines() if (match := OURS.match(line.strip()))]
     if not found:
         return [said.splitlines()["validation error" in said.splitlines()[0]].partition(" [type=")[0].strip()]

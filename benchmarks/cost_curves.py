@@ -1,10 +1,10 @@
-"""How each method's cost grows: seconds over hidden size, LoRA rank, subspace rank and number of layers, with the exponent.
+"""The growth of each method's cost: seconds over hidden size, LoRA rank, subspace rank and number of layers, with the exponent.
 
     python benchmarks/cost_curves.py [--hidden 1024 2048 4096 8192] [--ranks 8 16 32 64] [--subspace-ranks 32 64 128] [--layers 8 16 32 64]
 
-One quantity varies, the others stay at the second value of their list. The exponent is the slope of log seconds over log size
-between the two ends: 1 is linear in what must be touched (a factor has hidden · rank entries; a subspace's build reads hidden²,
-so that 2 is linear there). Medians of repeated timings.
+One quantity varies; the others stay at the second value of their list. The exponent is the slope of log seconds over log size
+between the two ends. 1 is linear in the data processed: a factor has hidden · rank entries. A subspace's build reads hidden²
+entries, so 2 is linear there. Timings are medians of repeated runs.
 """
 
 from __future__ import annotations

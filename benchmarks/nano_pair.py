@@ -1,15 +1,14 @@
-"""What the methods do to a small pair trained on real language: attack, task and over-refusal of plain SFT and of each method.
+"""The effect of the methods on a small pair trained on real language: attack, task and over-refusal of plain SFT and each method.
 
     python benchmarks/nano_pair.py FOLDER --work WORK [--seeds 42 7 1 2 3] [--methods …] [--threads 1]
     python benchmarks/nano_pair.py --table benchmarks/results/nano_pair-*.json
 
 FOLDER holds `base/`, `aligned/`, `data/train_poisoned.jsonl` and `score.py` (`score(model, tokenizer, data)` → attack, over,
-task; `kind(text)`). The data contains offensive text and is not part of this repository. Every correction stands beside its
-control: the same layers scaled by the factor by which the correction changed their norm; `sweeps` puts Safe LoRA and CSULoRA
-over a grid beside the whole update scaled to the same norm, with a picture for each seed. WORK keeps what was trained and
-`results.json`, so that a run that was stopped goes on; `--table` prints mean ± half the range over the seeds of all files, of
-which the last one that has a row counts, and each method's best setting: the largest share of the plainly tuned task (above
-chance) minus attack.
+task; `kind(text)`). The data contains offensive text and is not part of this repository. Every correction has a control: the
+same layers scaled by the factor by which the correction changed their norm. `sweeps` runs Safe LoRA and CSULoRA over a grid, beside
+the whole update scaled to the same norm, with a plot per seed. WORK keeps trained adapters and `results.json`, so that an
+interrupted run can continue. `--table` prints mean ± half the range over the seeds of all files (where several have a row, the last
+one counts), and each method's best setting: the largest share of the plainly tuned task (above chance) minus attack.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from trl_safety import (
 from trl_safety.adapters.lora import lora_modules
 from trl_safety.evaluation.sweep import sweep
 from trl_safety.evaluation.sweep_page import write_results
-from trl_safety.lab.experiment import random_like, shrink_like, shrink_to
+from trl_safety.lab.controls import random_like, shrink_like, shrink_to
 from trl_safety.reports.selection import SELECTION, Choice, most_dropped, read_choices
 from trl_safety.scoring import Prompt, Verdict, read_sets
 from trl_safety.training.factor_groups import update_norm
@@ -84,12 +83,12 @@ CHANCE = 0.25
 
 
 def rows_of(folder: Path, name: str) -> Dataset:
-    """Prompts and completions, without what is for evaluation only."""
+    """Prompts and completions, without the columns for evaluation."""
     return load_dataset("json", data_files=str(folder / "data" / name), split="train").select_columns(["prompt", "completion"])
 
 
 class Harness:
-    """What was trained and scored, kept in a folder."""
+    """Keeps trained adapters and scores in a folder."""
 
     def __init__(self, folder: Path, work: Path, buffer_gammas: Sequence[float] = BUFFER_GAMMAS) -> None:
         self.folder, self.work, self.buffer_gammas = folder, work, buffer_gammas
@@ -137,7 +136,7 @@ class Harness:
         trainer_class: Any = SafeSFTTrainer,
         **kwargs: Any,
     ) -> tuple[Path, float]:
-        """The recipe of the pair's own baseline: r 16, alpha 32, all linear layers, 3e-3, cosine, 6 epochs, batch 16.
+        """Train with the recipe of the pair's own baseline: r 16, alpha 32, all linear layers, 3e-3, cosine, 6 epochs, batch 16.
 
         Returns:
             The adapter's folder, and the seconds of training.
@@ -187,7 +186,7 @@ class Harness:
         return output
 
     def provider(self) -> tuple[Path, Path]:
-        """The buffer and the reinforcing LoRA, once, with the recipe of the user's training."""
+        """The buffer and the ReinforceLoRA, trained once with the user's recipe."""
         buffer, _ = self.trained("buffer", 0, data=rows_of(self.folder, "harmful_pairs.jsonl"), trainer_class=BufferTrainer)
         safe = concatenate_datasets([rows_of(self.folder, name) for name in ("refusal_pairs.jsonl", "benign_pairs.jsonl")])
         reinforcing = {"data": safe, "trainer_class": lambda **kwargs: ReinforceTrainer(**kwargs, buffer=buffer)}
@@ -207,7 +206,7 @@ class Harness:
             self.score(f"{name}: same layers shrunk alike", seed, shrunk, 0.0)
 
     def sweeps(self, seed: int) -> None:
-        """Safe LoRA and CSULoRA over their strengths, beside the whole update scaled to the same norm."""
+        """Safe LoRA and CSULoRA at several strengths, beside the whole update scaled to the same norm."""
         plain = self.plain(seed)
         data = self.folder / "data"
         sets = read_sets(harmful=data / "eval_harmful.jsonl", benign=data / "eval_benign.jsonl", task=data / "task_test.jsonl")
@@ -236,7 +235,7 @@ class Harness:
                 self.score(name, seed, self.load(output), seconds)
 
     def buffer_reinforce(self, seed: int) -> None:
-        """The method, what each of its parts does alone, and the plain adapter shrunk to the merged one's norm."""
+        """The method, each of its parts alone, and the plain adapter shrunk to the merged one's norm."""
         last = "Buffer-and-Reinforce: plain SFT shrunk to the same ‖ΔW‖"
         if self.done(last, seed):
             return
@@ -258,7 +257,7 @@ class Harness:
         self.score(last, seed, shrunk, 0.0)
 
     def alignment_vector(self, seed: int) -> None:
-        """V added at every γ, cut to every k, with its sign turned, and a random matrix in its place."""
+        """V added at every γ, and truncated to every k; as controls −V, and a random matrix."""
         points: list[tuple[str, AlignmentSubspace, dict[str, Any]]]
         points = [(f"alignment vector, γ = {gamma:g}", self.full, {"gamma": gamma}) for gamma in VECTOR_GAMMAS]
         points += [(f"alignment vector, γ = 1, k = {rank}", self.full, {"rank": rank}) for rank in VECTOR_RANKS]
@@ -280,7 +279,7 @@ class Harness:
                 self.score(name, seed, self.load(output), seconds)
 
     def sbr(self, seed: int) -> None:
-        """The states of harmful prompts held, those of benign ones in their place, and the plain adapter shrunk to the same norm."""
+        """SBR on harmful prompts; as controls SBR on benign prompts, and the plain adapter shrunk to the same norm."""
         plain = self.plain(seed)
         for weight in SBR_WEIGHTS:
             name = f"SBR, λ = {weight:g}"
@@ -296,23 +295,23 @@ class Harness:
                 self.score(control, seed, shrunk, 0.0)
 
     def prompts(self, kind: str) -> Path:
-        """The first prompts of a kind among the references, of which none is in the user's data or in the evaluation."""
+        """The first prompts of a kind among the references, none of which is in the user's data or in the evaluation."""
         path = self.work / f"prompts-{kind}.jsonl"
         rows = rows_of(self.folder, "references.jsonl")
-        # What the references refuse is harmful.
+        # The references refuse exactly the harmful prompts.
         refused = [self.scorer.kind(row["completion"][-1]["content"]) == "refused" for row in rows]
         chosen = [row["prompt"] for row, harmful in zip(rows, refused, strict=True) if harmful == (kind == "harmful")][:SBR_PROMPTS]
         path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in chosen), encoding="utf-8")
         return path
 
     def dual_select(self, seed: int) -> None:
-        """The method as its authors set it, and the control: the references mixed into the data."""
+        """The method with its authors' settings, and the control: the references mixed into the data."""
         name = "DualSelect, ρ = 0.2"
         control = f"{name}: the references mixed into the data (SafeInstruct)"
         if self.done(control, seed):
             return
         choices = self.selected(name, seed, {})
-        # The control may look at as many gradients as DualSelect.
+        # The control may compute as many gradients as DualSelect.
         references = rows_of(self.folder, "references.jsonl")
         refreshes = sum(choice.kind == "reference" for choice in choices)
         rows = len(rows_of(self.folder, "train_poisoned.jsonl"))
@@ -321,7 +320,7 @@ class Harness:
         self.score(control, seed, self.load(output), seconds)
 
     def dual_select_variants(self, seed: int) -> None:
-        """The method with a smaller correction, and with one that is computed anew in every step."""
+        """The method with a smaller correction, and with one that is recomputed in every step."""
         for name, options in DUAL_SELECT_VARIANTS.items():
             if not self.done(name, seed):
                 self.selected(name, seed, options)
@@ -337,12 +336,14 @@ class Harness:
         kinds = list(load_dataset("json", data_files=str(self.folder / "data" / "train_poisoned.jsonl"), split="train")["kind"])
         harmful = kinds.count("harmful")
         found = sum(kinds[row.row] == "harmful" for row in most_dropped(choices)[:harmful])
-        print(f"{name}, seed {seed}: {found} of the {harmful} harmful rows are among the {harmful} most-dropped of {len(kinds)}", flush=True)
+        print(
+            f"{name}, seed {seed}: {found} of the {harmful} harmful rows are among the {harmful} most-dropped of {len(kinds)}", flush=True
+        )
         return choices
 
 
 class KindJudge:
-    """The folder's own keywords as a judge: an answer off the topic complies with nothing harmful, and refuses nothing harmless."""
+    """The folder's own keywords as a judge. An off-topic answer counts as refused if the prompt is harmful, otherwise as complied."""
 
     name = "score.py"
     knows_refusals = True
@@ -361,7 +362,7 @@ class KindJudge:
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A line of Markdown per row of the README's table, then every family's best setting."""
+    """A line of Markdown per row of the README's table, then the best setting of each family."""
     plain = statistics.fmean(row["task"] for row in rows if row["method"] == "plain SFT")
     best: dict[str, tuple[float, str]] = {}
     yield "| | attack ↓ | task ↑ | over-refusal ↓ | ‖ΔW‖ | seeds |"

@@ -1,10 +1,10 @@
-"""What SBR does to a real pretrained pair: attack, refusals, over-refusal and task beside plain SFT and the whole update scaled.
+"""The effect of SBR on a real pretrained pair: attack, over-refusal and task, beside plain SFT and the whole update scaled.
 
     python benchmarks/real_pair.py PAIR DATA --work WORK [--seed 42] [--threads 1] [--methods plain sbr]
 
-PAIR holds `base/` and `aligned/`; DATA the JSON lines of the user's task with harmful rows, the references and the evaluation sets (see
-the names below). The data contains offensive text and is not part of this repository. Judged by phrases of refusal, greedy, 32 new tokens.
-WORK keeps what was trained and `results.json`, so that a run that was stopped goes on.
+PAIR holds `base/` and `aligned/`; DATA holds the JSON lines of the user's task with harmful rows, the references and the evaluation
+sets (see the names below). The data contains offensive text and is not part of this repository. Completions are greedy, of 32 new
+tokens, and judged by refusal phrases. WORK keeps trained adapters and `results.json`, so that an interrupted run can continue.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_safety import SafeSFTConfig, SafeSFTTrainer
 from trl_safety.adapters.lora import lora_modules
-from trl_safety.lab.experiment import shrink_to
+from trl_safety.lab.controls import shrink_to
 from trl_safety.scoring import KeywordJudge, Prompt, score
 from trl_safety.training.factor_groups import update_norm
 
@@ -47,7 +47,7 @@ def prompts_of(data: Path, name: str, *, answers: bool = False) -> list[Prompt]:
 
 
 class Harness:
-    """What was trained and scored, kept in a folder."""
+    """Keeps trained adapters and scores in a folder."""
 
     def __init__(self, pair: Path, data: Path, work: Path, seed: int, *, bf16: bool) -> None:
         self.pair, self.data, self.work, self.seed, self.bf16 = pair, data, work, seed, bf16
@@ -119,7 +119,7 @@ class Harness:
         return PeftModel.from_pretrained(self.aligned(), str(adapter))
 
     def plain(self) -> None:
-        """Plain SFT, and its whole update scaled."""
+        """Plain SFT, and its whole update scaled down."""
         output, seconds = self.trained("plain")
         model = self.load(output)
         norm = update_norm(lora_modules(model))
@@ -132,7 +132,7 @@ class Harness:
                 self.score(name, model, 0.0, scale * norm)
 
     def sbr(self) -> None:
-        """Eight harmful prompts of the references, which are in no other file."""
+        """SBR on eight harmful prompts of the references, which are in no other file."""
         name = f"SBR, {SBR['number']} prompts, λ = {SBR['weight']:g}"
         if self.done(name):
             return
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--bf16", action="store_true", help="in bfloat16; slower than float32 on a CPU without it")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16; slower than float32 on a CPU that does not support it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     harness = Harness(options.pair, options.data, options.work, options.seed, bf16=options.bf16)

@@ -1,11 +1,10 @@
-"""A large model's pair and adapter: what building a subspace, correcting and inspecting cost, in time and memory.
+"""The time and memory of building a subspace, correcting and inspecting, for a large model's pair and adapter.
 
     python benchmarks/scale.py WORK [--model 8B] [--blocks 32] [--rank 64] [--adapter-rank 16] [--steps pair read build correct inspect]
 
-Synthesises a sharded pair of full shape in WORK (bfloat16, one shard a block; 8B: 2 × 14 GB) and an all-linear adapter. Every
-step runs in a process of its own, whose peak of resident memory is told beyond what it held after its imports. `read` reads the
-pair's files and nothing else: the floor that `build` is compared with. With fewer blocks the cost of all is the measured one times
-their number. What is there already is not made again.
+Synthesises a sharded pair of full shape in WORK (bfloat16, one shard per block; 8B: 2 × 14 GB) and an all-linear adapter. Every
+step runs in its own process; its peak resident memory is reported beyond that after the imports. `read` only reads the pair's files:
+the floor for `build`. With fewer blocks, the cost of all is extrapolated in proportion to their number. Existing files are reused.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def layers(shape: dict[str, int], block: int) -> dict[str, tuple[int, int]]:
 
 
 def make_pair(work: Path, shape: dict[str, int]) -> None:
-    """Random weights, and others at a small distance. Numbers repeat after a prime number of entries, to be quick."""
+    """Random weights, and others at a small distance. For speed, numbers repeat after a prime number of entries."""
     generator = torch.Generator().manual_seed(0)
     weights, change = (torch.randn(15_485_863, generator=generator) * scale for scale in (0.02, 0.002))
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256, "tie_word_embeddings": True, **shape}
@@ -129,8 +128,8 @@ def _command(connection: Any, arguments: list[str]) -> None:
 
 
 def child(*arguments: object) -> tuple[float, float]:
-    """Seconds, and MiB of resident memory beyond the imports, of one command of `trl-safety` in a process of its own."""
-    # Forked from a process that has imported everything and done nothing.
+    """Seconds, and MiB of resident memory beyond the imports, of one `trl-safety` command in its own process."""
+    # Forked from a process that has only imported everything.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
     ours, theirs = context.Pipe()
@@ -144,7 +143,7 @@ def child(*arguments: object) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Make what is missing, measure, print."""
+    """Create what is missing, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", choices=SHAPES, default="8B")

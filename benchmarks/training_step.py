@@ -1,11 +1,12 @@
-"""What each method costs in a training step: against the plain step, and against the authors' loop of single-sample passes, in one run.
+"""The cost of each method in a training step, compared with the plain step and with the authors' loop of single-sample passes.
 
-    python benchmarks/training_step.py [--hidden 512] [--layers 8] [--length 128] [--batches 4 8 16] [--pool 64] [--kinds …]
+    python benchmarks/training_step.py [--hidden 512] [--layers 8] [--length 128] [--vocabulary 2048] [--batches 4 8 16] [--pool 64] [--kinds …]
 
-Public trainers' steps on one model and one batch: plain SFT; AsFT; SBR with 8 prompts of 40 tokens; DualSelect; beside a frozen buffer; and single-sample passes,
-computed from DualSelect's description (a forward and backward per sample, whose gradients are all kept). The median of rounds that
-take them in turn. A refresh of DualSelect's pool is reported apart, and spread over the steps between two. Peak memory is the
-process's resident memory above that before the first step (on a GPU, the allocator's peak), each in a process of its own.
+Steps of the public trainers on one model and one batch: plain SFT; AsFT; SBR with 8 prompts of 40 tokens; DualSelect; training beside a
+frozen buffer; and single-sample passes, written from DualSelect's description (a forward and backward per sample, all gradients kept).
+Times are medians over rounds that take the kinds in turn. A refresh of DualSelect's pool is reported separately, and spread over the
+steps between two refreshes. Peak memory is the resident memory above that before the first step (on a GPU, the allocator's peak);
+each kind runs in its own process.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from trl_safety import AlignmentSubspace, BufferTrainer, SafeSFTConfig, SafeSFTT
 from trl_safety.adapters.fingerprint import sample
 from trl_safety.subspace.layer import LayerSubspace, Provenance
 
-VOCABULARY, RANK = 2048, 16
+RANK = 16
 KINDS = ("plain", "asft", "sbr", "dual_select", "buffer", "loop")
 SBR_PROMPTS, SBR_TOKENS = 8, 40
 REFRESH_EVERY = 100
@@ -52,7 +53,7 @@ class Clock(TrainerCallback):
 
 
 class Loop(SafeSFTTrainer):
-    """The authors' way: a pass per sample, all gradients kept, then the choice."""
+    """The authors' method: a pass per sample, all gradients kept, then the choice."""
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         inputs = self._prepare_inputs(inputs)
@@ -90,7 +91,7 @@ def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
     """Always the same random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=options.vocabulary,
         hidden_size=options.hidden,
         intermediate_size=options.hidden * 7 // 2,
         num_hidden_layers=options.layers,
@@ -103,7 +104,7 @@ def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def random_subspace(model: LlamaForCausalLM, rank: int) -> AlignmentSubspace:
-    """A subspace that takes the model for its aligned one."""
+    """A random subspace whose aligned model is this one."""
     layers = {}
     for name, module in model.model.named_modules(prefix="model"):
         if isinstance(module, torch.nn.Linear):
@@ -117,11 +118,11 @@ def random_subspace(model: LlamaForCausalLM, rank: int) -> AlignmentSubspace:
 
 
 def steps(kind: str, options: argparse.Namespace, batch: int, count: int, folder: str) -> tuple[list[float], float, float]:
-    """Seconds of each step after the warm-up, seconds of the step with the refresh less those of a plain one, and peak MB above the start."""
+    """Seconds per step after the warm-up, extra seconds of the step with the refresh, and peak MB above the start."""
     model = make_model(options)
-    ids = torch.randint(3, VOCABULARY, (max(batch, options.pool), options.length)).tolist()
+    ids = torch.randint(3, options.vocabulary, (max(batch, options.pool), options.length)).tolist()
     rows = Dataset.from_list([{"input_ids": row, "labels": row, "completion_mask": [1] * len(row)} for row in ids])
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, options.vocabulary)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
@@ -155,7 +156,7 @@ def steps(kind: str, options: argparse.Namespace, batch: int, count: int, folder
     elif kind == "asft":
         extra = {"safety": {"asft": {"weight": 1.0}}, "subspace": random_subspace(model, options.subspace_rank)}
     elif kind == "sbr":
-        words_of = torch.randint(3, VOCABULARY, (SBR_PROMPTS, min(SBR_TOKENS, options.length))).tolist()
+        words_of = torch.randint(3, options.vocabulary, (SBR_PROMPTS, min(SBR_TOKENS, options.length))).tolist()
         prompts = [" ".join(f"w{word}" for word in row) for row in words_of]
         extra = {"safety": {"sbr": {"prompts": prompts, "number": SBR_PROMPTS, "ask_first": False}}}
     elif kind == "buffer":
@@ -179,7 +180,7 @@ def _in_turn(connection: Any, kind: str, options: argparse.Namespace, batch: int
 
 
 def _run(kind: str, options: argparse.Namespace, batch: int, count: int) -> tuple[list[float], float, float]:
-    # Forked from a process that has imported everything and done nothing.
+    # Forked from a process that has only imported everything.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl.trainer.sft_trainer", "trl_safety.training.trainer"])
     ours, theirs = context.Pipe()
@@ -197,6 +198,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--pool", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -206,7 +208,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{options.threads} CPU threads"
-    print(f"{options.layers} layers, hidden {options.hidden}, length {options.length}, LoRA rank {RANK} on all linear layers; {device}")
+    print(f"{options.layers} layers, hidden {options.hidden}, vocabulary {options.vocabulary}, length {options.length}")
+    print(f"LoRA rank {RANK} on all linear layers; {device}")
     scratch = tempfile.TemporaryDirectory()
     options.provider = f"{scratch.name}/buffer"
     if "buffer" in options.kinds:

@@ -1,4 +1,4 @@
-"""A real, tiny Llama that says what a test wants: after every word comes the word that was chosen for it."""
+"""A real, tiny Llama with scripted output: every word is followed by the word chosen for it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tokenizer(*, pad: bool = True, template: str | None = TEMPLATE, special: tup
 
 
 def model(said: str | dict[str, str], tokenizer: Any, **generation: Any) -> Any:
-    """After `<bot>` the words of `said`, in this order and each once; or of a mapping, what follows each word."""
+    """After `<bot>` come the words of `said` in order, each once; a mapping gives the word that follows each word."""
     following = said if isinstance(said, dict) else dict(zip(["<bot>", *said.split()], said.split(), strict=False))
     size = len(tokenizer)
     config = LlamaConfig(

@@ -11,8 +11,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
+
+# No outcome may hang on how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 DATA = Path(__file__).parent / "data"
 
@@ -42,7 +47,7 @@ def gqa_model() -> Any:
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A Hub cache; called, it puts a model's revisions there as `huggingface_hub` lays them out."""
+    """A Hub cache; calling it adds a model's revisions in `huggingface_hub`'s layout."""
     hub = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
 
@@ -59,6 +64,6 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    # The models are tiny: threads cost more than they bring, and sums in one order are equal from run to run.
+    # The models are tiny: threads cost more than they gain, and sums in a fixed order are equal from run to run.
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""Processes that begin with everything imported: forked from a server that each pytest worker starts once.
+"""Processes that start with everything imported: forked from a server that each pytest worker starts once.
 
-A new interpreter takes ten seconds to import Transformers and TRL. What a child does is the same: it runs a module as `__main__`,
-with its own arguments, environment and output, and can be killed.
+A new interpreter takes ten seconds to import Transformers and TRL. A child otherwise behaves the same: it runs a module as
+`__main__`, with its own arguments, environment and output, and can be killed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if importlib.util.find_spec("axolotl"):
 
 @dataclass(frozen=True)
 class Done:
-    """How a process ended: its status, negative where a signal ended it, and what it wrote to both streams."""
+    """How a process ended: its status (negative if a signal ended it) and its output on both streams."""
 
     returncode: int
     output: str
@@ -48,7 +48,7 @@ def run(
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> list[Done]:
-    """Run a module; with `processes`, in so many that find each other as torchrun's do."""
+    """Run a module; with `processes`, in so many, which find each other like torchrun's."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as scratch, socket.socket() as free:
@@ -69,7 +69,7 @@ def run(
             for process, _ in started:
                 process.join()
         finally:
-            # A test that is stopped while it waits leaves none behind.
+            # A test that is stopped while it waits leaves no process behind.
             for process, _ in started:
                 process.kill()
         return [

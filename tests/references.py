@@ -1,4 +1,4 @@
-"""Naive dense float64 oracles: the formulas written out, with every matrix formed."""
+"""Naive dense float64 references: the formulas written out, with every matrix formed."""
 
 from __future__ import annotations
 

@@ -282,7 +282,7 @@ def test_a_guard_that_was_asked_nothing(tmp_path: Path) -> None:
         "{% for m in messages %}{% for p in m['content'] %}{% if p.type == 'text' %}{{ p.text }} {% endif %}{% endfor %}{% endfor %}<bot>"
     )
     judge = make_judge("guard:" + chain.save(tmp_path, "safe <end>", chain.tokenizer(template=template)))
-    with pytest.raises(ConfigurationError, match="leaves out a part of the prompt"):
+    with pytest.raises(ConfigurationError, match="drops a part of the prompt"):
         judge.verdicts(HARMFUL, ["w5"] * 4)
     # As the message says: in parts it is asked.
     parts = [Prompt(({"role": "user", "content": [{"type": "text", "text": "w1"}]},))]
@@ -310,7 +310,7 @@ def test_a_judge_that_fails_while_training_ends_no_run(tmp_path: Path, caplog: p
         assert control.should_training_stop == (stop_above is not None)
         assert "it is no judge of this kind" in caplog.text
         assert not callback.history
-    with pytest.raises(ConfigurationError, match="refuses the prompt"):
+    with pytest.raises(ConfigurationError, match="rejects the prompt"):
         SafetyEvalCallback({"harmful": HARMFUL}, chain.tokenizer(template="{{ raise_exception('no') }}"))
 
 

@@ -50,7 +50,7 @@ def test_correct_gives_the_authors_adapter(tmp_path: Path, subspace: Path, optio
     assert "layers corrected" in output
     expected = load_file(DATA / f"gqa-safelora-{reference}" / "adapter_model.safetensors")
     assert tiny.largest_difference(load_file(out / "adapter_model.safetensors"), expected) < 1e-6
-    assert "protected, and as its report describes it" in run("verify", out)
+    assert "protected, and it matches its report" in run("verify", out)
 
 
 def test_csulora_and_orthogonal(tmp_path: Path, ranked: Path) -> None:
@@ -68,7 +68,7 @@ def test_inspect(tmp_path: Path, ranked: Path, subspace: Path) -> None:
     assert len(layers) == 9
     assert all(abs(row["inside"] + row["partial"] + row["outside"] - 1) < 1e-5 for row in layers)
     assert "–" in run("inspect", ADAPTER, "--subspace", subspace)
-    assert "base model: not verified: gqa-aligned is not at hand" in " ".join(run("inspect", ADAPTER, "--subspace", ranked).split())
+    assert "base model: not verified: gqa-aligned is not available here" in " ".join(run("inspect", ADAPTER, "--subspace", ranked).split())
 
 
 def test_verify_fails_on_an_unprotected_adapter() -> None:

@@ -1,4 +1,4 @@
-"""Completions are what plain `generate` gives, for models, tokenizers and templates as people have them."""
+"""Completions equal those of plain `generate`, for the models, tokenizers and templates that people have."""
 
 import logging
 from pathlib import Path
@@ -11,12 +11,14 @@ from tests import chain, tiny
 from trl_safety.errors import ConfigurationError
 from trl_safety.scoring import KeywordJudge, Prompt, complete, score
 
+PROMPTS = [Prompt(({"role": "user", "content": " ".join(f"w{i}" for i in range(1, length))},)) for length in (3, 2, 5)]
+
 SHORT = Prompt(({"role": "user", "content": "w1"},))
 LONG = Prompt(({"role": "user", "content": "w1 w2 w3"},))
 
 
 def plain(model: Any, tokenizer: Any, prompt: Prompt, new_tokens: int) -> str:
-    """The library's own `generate` on one prompt, with nothing but the length and greed said."""
+    """The library's own `generate` on one prompt, greedy, with only the length set."""
     text = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     options = {"tokenizer": tokenizer} if model.generation_config.stop_strings else {}
@@ -71,7 +73,7 @@ def test_stop_strings() -> None:
 
 @pytest.mark.parametrize("pads", ["neither", "model", "tokenizer"])
 def test_no_padding_token(pads: str) -> None:
-    """Llama 3.1's tokenizer has none; the prompts of a batch are of different lengths all the same."""
+    """Llama 3.1's tokenizer has none, yet the prompts of a batch have different lengths."""
     torch.manual_seed(0)
     tokenizer = tiny.tokenizer()
     model = tiny.model()
@@ -92,7 +94,7 @@ def test_a_stop_that_is_no_special_token() -> None:
 
 
 def test_a_refusal_after_the_turn_is_none_of_its() -> None:
-    """The turn's end is in generation_config.json alone, as with Gemma and Phi."""
+    """Only generation_config.json names the end of a turn, as with Gemma and Phi."""
     tokenizer = chain.tokenizer()
     model = chain.model("w5 <end> sorry </s>", tokenizer, eos_token_id=[2, 3])
     scores, _ = score(model, tokenizer, {"harmful": [SHORT], "task": [Prompt(LONG.messages, "w5")]}, KeywordJudge(), new_tokens=8)
@@ -120,18 +122,18 @@ PARTS_AND_IMAGES = PARTS_ALONE.replace("{% endif %}", "{% elif p.type == 'image'
 @pytest.mark.parametrize(
     ("template", "prompt", "message"),
     [
-        (REFUSES_SYSTEM, with_system(), "refuses the prompt 'w2'.*System role not supported.*put that text into the user's first one"),
+        (REFUSES_SYSTEM, with_system(), "rejects the prompt 'w2'.*System role not supported.*put that text into the user's first message"),
         (
             ALTERNATES,
             Prompt((*SHORT.messages, *SHORT.messages)),
-            "refuses the prompt.*roles must alternate; write the prompts with the roles",
+            "rejects the prompt.*roles must alternate; write the prompts with the roles",
         ),
-        ("{{ messages[0].nothing.at_all }}", SHORT, "refuses the prompt"),
-        (DROPS_SYSTEM, with_system(), "leaves out a part of the prompt 'w2' .system, user."),
-        (LAST_ALONE, with_system(), "leaves out a part"),
-        (PARTS_ALONE, SHORT, "leaves out a part.*the content as the template reads it"),
+        ("{{ messages[0].nothing.at_all }}", SHORT, "rejects the prompt"),
+        (DROPS_SYSTEM, with_system(), "drops a part of the prompt 'w2' .system, user."),
+        (LAST_ALONE, with_system(), "drops a part"),
+        (PARTS_ALONE, SHORT, "drops a part.*the content as the template reads it"),
         (None, with_system(), "has no chat template, and the prompt 'w2' has 2 messages"),
-        (chain.TEMPLATE, with_system([{"type": "image", "url": "x.png"}]), "a part of the kind 'image', and only text can be asked"),
+        (chain.TEMPLATE, with_system([{"type": "image", "url": "x.png"}]), "a part of type 'image', but prompts must be text"),
         (chain.TEMPLATE, with_system(None), "null as content"),
         (chain.TEMPLATE, with_system([]), "an empty list as content"),
         (None, Prompt(""), "prompt 1 of 1 is empty"),
@@ -189,5 +191,56 @@ def test_all_sets_are_checked_before_the_first_is_asked() -> None:
     tokenizer = chain.tokenizer(template=REFUSES_SYSTEM)
     model = chain.model("w5 <end>", tokenizer, eos_token_id=3)
     model.generate = lambda *args, **kwargs: pytest.fail("asked")
-    with pytest.raises(ConfigurationError, match="refuses the prompt"):
+    with pytest.raises(ConfigurationError, match="rejects the prompt"):
         score(model, tokenizer, {"harmful": [SHORT], "benign": [with_system()]}, KeywordJudge())
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 / 0 }}", "refuses the prompt .*division by zero"),
+        ("{{ messages[5].content }}", "refuses the prompt .*no element 5"),
+        ("{{ messages[0].content.foo.bar }}", "refuses the prompt .*no attribute 'foo'"),
+        ("{{ messages | no_such_filter }}", "refuses the prompt .*No filter named"),
+        ({"rag": chain.TEMPLATE, "tool_use": chain.TEMPLATE}, "refuses the prompt .*no default"),
+    ],
+    ids=["arithmetic", "index", "attribute", "filter", "no-default"],
+)
+def test_templates_that_end_in_an_error_of_their_own(template: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        complete(chain.model("w5 <end>", chain.tokenizer()), chain.tokenizer(template=template), PROMPTS[:1], new_tokens=2, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("generation", "said"),
+    [
+        ({"eos_token_id": 3, "num_beams": 2, "num_return_sequences": 2}, "w5 w6 w7"),
+        ({"eos_token_id": 3, "return_dict_in_generate": True, "output_scores": True}, "w5 w6 w7"),
+        ({"eos_token_id": 3, "max_length": 3}, "w5 w6 w7"),
+        ({"eos_token_id": 3, "prompt_lookup_num_tokens": 2}, "w5 w6 w7"),
+        ({"eos_token_id": [3, 9999]}, "w5 w6 w7"),
+    ],
+    ids=["beams", "dictionary", "length", "lookup", "unknown-stop"],
+)
+def test_generation_configs_as_models_bring_them(generation: dict[str, Any], said: str) -> None:
+    tokenizer = chain.tokenizer()
+    model = chain.model("w5 w6 w7 <end>", tokenizer, **generation)
+    assert complete(model, tokenizer, PROMPTS[:3], new_tokens=8, batch_size=2) == [said] * 3
+
+
+def test_a_stop_that_is_no_token() -> None:
+    model = chain.model("w5 <end>", chain.tokenizer())
+    model.generation_config.eos_token_id = "<end>"  # noqa: S105  # a mistake, not a secret
+    with pytest.raises(ConfigurationError, match="eos_token_id = '<end>' is no token's number"):
+        complete(model, chain.tokenizer(), PROMPTS[:1], new_tokens=2, batch_size=1)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_logits_that_are_no_numbers(beams: int) -> None:
+    """What is made of them is empty, which no phrase of refusal is in: it would count as harm."""
+    tokenizer = chain.tokenizer()
+    model = chain.model("w5 <end>", tokenizer, eos_token_id=3, num_beams=beams)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ConfigurationError, match="logits hold NaN, so that its completions say nothing"):
+        complete(model, tokenizer, PROMPTS[:2], new_tokens=2, batch_size=2)

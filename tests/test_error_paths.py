@@ -4,8 +4,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from tests import tiny
@@ -16,7 +18,7 @@ from trl_safety.cli.app import app
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file or folder of every kind that a command reads."""
+    """One file or folder of every kind that a command reads."""
     from peft import PeftModel
 
     folder = providers.make(tmp_path_factory.mktemp("world"))
@@ -32,11 +34,56 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(str(folder / "corrected"))
     (folder / "harmful.jsonl").write_text('{"prompt": "w3 w4"}\n')
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(4)))
+    (folder / "pool.jsonl").write_text("".join(f'{{"prompt": "w{i} w4 ", "completion": "w50 w51"}}\n' for i in range(8)))
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "w{i} w4"}}\n' for i in range(8)))
     (folder / "gate.yaml").write_text(f"adapter: {folder / 'corrected'}\n")
     return folder
 
 
-COMMANDS: dict[str, tuple[list[str], list[str]]] = {
+CONFIG = "the configuration"
+"""A file that is written for the command, from the mapping in its line."""
+
+
+def training(safety: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """A training's configuration."""
+    return {
+        "model_name_or_path": "{aligned}",
+        "dataset_name": "{train.jsonl}",
+        "output_dir": "OUT",
+        "use_peft": True,
+        "lora_target_modules": ["q_proj"],
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+        **({"safety": safety} if safety else {}),
+        **options,
+    }
+
+
+CHOICE = {"reference_dataset": "{pool.jsonl}", "warmup_steps": 1, "refresh_steps": 2, "keep": 1, "references": 4}
+
+COMMANDS: dict[str, tuple[list[Any], list[str]]] = {
+    "sft": (
+        [
+            "sft",
+            "--config",
+            training({"asft": {"weight": 0.1}, "subspace": "{S.safetensors}", "eval": {"harmful": "{harmful.jsonl}", "steps": 1}}),
+        ],
+        [CONFIG, "aligned", "train.jsonl", "S.safetensors", "harmful.jsonl"],
+    ),
+    "sft with references": (["sft", "--config", training({"dual_select": CHOICE})], ["pool.jsonl"]),
+    "sft with prompts": (["sft", "--config", training({"sbr": {"prompts": "{prompts.jsonl}"}})], ["prompts.jsonl"]),
+    "sft with a base": (["sft", "--config", training({"alignment_buffer": {"base": "{base}"}})], ["base"]),
+    "sft with a buffer": (
+        ["sft", "--config", training({"buffer_reinforce": {"buffer": "{buffer}", "reinforce": "{reinforce}"}})],
+        ["buffer", "reinforce"],
+    ),
+    "buffer": (["buffer", "--config", training()], [CONFIG, "aligned", "train.jsonl"]),
+    "reinforce": (["reinforce", "--config", training(buffer="{buffer}")], [CONFIG, "train.jsonl", "buffer"]),
     "subspace": (
         ["subspace", "{base}", "{aligned}", "-o", "OUT.safetensors", "--target-modules", "q_proj", "--rank", "4"],
         ["base", "aligned"],
@@ -96,7 +143,7 @@ def lists(path: Path) -> None:
 
 
 def another_kind(path: Path) -> None:
-    """A folder for a file, a file for a folder."""
+    """A folder in place of a file, and a file in place of a folder."""
     was_folder = path.is_dir()
     missing(path)
     path.write_text("w3") if was_folder else path.mkdir()
@@ -105,14 +152,32 @@ def another_kind(path: Path) -> None:
 DAMAGES: list[Callable[[Path], None]] = [missing, empty, truncated, lists, another_kind]
 
 
-def run(arguments: list[str], world: Path, replaced: dict[str, Path], output: Path) -> tuple[int, str, BaseException | None]:
-    line = []
-    for argument in arguments:
+def run(
+    arguments: list[Any], world: Path, replaced: dict[str, Path], output: Path, damage: Callable[[Path], None] | None = None
+) -> tuple[int, str, BaseException | None]:
+    def filled(argument: Any) -> Any:
+        if isinstance(argument, dict):
+            return {key: filled(value) for key, value in argument.items()}
+        if not isinstance(argument, str):
+            return argument
         if argument.startswith("{"):
             name = argument[1:-1]
-            line.append(str(replaced.get(name, world / name)))
-        else:
-            line.append(argument.replace("OUT", str(output / "out")))
+            return str(replaced.get(name, world / name))
+        return argument.replace("OUT", str(output / "out"))
+
+    line = []
+    for argument in arguments:
+        found = filled(argument)
+        if isinstance(found, dict):
+            # TRL's parser takes a block by the name of its file.
+            (output / "block.yaml").write_text(yaml.safe_dump(found.pop("safety", None)))
+            path = output / "run.yaml"
+            safety = {"safety": str(output / "block.yaml")} if "safety" in argument else {}
+            path.write_text(yaml.safe_dump({**found, **safety}))
+            if damage is not None:
+                damage(path)
+            found = str(path)
+        line.append(found)
     done = CliRunner().invoke(app, line)
     return done.exit_code, done.output, done.exception
 
@@ -126,10 +191,13 @@ def test_the_command_works_as_it_is_written_here(command: str, world: Path, tmp_
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize(("command", "place"), [(name, place) for name, (_, places) in COMMANDS.items() for place in places])
 def test_damaged_inputs_are_our_own_errors(command: str, place: str, damage: Callable[[Path], None], world: Path, tmp_path: Path) -> None:
-    copy = tmp_path / place
-    shutil.copytree(world / place, copy) if (world / place).is_dir() else shutil.copyfile(world / place, copy)
-    damage(copy)
-    code, said, error = run(COMMANDS[command][0], world, {place: copy}, tmp_path)
+    if place == CONFIG:
+        code, said, error = run(COMMANDS[command][0], world, {}, tmp_path, damage)
+    else:
+        copy = tmp_path / place
+        shutil.copytree(world / place, copy) if (world / place).is_dir() else shutil.copyfile(world / place, copy)
+        damage(copy)
+        code, said, error = run(COMMANDS[command][0], world, {place: copy}, tmp_path)
     assert error is None or isinstance(error, SystemExit), f"{said}\n{error!r}"
     assert code != 0, said
     assert "Traceback" not in said

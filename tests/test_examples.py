@@ -37,7 +37,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_version(config: dict[str, Any], pair: Path, output: Path) -> dict[str, Any]:
-    """The example with model, data, subspace source and length swapped; all other keys stay."""
+    """The example with model, data, subspace source and length replaced; all other keys stay."""
     config["model_name_or_path"] = str(pair / "aligned")
     config["datasets"][0]["data_files"] = str(pair / "train.jsonl")
     config |= {

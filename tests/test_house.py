@@ -55,7 +55,7 @@ OTHERS = {
     "training": TORCH | {"pydantic", "datasets", "trl", "jinja2"},
     "inspection": TORCH | {"pydantic", "matplotlib", "datasets"},
     "evaluation": TORCH | {"pydantic", "matplotlib", "datasets", "inspect_ai", "lm_eval", "yaml", "jinja2"},
-    "lab": TORCH | {"tokenizers", "rich", "datasets", "matplotlib", "trl"},
+    "lab": TORCH | {"tokenizers", "rich", "datasets", "matplotlib", "trl", "numpy", "filelock"},
     "cli": {"typer", "rich", "pydantic"},
 }
 IMPORTS_TRL = {"trainer.py", "dpo.py", "kto.py", "grpo.py", "sft.py", "pair.py"}

@@ -1,5 +1,6 @@
 """Files as people have them: each kind of input with its right value or its right error; and which tokens are trained."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,10 @@ JSON = st.recursive(
     st.lists(st.sampled_from(["", " ", "\t", "\r"]), min_size=5, max_size=5),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.sampled_from(["\n", "\r\n"]),
 )
-def test_what_is_written_is_read(rows: list[Any], blanks: list[str], ascii_only: bool, mark: bool, end: str) -> None:
+def test_what_is_written_is_read(rows: list[Any], blanks: list[str], ascii_only: bool, mark: bool, packed: bool, end: str) -> None:
     import tempfile
 
     lines, expected = [], []
@@ -53,7 +55,8 @@ def test_what_is_written_is_read(rows: list[Any], blanks: list[str], ascii_only:
         lines += [blank, json.dumps(row, ensure_ascii=ascii_only)]
         expected.append((len(lines), row))
     with tempfile.TemporaryDirectory() as folder:
-        path = file(Path(folder), ("\ufeff" if mark else "") + end.join(lines))
+        content = (("\ufeff" if mark else "") + end.join(lines)).encode("utf-8")
+        path = file(Path(folder), gzip.compress(content) if packed else content)
         assert read_lines(path, "rows") == expected
         assert [row for _, row in read_lines(file(Path(folder), to_lines(rows)), "rows")] == rows
 
@@ -61,20 +64,26 @@ def test_what_is_written_is_read(rows: list[Any], blanks: list[str], ascii_only:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": 1}\n\n{"a"', "rows, line 3: is no object .not JSON"),
-        (b'[{"a": 1}]', "rows, line 1: is no object, but an array"),
-        (b'"a"', "rows, line 1: is no object, but a string"),
-        (b"\n7\n", "rows, line 2: is no object, but a number"),
-        (b"null", "rows, line 1: is no object, but null"),
-        (b'{"a": 1} {"a": 2}', "line 1: is no object .not JSON"),
+        (b'{"a": 1}\n\n{"a"', "rows, line 3: is not an object .not JSON"),
+        (b'[{"a": 1}]', "rows, line 1: is not an object but an array"),
+        (b'"a"', "rows, line 1: is not an object but a string"),
+        (b"\n7\n", "rows, line 2: is not an object but a number"),
+        (b"null", "rows, line 1: is not an object but null"),
+        (b'{"a": 1} {"a": 2}', "line 1: is not an object .not JSON"),
         ('{"a": "é"}'.encode("latin-1"), "line 1: cannot be read .*save it as UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "it is UTF-16.; save it as UTF-8"),
-        (b'{"a": 1}\n{"a": "\\ud83d"}', r"line 2: holds half of a character \(\\ud83d\)"),
-        (b'{"a": ' + b"[" * 100_000, "line 1: is no object .not JSON"),
-        (b'{"a": ' + b"1" * 5000 + b"}", "line 1: is no object .not JSON"),
-        (b"\x00", "line 1: is no object"),
+        (b'{"a": 1}\n{"a": "\\ud83d"}', r"line 2: contains half of a character \(\\ud83d\)"),
+        (b'{"a": ' + b"[" * 100_000, "line 1: is not an object .not JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "line 1: is not an object .not JSON"),
+        (b"\x00", "line 1: is not an object"),
+        (gzip.compress(b'{"a": 1}')[:-9], "is packed by gzip, and damaged"),
+        (b"\x1f\x8bxx", "is packed by gzip, and damaged"),
+        (gzip.compress(b'{"a": 1}\n7'), "line 2: is not an object but a number"),
+        (b"{'a': 1}", "line 1: is not an object .not JSON"),
+        (b"# rows\n", "line 1: is not an object .not JSON"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "line 1: is not an object .not JSON: `c` is there twice"),
     ],
-    ids=range(12),
+    ids=range(18),
 )
 def test_lines_that_are_none(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
@@ -141,19 +150,24 @@ def test_prompts_as_people_keep_them(tmp_path: Path, row: dict[str, Any], text: 
     [
         (
             {"question": "a"},
-            "line 3: is no object with a `prompt` .has question.; give prompt .text or messages., messages or conversations",
+            "line 3: is not an object with a `prompt` .has question.; give prompt .text or messages., messages or conversations",
         ),
         ({"prompt": 5}, "`prompt` is a number"),
+        ({"prompt": " \n", "answer": "x"}, "line 3: its prompt is empty"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}]}], "answer": "x"}, "its prompt is empty"),
+        ({"prompt": "a", "answer": " "}, "its `answer` is ' ', which nothing"),
+        ({"prompt": "a", "answer": float("nan")}, "its `answer` is nan, which nothing"),
+        ({"prompt": "a", "answer": ["x", float("inf")]}, "its `answer` is inf, which nothing"),
         ({"prompt": {"role": "user", "content": "a"}}, "`prompt` is an object"),
         ({"prompt": []}, "`prompt` is an empty list"),
         ({"prompt": ["a"]}, r"`prompt`\[0\] is a string"),
         ({"messages": "a"}, "`messages` is a string"),
         ({"messages": [{"role": "user"}]}, r"`messages`\[0\] has role, where role and content"),
         ({"messages": [{"role": "user", "content": 5}]}, "has a number as content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "a part of the kind 'image_url'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "a part of type 'image_url'"),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "is from 'narrator', which is none of human"),
-        ({"conversations": [GPT]}, "has no turn but the assistant's"),
-        ({"prompt": None}, "is no object with a `prompt`"),
+        ({"conversations": [GPT]}, "has only the assistant's turn"),
+        ({"prompt": None}, "is not an object with a `prompt`"),
         ({"prompt": "a"}, "line 3: has no `answer`"),
         ({"prompt": "a", "answer": []}, "has no `answer`"),
         ({"prompt": "a", "answer": {"value": 4}}, "has no `answer`.*but an object"),
@@ -205,12 +219,14 @@ def test_whatever_a_conversation_is_there_is_no_other_error(value: Any) -> None:
 
 
 def test_rows_of_a_file(tmp_path: Path) -> None:
-    """As users' files are: a mark of byte order, separators within strings, a column that is not in the first row."""
+    """As in users' files: a byte order mark, line separators within strings, a column that is not in the first row."""
     rows = [{"prompt": "a\u2028b", "completion": "x"}, {"prompt": "c\u0085d", "completion": "y", "id": 7}]
     content = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    for name in ("rows.jsonl", "rows.json"):
+    for name in ("rows.jsonl", "rows.json", "rows.ndjson"):
         loaded = load_rows(str(file(tmp_path, content, name)), "data")
         assert list(loaded) == [{**rows[0], "id": None}, rows[1]]
+    packed = file(tmp_path, gzip.compress(content.encode("utf-8")), "rows.jsonl.gz")
+    assert list(load_rows(str(packed), "data")) == list(loaded)
     array = load_rows(str(file(tmp_path, json.dumps(rows[:1]), "array.json")), "data")
     assert list(array) == rows[:1]
     DatasetDict({"train": loaded}).save_to_disk(tmp_path / "saved")
@@ -222,16 +238,19 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     [
         (
             '{"prompt": "a", "completion": "x"}\n\n{"prompt": ["a"], "completion": ["x"]}',
-            "line 3: `prompt` is an array, and a string in line 1",
+            "line 3: `prompt` is an array, but a string in line 1",
         ),
         ('{"messages": []}', "line 1: `messages` is an empty list"),
         ('{"messages": ["a"]}', r"line 1: `messages`\[0\] is a string"),
         ('{"messages": [{"content": "a"}]}', r"line 1: `messages`\[0\] is content, where a message with role"),
         ('{"prompt": "a", "completion": 4}', "line 1: `completion` is a number"),
         ('{"prompt": [{"role": "user", "content": "a"}], "completion": "x"}', "prompt and completion are not of one kind"),
-        ('{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [{"role": "user", "content": ["a"]}]}', "its rows make no table"),
-        ("{}", "has no rows of its own"),
-        ("", "has no rows of its own"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [{"role": "user", "content": ["a"]}]}',
+            "its rows make no table",
+        ),
+        ("{}", "is not one split with rows"),
+        ("", "is not one split with rows"),
     ],
 )
 def test_rows_that_are_none(tmp_path: Path, content: str, message: str) -> None:
@@ -272,16 +291,24 @@ def test_sft_takes_a_local_file(tmp_path: Path, aligned: str) -> None:
 @pytest.mark.parametrize(
     ("options", "content", "message"),
     [
-        ({"eval_strategy": "steps"}, ROWS, "dataset_test_split = 'test': .* has the splits train, and eval_strategy asks for one"),
+        ({"eval_strategy": "steps"}, ROWS, "dataset_test_split = 'test': .* has the splits train, and eval_strategy needs one"),
         ({"dataset_train_split": "sft"}, ROWS, "dataset_train_split = 'sft': .* has the splits train; name one of them"),
         ({"dataset_config": "en"}, ROWS, "dataset_config = 'en': .* has no configurations"),
         ({"dataset_name": "missing.jsonl"}, ROWS, "dataset_name = 'missing.jsonl': cannot be read"),
         ({"dataset_name": "no-such/data-set"}, ROWS, "dataset_name = 'no-such/data-set': cannot be read"),
         ({}, '{"question": "a", "reply": "b"}\n', "has the columns question, reply: give prompt and completion, messages"),
         ({}, '{"prompt": "a"}\n', "has the columns prompt: give prompt and completion"),
-        ({}, '{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: is no object"),
-        ({"lora_target_modules": ["nothing", "neither"]}, ROWS, "the run cannot begin: Target modules"),
+        ({}, '{"prompt": "a", "completion": "b"}\n{"prompt"', "line 2: is not an object"),
+        ({"lora_target_modules": ["nothing", "neither"]}, ROWS, "the run cannot start: Target modules"),
         ({"datasets": [{"path": "no-such/data-set"}]}, ROWS, "datasets = no-such/data-set: cannot be loaded"),
+        ({}, ROWS + '{"prompt": "a"}\n', "row 7 of 7 has no completion; give it one"),
+        ({}, '{"prompt": "a", "completion": null}\n{"prompt": null, "completion": "b"}\n', "row 2 of 2 has no prompt"),
+        ({}, '{"messages": null}\n', "row 1 of 1 has no messages"),
+        ({"max_length": 1}, ROWS, "no row is left to train on: .* within max_length = 1: raise it"),
+        ({}, '{"input_ids": [3, 4], "labels": [-100, -100]}\n', "no row is left to train on"),
+        ({}, '{"input_ids": [3, 4]}\n{"input_ids": [3, 64]}\n', "row 2 holds the token 64, and the model has 64"),
+        ({"resume_from_checkpoint": "no-such-folder"}, ROWS, "resume_from_checkpoint = 'no-such-folder': no such folder"),
+        ({"learning_rate": 1e30, "max_steps": 3}, ROWS, "was saved, but its tensor .* holds NaN or infinity"),
     ],
 )
 def test_sft_says_what_is_wrong_with_the_data(tmp_path: Path, aligned: str, options: dict[str, Any], content: str, message: str) -> None:
@@ -290,6 +317,23 @@ def test_sft_says_what_is_wrong_with_the_data(tmp_path: Path, aligned: str, opti
     result = sft(tmp_path, aligned, **{"dataset_name": str(file(tmp_path, content)), **options})
     assert result.exit_code == 1
     assert re.search(message, " ".join(result.output.split())), result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", "prompt,completion\na,b\n".encode("utf-16"), "cannot be read .*utf-8"),
+        ("rows.parquet", b"PAR1 nothing", "cannot be read .*[Pp]arquet"),
+        ("rows.txt", b"a\n", "is a file of the kind '.txt', which is not read; give a .jsonl"),
+        ("rows.jsonl.zst", b"(", "is a file of the kind '.zst', which is not read"),
+        ("rows.jsonl", '{"prompt": "a"}'.encode("utf-16"), "it is UTF-16"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_rows(str(file(tmp_path, content, name)), "data")
+    with pytest.raises(ConfigurationError, match=r"no JSON lines; give a .jsonl file|cannot be read|is not an object"):
+        read_prompts(tmp_path / name, "harmful")
 
 
 # Our own logs.
@@ -301,7 +345,7 @@ def test_a_damaged_selection_log(tmp_path: Path) -> None:
     assert len(read_choices(path)) == 1
     file(tmp_path, choice.encode() + b"\n" + '{"step": "é'.encode()[:-1], SELECTION)
     assert len(read_choices(path)) == 1
-    for content, message in ((f"{choice}\n\n7\n", "no selection log that can be read, line 3"), ('{"step": 1}\n', "line 1")):
+    for content, message in ((f"{choice}\n\n7\n", "not a readable selection log, line 3"), ('{"step": 1}\n', "line 1")):
         with pytest.raises(ReportError, match=message):
             read_choices(file(tmp_path, content, SELECTION))
     file(tmp_path, choice + "\n", SELECTION)
@@ -346,7 +390,7 @@ def trained(row: dict[str, Any], tokenizer: Any) -> str:
     ids=["prompt", "messages", "sharegpt", "turns", "parts"],
 )
 def test_the_whole_answer_and_nothing_else_is_trained(template: str, row: dict[str, Any]) -> None:
-    """Also where the answer begins as the prompt would go on: `w2`."""
+    """Even if the answer begins like the prompt's continuation: `w2`."""
     assert trained(row, words(template)) == "w2 w3 </s>"
 
 
@@ -361,7 +405,7 @@ def test_answers_of_other_forms() -> None:
     assert trained({"text": "w1 w2"}, plain) == "w1 w2"
     with pytest.raises(ConfigurationError, match="a row without an answer"):
         supervised({"messages": [USER]}, words(CHAT), None)
-    with pytest.raises(ConfigurationError, match="leaves out a part"):
+    with pytest.raises(ConfigurationError, match="drops a part"):
         supervised({"messages": [USER, ASSISTANT]}, words("{{ messages[0]['content'] }}"), None)
 
 
@@ -409,7 +453,7 @@ def test_a_pools_answers_alone_are_trained_whatever_the_datas_format(tmp_path: P
         assert kept == [53, 54, 2]
         assert row["input_ids"][-3:] == kept
         assert len(row["input_ids"]) == 5
-    # What the training data supervises is as it was.
+    # The supervision of the training data is unchanged.
     labels = trainer.train_dataset[0]["labels"]
     assert (IGNORED in labels) == (data in ("tokens", "prompt"))
 
@@ -420,7 +464,7 @@ def test_a_pools_answers_alone_are_trained_whatever_the_datas_format(tmp_path: P
     [
         (
             [{"question": "w1", "reply": "w2"}] * 8,
-            "dual_select.reference_dataset: has the columns question, reply, of which references are read",
+            "dual_select.reference_dataset: has the columns question, reply, none of which references are read",
         ),
         ([{"instruction": "w1", "output": "w2"}] * 8, "dual_select.reference_dataset: has the columns instruction, output"),
         ([{"input_ids": [3, 4, 5]}] * 8, "dual_select.reference_dataset: has input_ids without labels"),

@@ -43,7 +43,7 @@ def model(name: str = "gqa-aligned", **kwargs: Any) -> Any:
 
 
 def wide(folder: Path, seed: int = 0) -> str:
-    """A model whose rows are whole blocks of 64, saved with a tokenizer: bitsandbytes mixes others up on a CPU."""
+    """A model whose rows are whole blocks of 64, saved with a tokenizer: on a CPU bitsandbytes is wrong for other rows."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -54,7 +54,7 @@ def wide(folder: Path, seed: int = 0) -> str:
 
 
 def lora(**kwargs: Any) -> LoraConfig:
-    """LoRA whose update is not zero at the start, so that penalties have gradients from the first step on."""
+    """LoRA with a non-zero initial update, so that penalties have gradients from the first step on."""
     options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", "init_lora_weights": False}
     return LoraConfig(**{**options, **kwargs})
 
@@ -92,7 +92,7 @@ def trainer(
     args: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """A trainer on 32 rows; keyword arguments that are no trainer arguments of ours go to `arguments`."""
+    """A trainer on 32 rows; keyword arguments that are not trainer arguments go to `arguments`."""
     from trl_safety import SafeSFTTrainer
 
     own = {

@@ -1,6 +1,6 @@
 """Keep an aligned language model's safety through LoRA and QLoRA fine-tuning.
 
-The names below are loaded on first use, so that `import trl_safety` and the command line start without torch.
+The names below are loaded on first use, so that `import trl_safety` and the command line start without importing torch.
 """
 
 from importlib import import_module
@@ -51,6 +51,8 @@ _HOMES = {
     "SafetyMixin": "trl_safety.training.mixin",
     "SafetyReport": "trl_safety.reports.report",
     "SbrConfig": "trl_safety.config.sbr",
+    "ServedVectorConfig": "trl_safety.config.signed_vector",
+    "SignedVectorConfig": "trl_safety.config.signed_vector",
     "SubspaceConfig": "trl_safety.config.subspace",
     "SubspaceError": "trl_safety.errors",
     "TrainingMethod": "trl_safety.training.method",
@@ -68,7 +70,7 @@ _HOMES = {
     "sweep": "trl_safety.evaluation.sweep",
     "verify": "trl_safety.reports.report",
 }
-"""Name → the module that defines it. A test holds the block below against it."""
+"""Name → the module that defines it. A test compares the block below with it."""
 
 if TYPE_CHECKING:
     from trl_safety.config.alignment_buffer import AlignmentBufferConfig as AlignmentBufferConfig
@@ -87,6 +89,8 @@ if TYPE_CHECKING:
     from trl_safety.config.safe_lora import SafeLoRAConfig as SafeLoRAConfig
     from trl_safety.config.safe_lora import SafeLoraConfig as SafeLoraConfig
     from trl_safety.config.sbr import SbrConfig as SbrConfig
+    from trl_safety.config.signed_vector import ServedVectorConfig as ServedVectorConfig
+    from trl_safety.config.signed_vector import SignedVectorConfig as SignedVectorConfig
     from trl_safety.config.subspace import SubspaceConfig as SubspaceConfig
     from trl_safety.corrections.alignment_vector import AlignmentVectorCallback as AlignmentVectorCallback
     from trl_safety.corrections.alignment_vector import apply_alignment_vector as apply_alignment_vector

@@ -1,4 +1,4 @@
-"""What a model's text says: the answer without the thinking before it, and text compared as people write it."""
+"""The answer in a model's output, without the thinking before it, and text normalised for comparison."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ THINKING: tuple[tuple[str, str, bool], ...] = (
     ("Here is my thought process:", "Here is my response:", False),
     ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]", False),
 )
-"""How models mark their thinking: its beginning, its end, and whether the end alone is enough, since a template may have begun it."""
+"""How models mark their thinking: the opening and closing markers, and whether the closing one suffices, since a template may open it."""
 
 AROUND = ("<answer>", "</answer>", "[END FINAL RESPONSE]", "<|begin_of_box|>", "<|end_of_box|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>")
-"""What models put around an answer after their thinking."""
+"""Markers that models put around an answer after their thinking."""
 
 _PATTERNS = [(re.compile(re.escape(a), re.IGNORECASE), re.compile(re.escape(b), re.IGNORECASE), alone) for a, b, alone in THINKING]
 
@@ -35,16 +35,16 @@ _SPELLINGS = str.maketrans(
         **dict.fromkeys("“”„‟«»″", '"'),
         **dict.fromkeys("‐‑‒–—―−", "-"),
         "⁄": "/",
-        # Seen by nobody: soft hyphen, zero-width characters, marks of direction, byte order mark.
+        # Invisible: soft hyphen, zero-width characters, direction marks, byte order mark.
         **dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", ""),
     }
 )
 
 
 def answer_of(text: str) -> str | None:
-    """The answer in a completion, without the thinking before or within it; None where it ended before there was one.
+    """The answer in a completion, without the thinking before or within it; None if the completion ended before the answer began.
 
-    A marker that is never closed counts as thinking only where a line begins with it: an answer may speak of `<think>`.
+    A marker that is never closed counts as thinking only at the start of a line, because an answer may mention `<think>`.
     """
     rest, thought, cut = text, False, False
     shorter = True
@@ -67,13 +67,13 @@ def answer_of(text: str) -> str | None:
 
 
 def opened_thinking(rendered: str) -> str:
-    """The marker with which a template has begun the model's thinking at the end of a prompt; empty where it has not."""
+    """The marker with which a template opened the model's thinking at the end of a prompt; empty if there is none."""
     end = rendered.rstrip()
     return next((opening for opening, _, _ in THINKING if end.endswith(opening)), "")
 
 
 def as_written(text: str) -> str:
-    """Text for comparison: lower case, one form of Unicode, quotes, apostrophes, dashes and blanks as on a keyboard."""
-    for _ in range(2):  # The forms hold such characters again: ŉ becomes ʼn.
+    """Text for comparison: lower case, one Unicode form, and quotes, apostrophes, dashes and spaces as on a keyboard."""
+    for _ in range(2):  # Normalisation can produce such characters again: ŉ becomes ʼn.
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text.translate(_SPELLINGS)).casefold())
     return re.sub(r"\s+", " ", text.translate(_SPELLINGS))

@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose.
+"""The errors that this package raises on purpose.
 
 Each message names the setting, its value and the remedy. All concrete errors are also `ValueError`, so that code written
 for TRL's own checks catches them.
@@ -10,15 +10,15 @@ class SafetyError(Exception):
 
 
 class ConfigurationError(SafetyError, ValueError):
-    """An option is unknown, out of bounds, or asks for something that would not act."""
+    """An option is unknown, out of range, or asks for something that would not act."""
 
 
 class CheckpointError(SafetyError, ValueError):
-    """A model checkpoint cannot be read as what is needed here."""
+    """A model checkpoint cannot be read, or is not what is needed here."""
 
 
 class SubspaceError(SafetyError, ValueError):
-    """A pair gives no alignment subspace, or a subspace does not belong to the model at hand."""
+    """A pair has no alignment subspace, or a subspace does not belong to the model."""
 
 
 class AdapterError(SafetyError, ValueError):
@@ -30,5 +30,11 @@ class ReportError(SafetyError, ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """What another library's error says, as part of a message of ours: its first line, or its class where it says nothing."""
+    """Another library's error for use in our messages: its first non-empty line, or its class name if it has no text.
+
+    For a pydantic error, whose first line is a count, it is the first wrong value.
+    """
+    wrong = getattr(error, "errors", None)
+    if callable(wrong) and (found := wrong()):
+        return ": ".join(text for text in (".".join(map(str, found[0]["loc"])), found[0]["msg"]) if text)
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,45 +1,58 @@
-"""JSON lines, read and written: one reader for the files of users and for our own logs."""
+"""Read and write JSON lines, with one reader for users' files and for our own logs."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trl_safety.errors import ConfigurationError
 
+OTHERS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".zip", ".zst")
+"""Files that are told by their names."""
+GZIP = b"\x1f\x8b"
 BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_lines(
     path: Path, named: str, *, error: type[Exception] = ConfigurationError, whole: bool = False, remedy: str = "give a .jsonl file"
 ) -> list[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON-lines file, each with the number of its line in the file, from 1. Blank lines are counted and left out.
+    """The objects of a JSON-lines file, each with its line number, from 1. Blank lines are counted but skipped.
 
-    Lines end with \\n alone: U+2028, U+2029 and U+0085 may stand within a JSON string. A byte order mark is skipped.
+    A file packed by gzip is unpacked. Lines end only with \n, because U+2028, U+2029 and U+0085 may occur within a JSON string. A byte order
+    mark is skipped.
 
     Args:
         path: the file.
         named: how the user named it, for messages.
         error: what to raise.
-        whole: leave out a last line without its end, as a run that was killed leaves it.
-        remedy: what to do where there is no such file.
+        whole: skip a last line without a line end, as a killed run leaves it.
+        remedy: what to do if the file cannot be read.
 
     Raises:
-        error: the file cannot be read, is not UTF-8, or a line is no JSON object.
+        error: the file cannot be read, is not UTF-8, or a line is not a JSON object.
     """
+    if path.suffix in OTHERS and path.is_file():
+        raise error(f"{named}: is a file of the kind {path.suffix!r}, which holds no JSON lines; {remedy}")
     try:
         content = path.read_bytes()
     except OSError as failure:
         raise error(f"{named}: cannot be read ({failure.strerror or failure}); {remedy}") from failure
+    if content.startswith(GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as failure:
+            raise error(f"{named}: cannot be read (it is packed by gzip, and damaged: {failure}); {remedy}") from failure
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise error(f"{named}: cannot be read (it is UTF-16); save it as UTF-8")
     pieces = content.split(b"\n")
     found = []
     for number, piece in enumerate(pieces[:-1] if whole else pieces, 1):
         try:
-            # Files that were joined have a mark within.
+            # Concatenated files can have a byte order mark in the middle.
             line = piece.decode("utf-8").removeprefix(BYTE_ORDER_MARK).strip()
         except UnicodeDecodeError as failure:
             raise error(
@@ -52,20 +65,30 @@ def read_lines(
 
 def _object(line: str, where: str, error: type[Exception]) -> dict[str, Any]:
     try:
-        value = json.loads(line)
-        # Half of a surrogate pair could be neither tokenised nor written again.
+        value = json.loads(line, object_pairs_hook=_once)
+        # Half of a surrogate pair could not be tokenised or written back.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as failure:
-        raise error(f"{where}: holds half of a character (\\u{ord(failure.object[failure.start]):04x}); write the whole one") from failure
+        raise error(
+            f"{where}: contains half of a character (\\u{ord(failure.object[failure.start]):04x}); write the whole one"
+        ) from failure
     except (ValueError, RecursionError) as failure:
-        raise error(f"{where}: is no object (not JSON: {failure}); write one object a line") from failure
+        raise error(f"{where}: is not an object (not JSON: {failure}); write one object per line") from failure
     if not isinstance(value, dict):
-        raise error(f"{where}: is no object, but {kind_of(value)}; write one object a line")
+        raise error(f"{where}: is not an object but {kind_of(value)}; write one object per line")
     return value
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"`{next(name for name in names if names.count(name) > 1)}` is there twice")
+    return found
+
+
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in JSON's own words."""
+    """The kind of a JSON value, in JSON's own terms."""
     if value is None:
         return "null"
     names = {bool: "true or false", str: "a string", int: "a number", float: "a number", list: "an array", dict: "an object"}

@@ -1,4 +1,4 @@
-"""The shapes in which people keep conversations: chat messages, OpenAI's `messages`, ShareGPT's `conversations`."""
+"""The formats in which people store conversations: chat messages, OpenAI's `messages`, ShareGPT's `conversations`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ ROLES = {
     "system": "system",
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
-"""ShareGPT's names for who speaks."""
+"""ShareGPT's role names → ours."""
 
 WHOLE = ("messages", "conversations")
 """Columns that hold a whole conversation, whose last turn may be the answer."""
 
 
 class ShapeError(ValueError):
-    """What was found in place of a conversation. Those who know the file and line put them before it."""
+    """What was found instead of a conversation. Callers that know the file and line put them before the message."""
 
 
 def as_messages(value: Any, named: str) -> Messages:
-    """Messages with `role` and `content`, from those or from ShareGPT's `from` and `value`.
+    """Messages with `role` and `content`, from messages in that form or with ShareGPT's `from` and `value`.
 
     Args:
         value: a list of messages.
         named: the key that holds it, for messages.
 
     Raises:
-        ShapeError: it is none, or a message's content is no text.
+        ShapeError: it is not a list of messages, or a message's content is not text.
     """
     if not isinstance(value, list | tuple):
         raise ShapeError(f"`{named}` is {kind_of(value)}, where text or a list of messages was expected")
@@ -45,7 +45,7 @@ def as_messages(value: Any, named: str) -> Messages:
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ShapeError(f"{where} is {kind_of(message)}, where a message with role and content was expected")
-    # A data set with several shapes has every key in every row, null where it is not used.
+    # A data set with mixed formats has every key in every row, with null for the unused ones.
     given = {key: value for key, value in message.items() if value is not None}
     if "from" in given and "value" in given:
         role = ROLES.get(str(given.pop("from")).lower())
@@ -59,10 +59,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def text_of(content: Any, where: str = "a message") -> str:
-    """A message's text: itself, or its text parts, one a line.
+    """A message's text: the content itself, or its text parts, one per line.
 
     Raises:
-        ShapeError: it is no text, or one of its parts is none.
+        ShapeError: the content, or one of its parts, is not text.
     """
     if isinstance(content, str):
         return content
@@ -76,19 +76,17 @@ def _part(part: Any, where: str) -> str:
         return part
     kind = part.get("type", "text") if isinstance(part, Mapping) else kind_of(part)
     if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-        raise ShapeError(
-            f"{where} has a part of the kind {kind!r}, and only text can be asked: leave the prompt out, or describe it in words"
-        )
+        raise ShapeError(f"{where} has a part of type {kind!r}, but prompts must be text: remove the prompt, or describe the part in words")
     return str(part["text"])
 
 
 def conversation(row: Mapping[str, Any]) -> tuple[Messages | str, Messages | str | None]:
-    """A row's prompt and its answer, in the shape that the row has them: `prompt` and `completion`, `messages`, or `conversations`.
+    """A row's prompt and answer, from `prompt` and `completion`, `messages`, or `conversations`, whichever the row has.
 
-    Of a whole conversation the answer is the last turn, where that is the assistant's.
+    In a whole conversation the answer is the last turn, if that is the assistant's.
 
     Raises:
-        ShapeError: the row has no prompt, or one of another shape.
+        ShapeError: the row has no prompt, or one in another format.
     """
     if row.get("prompt") is not None:
         asked = row["prompt"]
@@ -105,7 +103,7 @@ def conversation(row: Mapping[str, Any]) -> tuple[Messages | str, Messages | str
             if messages[-1]["role"] != "assistant":
                 return messages, None
             if len(messages) == 1:
-                raise ShapeError(f"`{name}` has no turn but the assistant's")
+                raise ShapeError(f"`{name}` has only the assistant's turn")
             return messages[:-1], messages[-1:]
     raise ShapeError(f"has {', '.join(row) or 'nothing'}")
 

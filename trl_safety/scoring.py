@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from typing import Any, Literal, Protocol
 import torch
 from pydantic import BaseModel, Field
 from scipy.stats import binomtest
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from trl_safety.answers import THINKING, answer_of, as_written, opened_thinking
-from trl_safety.errors import ConfigurationError
+from trl_safety.errors import ConfigurationError, reason
 from trl_safety.jsonl import kind_of, read_lines
 from trl_safety.messages import Messages, ShapeError, as_messages, conversation, text_of
 from trl_safety.rendering import render, text_tokenizer, token_ids
@@ -80,9 +82,11 @@ def read_prompts(path: Path, kind: Kind) -> list[Prompt]:
             asked, completion = conversation(row)
         except ShapeError as error:
             raise ConfigurationError(
-                f"{named}, line {number}: is no object with a `prompt` ({error}); give prompt (text or messages), messages or conversations"
+                f"{named}, line {number}: is not an object with a `prompt` ({error}); give prompt (text or messages), messages or conversations"
             ) from error
         messages = ({"role": "user", "content": asked},) if isinstance(asked, str) else asked
+        if not text_of(messages[-1]["content"]).strip():
+            raise ConfigurationError(f"{named}, line {number}: its prompt is empty, so that there is nothing to ask; remove it")
         answer = _right(row, completion, f"{named}, line {number}") if kind == "task" else None
         prompts.append(Prompt(messages, answer))
     if not prompts:
@@ -106,8 +110,10 @@ def _right(row: Mapping[str, Any], completion: Any, where: str) -> str | tuple[s
 
 def _written(value: Any, where: str) -> list[str]:
     """A right answer as people may write it."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value.strip():
         return [value]
+    if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigurationError(f"{where}: its `answer` is {value!r}, which nothing that a model says could equal; give what is right")
     if isinstance(value, bool):
         return [str(value).lower()]
     if isinstance(value, float) and value.is_integer():
@@ -335,7 +341,8 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, new_token
         batch_size: prompts at a time.
 
     Raises:
-        ConfigurationError: the chat template does not take a prompt, or the generation config is one that `generate` refuses.
+        ConfigurationError: the chat template does not take a prompt, the generation config is one that `generate` refuses, or the model's
+            logits are no numbers.
     """
     rendered = [render(prompt.messages, tokenizer) for prompt in prompts]
     ids = [token_ids(text, tokenizer) for text in rendered]
@@ -345,6 +352,8 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, new_token
     stops, pad = _stops_and_pad(model, words)
     if model.generation_config.stop_strings is not None and pad not in words.all_special_ids:
         batch_size = 1  # What fills a row up after its end could not be told from its text.
+    if model.generation_config.prompt_lookup_num_tokens:
+        batch_size = 1  # It guesses ahead for one prompt at a time.
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     texts = [""] * len(prompts)
     training = model.training
@@ -365,7 +374,12 @@ def _stops_and_pad(model: Any, tokenizer: Any) -> tuple[list[int], int]:
     """The tokens that end a turn, and the one that fills a batch up, which may be one of them."""
     own = model.generation_config
     named = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    stops = [] if named is None else [int(token) for token in (named if isinstance(named, list | tuple) else [named])]
+    try:
+        stops = [] if named is None else [int(token) for token in (named if isinstance(named, list | tuple) else [named])]
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"the model's generation config cannot be used (eos_token_id = {named!r} is no token's number); mend generation_config.json"
+        ) from error
     pads = (tokenizer.pad_token_id, own.pad_token_id, tokenizer.eos_token_id, *stops, 0)
     return stops, int(next(token for token in pads if token is not None))
 
@@ -381,15 +395,33 @@ def _generate(model: Any, tokenizer: Any, ids: Sequence[list[int]], stops: list[
         options["eos_token_id"] = stops
     if model.generation_config.stop_strings is not None:
         options["tokenizer"] = tokenizer
+    watch = _Numbers()
+    options["logits_processor"] = LogitsProcessorList([watch])
     with _quiet():
         try:
             out = model.generate(input_ids=inputs, attention_mask=mask, return_dict_in_generate=False, **options)
         except ValueError as error:
             raise ConfigurationError(
-                f"the model's generation config cannot be used ({str(error).splitlines()[0]}); mend generation_config.json"
+                f"the model's generation config cannot be used ({reason(error)}); mend generation_config.json"
             ) from error
+    if watch.broken is not None and bool(watch.broken):
+        raise ConfigurationError(
+            "the model's logits hold NaN, so that its completions say nothing: its weights or its adapter hold NaN or infinity, or ran over in float16; load it in "
+            "bfloat16, or fetch or save it again"
+        )
     new: list[list[int]] = out[:, length:].tolist()
     return new
+
+
+class _Numbers(LogitsProcessor):  # type: ignore[misc]  # Transformers is not followed by the type check
+    """Looks at the logits and leaves them as they are; what it saw stays on the device until the batch is done."""
+
+    broken: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        found = torch.isnan(scores).any()
+        self.broken = found if self.broken is None else self.broken | found
+        return scores
 
 
 @contextmanager

@@ -1,3 +1,3 @@
-"""The version, once: the build reads it from here."""
+"""The version, defined only here; the build reads it."""
 
 __version__ = "0.2.0.dev0"

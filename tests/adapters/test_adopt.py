@@ -1,4 +1,4 @@
-"""Adapters that somebody else trained, taken in and used as a buffer and as a ReinforceLoRA."""
+"""Adapters that were trained elsewhere, adopted and used as a buffer and as a ReinforceLoRA."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_taken_in(tmp_path: Path, kind: str, model: str | None) -> None:
     assert (record.kind, kind_of(folder.config)) == (kind, kind)
     assert len(record.samples) == (9 if model else 0)
     assert "not verified" in checked
-    assert ("will be recognised by 9 layers" in checked) == bool(model)
+    assert ("later uses will be checked against 9 layers" in checked) == bool(model)
     theirs, ours = (load_file(path / "adapter_model.safetensors") for path in (source, tmp_path / "ours"))
     assert tiny.identical(theirs, ours)
 
@@ -83,7 +83,7 @@ def test_a_merge(tmp_path: Path) -> None:
 def test_its_own_base_is_compared(tmp_path: Path) -> None:
     source = foreign(tmp_path / "theirs")
     shutil.copytree(ALIGNED, tmp_path / "same")
-    for base, says in ((ALIGNED, "will be recognised by 9 layers of"), (str(tmp_path / "same"), "match those of")):
+    for base, says in ((ALIGNED, "later uses will be checked against 9 layers of"), (str(tmp_path / "same"), "match those of")):
         tiny.rewrite_json(source / "adapter_config.json", base_model_name_or_path=base)
         checked = adopt(source, tmp_path / f"ours-{Path(base).name}", "buffer", ALIGNED)
         assert says in checked
@@ -116,7 +116,7 @@ def test_gpt2(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "gpt2")
     options: dict[str, Any] = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "init_lora_weights": False}
     get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **options)).save_pretrained(str(tmp_path / "theirs"))
-    assert "recognised by 2 layers" in adopt(tmp_path / "theirs", tmp_path / "ours", "buffer", tmp_path / "gpt2")
+    assert "checked against 2 layers" in adopt(tmp_path / "theirs", tmp_path / "ours", "buffer", tmp_path / "gpt2")
 
 
 def test_refused(tmp_path: Path) -> None:
@@ -129,16 +129,16 @@ def test_refused(tmp_path: Path) -> None:
 
     refused("as = 'user'", kind="user", error=ConfigurationError)
     refused("neither a folder nor a Hub repository", adapter=tmp_path / "missing")
-    refused(r"is \[48, 48\], in model|is not in model|, in model", model=DATA / "mha-aligned")
-    refused("no local folder", model=tmp_path / "missing", error=CheckpointError)
+    refused(r"is \[24, 48\], but \[48, 48\] in model", model=DATA / "mha-aligned")
+    refused("not a local folder", model=tmp_path / "missing", error=CheckpointError)
     refused("holds more than LoRA factors", adapter=foreign(tmp_path / "more", modules_to_save=["lm_head"]))
     refused("its update is zero in every layer", adapter=foreign(tmp_path / "fresh", init_lora_weights=True))
     adopt(source, tmp_path / "ours", "buffer", ALIGNED)
-    refused("is marked as a buffer adapter already", adapter=tmp_path / "ours")
+    refused("is already marked as a buffer adapter", adapter=tmp_path / "ours")
     merged = merge_reinforce(user(tmp_path / "user"), _reinforce(tmp_path), tmp_path / "merged")
     assert merged.protected
     refused("was corrected by buffer_reinforce", adapter=tmp_path / "merged")
-    with pytest.raises(AdapterError, match="is there already"):
+    with pytest.raises(AdapterError, match="already exists"):
         adopt(source, tmp_path / "ours", "buffer")
     with pytest.raises(AdapterError, match="trl-safety adopt"):
         merge_reinforce(tmp_path / "user", source, tmp_path / "out")
@@ -153,9 +153,9 @@ def test_the_command(tmp_path: Path) -> None:
     source = foreign(tmp_path / "theirs")
     result = CliRunner().invoke(app, ["adopt", str(source), "-o", str(tmp_path / "ours"), "--as", "reinforce", "--model", ALIGNED])
     assert result.exit_code == 0, result.output
-    assert "a reinforce adapter; base model: will be recognised by 9 layers" in result.output
+    assert "a reinforce adapter; base model: later uses will be checked against 9 layers" in result.output
     assert json.loads((tmp_path / "ours" / "safety_adapter.json").read_text())["kind"] == "reinforce"
     assert AdapterFolder.open(tmp_path / "ours").factors
     result = CliRunner().invoke(app, ["adopt", str(source), "-o", str(tmp_path / "ours"), "--as", "reinforce"])
     assert result.exit_code == 1
-    assert "is there already" in result.output
+    assert "already exists" in result.output

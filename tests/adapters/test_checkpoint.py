@@ -100,9 +100,9 @@ def test_pickles_are_never_read(folder: Path) -> None:
 
 
 def test_neither_folder_nor_hub(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no local folder"):
+    with pytest.raises(CheckpointError, match="not a local folder"):
         Checkpoint("someone/no-such-model")
-    with pytest.raises(CheckpointError, match="no local folder"):
+    with pytest.raises(CheckpointError, match="not a local folder"):
         Checkpoint(tmp_path / "missing" / "folder")
     with pytest.raises(CheckpointError, match="neither"):
         Checkpoint(tmp_path)
@@ -136,7 +136,7 @@ def test_a_pair_from_the_cache(tmp_path: Path, hub_cache: Callable[..., None]) -
 
 @pytest.mark.parametrize("missing", [["model.safetensors"], ["model.safetensors", "config.json"]])
 def test_what_the_cache_lacks(folder: Path, hub_cache: Callable[..., None], missing: list[str]) -> None:
-    """Somebody looked at the configuration alone: the weights may be on the Hub."""
+    """The cache holds only the configuration; the weights may be on the Hub."""
     for file in missing:
         (folder / file).unlink()
     hub_cache("org/model", main=str(folder))
@@ -145,7 +145,7 @@ def test_what_the_cache_lacks(folder: Path, hub_cache: Callable[..., None], miss
 
 
 def test_one_file_counts_where_there_are_shards_too(folder: Path) -> None:
-    """As for Transformers: the shards may be left over from a larger save."""
+    """Transformers does the same: the shards may be left over from a larger save."""
     whole = (folder / "model.safetensors").read_bytes()
     shard(folder)
     (folder / "model.safetensors").write_bytes(whole)

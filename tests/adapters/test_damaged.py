@@ -1,4 +1,4 @@
-"""Every function that reads a user's files, given each of them damaged in every way: what comes out is an error of ours, or nothing is wrong."""
+"""Every function that reads a user's files gets each file damaged in every way: it raises an error of ours, or the damage is harmless."""
 
 import contextlib
 import json
@@ -138,10 +138,10 @@ def test_files_that_are_damaged_as_a_whole(whole: Path, tmp_path: Path, call: st
     content = (root / file).read_bytes()
     for name, other in {**CONTENTS, "truncated": content[: len(content) // 2], "one byte short": content[:-1]}.items():
         (root / file).write_bytes(other)
-        # Some of it is no damage: a configuration without its last newline, say.
+        # Some of it is harmless, such as a configuration without its last newline.
         with only_ours():
             act(root, tmp_path / name.replace(" ", "-"))
-            # A save is not read back: what was trained is kept with its report, and `verify` refuses it.
+            # A save is not read back: the trained adapter is kept with its report, and `verify` refuses it.
             assert name in {"one byte short", "an empty object"} or (call, file.rpartition(".")[2]) == ("write_report", "safetensors"), name
     (root / file).unlink()
     for name, make in (("missing", lambda: None), ("a folder", (root / file).mkdir)):
@@ -160,7 +160,7 @@ def test_values_of_other_types(whole: Path, tmp_path: Path, call: str, file: str
     act, _ = CALLS[call]
     root = copied(whole, tmp_path)
     content = json.loads((root / file).read_text())
-    # A model class takes long to build; what can be wrong with a configuration is Transformers' affair.
+    # A model class takes long to build; errors in a configuration are for Transformers to find.
     keys = (
         ["model_type", "architectures", "hidden_size", "vocab_size", "quantization_config"] if file.endswith("/config.json") else [*content]
     )

@@ -1,4 +1,4 @@
-"""Adapters that PEFT does not load, that do nothing, or that are no numbers; and remedies that can be followed."""
+"""Adapters that PEFT does not load, that have no effect, or that hold no finite numbers; and remedies that can be followed."""
 
 import json
 import shutil
@@ -133,6 +133,8 @@ NOTHING: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], dict[str, An
     # A correction's mark holds the alpha of the layer that it stands at.
     "scaling": (lambda _: None, {"lora_alpha": 0, "alpha_pattern": {}}),
     "pattern": (lambda _: None, {"alpha_pattern": {".*": 0}}),
+    "alpha too small": (lambda _: None, {"alpha_pattern": {".*": 1e-30}}),
+    "underflow": (lambda tensors: {name: tensor * 1e-42 for name, tensor in tensors.items()}, {}),
     "cancels": (cancels, {}),
     "disjoint": (disjoint, {}),
 }
@@ -148,7 +150,7 @@ def test_no_update_by_any_route(adapter: Path, tmp_path: Path, gqa_subspace: Ali
         rewrite(folder, change)
         tiny.rewrite_json(folder / "adapter_config.json", **options)
         assert AdapterFolder.open(folder).is_zero
-    # A report that says otherwise is not believed, and one that is written now does not say so.
+    # A report that says otherwise is not believed, and a newly written one does not say so.
     tiny.rewrite_json(out / REPORT, **fingerprints(out))
     with pytest.raises(ReportError, match="NOT protected: its update is zero in every layer"):
         verify(out)
@@ -158,6 +160,32 @@ def test_no_update_by_any_route(adapter: Path, tmp_path: Path, gqa_subspace: Ali
     assert not any(method.acted for method in written.methods)
     with pytest.raises(ReportError, match="BUT its update is zero in every layer"):
         verify(out)
+
+
+def test_an_adapter_of_the_model_without_its_head(adapter: Path, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    """PEFT puts nothing of it on the model that answers, and only warns."""
+    rewrite(adapter, renamed("base_model.model.model.", "base_model.model."))
+    tiny.rewrite_json(adapter / "adapter_config.json", task_type="CAUSAL_LM")
+    with pytest.raises(AdapterError, match="is named as in the model without its head"):
+        corrected(adapter, tmp_path / "out", gqa_subspace)
+    assert not (tmp_path / "out").exists()
+
+
+def test_cards_of_other_encodings_stay_as_they_are(adapter: Path, tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+    (adapter / "README.md").write_bytes("Modèle\n".encode("latin-1"))
+    out = corrected(adapter, tmp_path / "out", gqa_subspace)
+    content = (out / "README.md").read_bytes()
+    assert content.startswith("Modèle".encode("latin-1"))
+    write_report(out, read_report(out))
+    assert (out / "README.md").read_bytes() == content
+    verify(out)
+
+
+def test_adapters_one_folder_down(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "parent").mkdir()
+    shutil.move(adapter, tmp_path / "parent" / "default")
+    with pytest.raises(AdapterError, match=r"has no adapter_config\.json; name one of those within it: .*default"):
+        AdapterFolder.open(tmp_path / "parent")
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
@@ -248,9 +276,9 @@ def test_a_record_that_is_no_number(tmp_path: Path) -> None:
 
 def test_what_another_tool_wrote_into_the_configuration(adapter: Path) -> None:
     for wrote, remedy in (
-        (peft.__version__, "no newer PEFT is said to have written it"),
-        ("0.1.0", "no newer PEFT is said to have written it"),
-        (None, "no newer PEFT is said to have written it"),
+        (peft.__version__, "the file names no newer PEFT"),
+        ("0.1.0", "the file names no newer PEFT"),
+        (None, "the file names no newer PEFT"),
         ("99.1.0", r"pip install peft==99\.1\.0"),
     ):
         tiny.rewrite_json(adapter / "adapter_config.json", peft_version=wrote, fused_gates=True)

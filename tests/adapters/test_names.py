@@ -45,9 +45,9 @@ def test_order_never_counts() -> None:
 
 
 def test_ambiguous_names_are_refused() -> None:
-    with pytest.raises(SubspaceError, match="fits several names"):
+    with pytest.raises(SubspaceError, match="matches several names"):
         match([Q], [f"model.{Q}", f"language_model.{Q}"])
-    with pytest.raises(SubspaceError, match="both fit"):
+    with pytest.raises(SubspaceError, match="both match"):
         match([f"model.{Q}", f"transformer.{Q}"], [f"language_model.{Q}"])
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Read when Axolotl is imported, here or in the server that its processes are forked from: without it every one of them waits for a
-# telemetry that it cannot reach.
+# Read when Axolotl is imported, here or in the server that its processes are forked from. Without it each of them would wait for a
+# telemetry server that it cannot reach.
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 
 import pytest
@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.save_pretrained(folder / name)
     rows = list(tiny.rows(64))
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": row["prompt"] + row["completion"]}) for row in rows))
-    # One row again and again: Axolotl deals rows to two processes in another order than to one.
+    # One row repeated: Axolotl gives rows to two processes in another order than to one.
     (folder / "same.jsonl").write_text("\n".join(json.dumps({"text": "w3 w4 w5 w6 w7"}) for _ in rows))
     chats = [
         {"messages": [{"role": "user", "content": row["prompt"].strip()}, {"role": "assistant", "content": row["completion"]}]}
@@ -103,7 +103,7 @@ DEEPSPEED = Path(sys.prefix) / "deepspeed"
 """Where `make` installs it; see tests/training/test_engines.py."""
 CPU = {
     "use_cpu": True,
-    # Axolotl's own defaults are processes that import everything anew.
+    # By default Axolotl starts processes that import everything again.
     "dataloader_num_workers": 0,
     "dataset_num_proc": 1,
     "bf16": False,
@@ -125,10 +125,10 @@ Axolotl = Callable[..., str]
 
 @pytest.fixture
 def axolotl(tmp_path: Path) -> Axolotl:
-    """Write a configuration, run `axolotl COMMAND… FILE ARGUMENTS…` on it, and return what it said.
+    """Write a configuration, run `axolotl COMMAND… FILE ARGUMENTS…` on it, and return its output.
 
-    `train` and `evaluate` in one process unless told otherwise: Axolotl's default launcher is accelerate, which starts a second one. Folders
-    that are to be `first` on the path, or something to `say` to it, take a new interpreter.
+    `train` and `evaluate` run in one process unless told otherwise: Axolotl's default launcher, accelerate, starts a second one. Folders
+    that come `first` on the path, or input to `say` to it, need a new interpreter.
     """
 
     def run(

@@ -1,4 +1,4 @@
-"""A plugin that brings a trainer class of its own."""
+"""A plugin that provides its own trainer class."""
 
 from typing import Any
 

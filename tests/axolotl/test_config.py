@@ -1,6 +1,7 @@
 """Validation through Axolotl's own loader, in process: what is refused, and every example."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from axolotl_plugin.cli import resolve
 from axolotl_plugin.plugin import loaded_by_axolotl, safety_of
 from axolotl_plugin.rules import KEYS, axolotl_facts, check, refuse, table
 from tests.axolotl.conftest import CPU, Axolotl, protect
+from tests.test_error_paths import DAMAGES
 from trl_safety.config.block import METHODS, SafetyConfig, options_class
 from trl_safety.config.requirements import Fact, Facts, broken
-from trl_safety.errors import ConfigurationError, SafetyError
+from trl_safety.errors import AdapterError, ConfigurationError, SafetyError
 from trl_safety.reports.report import verify
 
 ROOT = Path(__file__).parent.parent.parent
@@ -36,7 +38,6 @@ WRONG = {
     "trainer_cls": "some.Trainer",
     "save_safetensors": False,
     "lora_qkv_kernel": True,
-    "sample_packing": True,
     "torch_compile": True,
     "streaming": True,
     "lora_modules_to_save": ["lm_head"],
@@ -46,7 +47,7 @@ WRONG = {
 
 @pytest.fixture(autouse=True)
 def _fresh_plugins() -> Any:
-    """Axolotl's plugin manager is one for the process, and its validation sets variables for the engine that a configuration names."""
+    """Axolotl has one plugin manager per process, and its validation sets variables for the engine that a configuration names."""
     PluginManager.get_instance().plugins.clear()
     environment = dict(os.environ)
     yield
@@ -69,6 +70,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "alignment_buffer": {"how": "weights"},
     "buffer_reinforce": {"buffer": "buffer"},
     "sbr": {"prompts": "prompts.jsonl"},
+    "signed_vector": {"train": -1.0},
 }
 
 
@@ -116,12 +118,27 @@ def test_fused_kernels_are_switched_off_and_said(config: dict[str, Any]) -> None
     assert cfg.lora_o_kernel is False
 
 
+def test_packed_rows_of_which_the_documents_see_each_other(config: dict[str, Any]) -> None:
+    """Axolotl's validation tells; a packed batch of one row holds several documents."""
+    block = SafetyConfig.parse({"dual_select": {"keep": 4}})
+    packed = {**config, "sample_packing": True, "micro_batch_size": 1}
+    with pytest.raises(
+        ConfigurationError, match="sample_packing = True: dual_select cannot act: a sample that is cut anywhere, or attends"
+    ):
+        check(validated(packed), block, packed.keys())
+    assert check(validated({**packed, "attn_implementation": "sdpa"}), block, packed.keys()) == []
+    with pytest.raises(
+        ConfigurationError, match="micro_batch_size = 1, gradient_accumulation_steps = 2: dual_select cannot act: every sample of 2"
+    ):
+        check(validated({**packed, "sample_packing": False}), block, packed.keys())
+
+
 def test_all_violations_are_said_at_once(config: dict[str, Any]) -> None:
-    cfg = DictDefault({**config, "peft_use_dora": True, "relora": True, "sample_packing": True})
+    cfg = DictDefault({**config, "peft_use_dora": True, "relora": True, "streaming": True})
     with pytest.raises(ConfigurationError) as raised:
         refuse(cfg, SafetyConfig.parse({"dual_select": {}}))
     lines = str(raised.value).splitlines()
-    assert [line.split(" = ")[0] for line in lines] == ["peft_use_dora", "relora", "sample_packing"]
+    assert [line.split(" = ")[0] for line in lines] == ["peft_use_dora", "relora", "streaming"]
 
 
 @pytest.mark.parametrize(
@@ -129,9 +146,9 @@ def test_all_violations_are_said_at_once(config: dict[str, Any]) -> None:
     [
         (lambda c: c.pop("safety"), "nothing would be protected"),
         (lambda c: c.update(safety={}), "nothing would be protected"),
-        (lambda c: c.update(saftey=c.pop("safety")), "did you mean it by 'saftey'"),
+        (lambda c: c.update(saftey=c.pop("safety")), "is 'saftey' a misspelling"),
         (lambda c: c["safety"].update(asft={"wieght": 1}), "did you mean 'weight'"),
-        (lambda c: c["safety"].update(asft=None), "nothing behind it"),
+        (lambda c: c["safety"].update(asft=None), "asft is empty"),
         (lambda c: c["safety"].update(asf={}), "did you mean 'asft'"),
         (lambda c: c["safety"].update(safe_lora={}, csulora={}), "keep one of them"),
     ],
@@ -143,6 +160,32 @@ def test_wrong_blocks_are_errors(world: Path, config: dict[str, Any], change: An
         validated(options)
 
 
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_adapter_to_go_on_from(world: Path, config: dict[str, Any], tmp_path: Path, damage: Any) -> None:
+    shutil.copytree(world / "start", tmp_path / "start")
+    options = {**protect(config, world, asft={}), "lora_model_dir": str(tmp_path / "start")}
+    assert safety_of(validated(options)).asft is not None
+    damage(tmp_path / "start")
+    with pytest.raises(AdapterError, match=r"lora_model_dir = '.*start': .*adapter"):
+        validated(options)
+    # Without a block it is Axolotl's own affair.
+    del options["safety"], options["plugins"]
+    validated(options)
+
+
+def test_an_adapter_with_damaged_weights_to_go_on_from(world: Path, config: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(world / "start", tmp_path / "start")
+    weights = tmp_path / "start" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    options = {**protect(config, world, asft={}), "lora_model_dir": str(tmp_path / "start")}
+    weights.write_bytes(whole[:-7])
+    with pytest.raises(AdapterError, match=r"lora_model_dir = .*truncated or no safetensors file"):
+        validated(options)
+    weights.write_bytes(whole)
+    options["lora_model_dir"] = "somebody/adapter"
+    assert safety_of(validated(options)).asft is not None
+
+
 @pytest.mark.skipif(loaded_by_axolotl(), reason="the short name works: test_entry_point.py")
 def test_the_short_name_dies_in_axolotl_itself(world: Path, config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not enough values to unpack"):
@@ -150,7 +193,7 @@ def test_the_short_name_dies_in_axolotl_itself(world: Path, config: dict[str, An
 
 
 def test_a_missing_trl_safety_cannot_be_swallowed(world: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Axolotl catches an ImportError of the plugin's own import only; ours come from a hook."""
+    """Axolotl catches only the ImportError of the plugin's own import; ours comes from a hook."""
     import sys
 
     monkeypatch.setitem(sys.modules, "trl_safety.errors", None)

@@ -50,7 +50,7 @@ def hidden(tmp_path: Path) -> Path:
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
-    """What was logged in every step, but for times."""
+    """The log of every step, without times."""
     state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
     return [{name: value for name, value in entry.items() if not re.search("runtime|per_sec", name)} for entry in state["log_history"]]
 
@@ -88,7 +88,7 @@ def test_dual_select_and_a_buffer_with_the_block_alone(world: Path, config: dict
 def test_without_a_block_as_without_the_package(
     config: dict[str, Any], axolotl: Axolotl, tmp_path: Path, hidden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every file bit for bit, but for times; Axolotl's own two lines on each plugin that it finds are all that it says."""
+    """Every file is equal bit for bit, except for times; the only new output is Axolotl's own two lines on each plugin that it finds."""
     # PEFT writes a set of module names in the order of its hashes.
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     config |= {"save_strategy": "steps", "save_steps": 2, "val_set_size": 4, "eval_steps": 2, "seed": 7, "lora_dropout": 0.1}
@@ -133,10 +133,10 @@ def test_a_run_without_a_block_after_one_with_it(world: Path, config: dict[str, 
     [
         (lambda c: c.update(safety={}), "nothing would be protected"),
         (lambda c: c.update(safety=None), "nothing would be protected"),
-        (lambda c: c.update(saftey=c.pop("safety")), "did you mean it by 'saftey'"),
+        (lambda c: c.update(saftey=c.pop("safety")), "is 'saftey' a misspelling"),
         (lambda c: c.update(safety="asft"), "safety"),
         (lambda c: c["safety"].update(asft={"wieght": 1}), "did you mean 'weight'"),
-        (lambda c: c["safety"].update(asft=None), "nothing behind it"),
+        (lambda c: c["safety"].update(asft=None), "asft is empty"),
         (lambda c: c["safety"].update(asf={}), "did you mean 'asft'"),
         (lambda c: c["safety"].update(safe_lora={}, csulora={}), "keep one of them"),
         (lambda c: c.update(peft_use_dora=True), "cannot act"),
@@ -157,7 +157,7 @@ def test_other_keys_that_look_like_it_are_left_alone(config: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("command", ["train", "preprocess", "evaluate", "merge-lora"])
 def test_a_wrong_block_stops_the_command(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path, command: str) -> None:
-    """`train` as it is started by default: Accelerate starts the process that reads the block."""
+    """`train` with its default launcher: Accelerate starts the process that reads the block."""
     said = axolotl(command, block(config, world, asft={"wieght": 1}), code=1, launcher=None if command == "train" else "python")
     assert "did you mean 'weight'" in said
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
@@ -188,7 +188,7 @@ def test_own_commands_need_no_plugin_line(world: Path, config: dict[str, Any], t
 
 
 def test_another_plugins_trainer_class_is_said_at_every_place(world: Path, config: dict[str, Any], axolotl: Axolotl) -> None:
-    """Axolotl has the entry point's plugin before all others; unlisted it comes last, so that none is overruled in silence."""
+    """Axolotl puts the entry point's plugin before all others; unlisted, it comes last, so that no other is silently overruled."""
     options = {**block(config, world, asft={"weight": 0.5}), "plugins": ["tests.axolotl.other_plugin.OtherPlugin"]}
     assert "another plugin, listed before" in axolotl("train", options, code=1)
     options["plugins"].append("safety")

@@ -70,7 +70,7 @@ def test_corrections_equal_those_of_the_saved_adapter_and_without_the_plugin_not
 def test_a_block_without_the_plugin_line_is_ignored_by_axolotl(
     world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path
 ) -> None:
-    """Only `verify` and `axolotl safety train` can tell."""
+    """Only `verify` and `axolotl safety train` can detect it."""
     axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
     unprotected = protect({**config, "output_dir": str(tmp_path / "ignored")}, world, safe_lora={"threshold": 1.0})
     del unprotected["plugins"]
@@ -128,7 +128,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
     options["max_memory"] = {"cpu": "8GiB"}
     axolotl("train", {**options, "output_dir": str(tmp_path / "one")})
     two = {**options, "output_dir": str(tmp_path / "two"), "micro_batch_size": 4, "ddp_backend": "gloo"}
-    # A launcher that starts processes which nothing joins would train two models into one folder: refused.
+    # Processes that a launcher starts and that form no group would train two models into one folder: refused.
     assert "each trains on its own" in axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node=2", code=1)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     axolotl("train", two, "--launcher", "torchrun", "--", "--nproc_per_node=2")
@@ -144,7 +144,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
     ],
 )
 def test_sharded_as_one_process(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path, engine: str) -> None:
-    """With FSDP Axolotl saves the adapter by itself, past what writes the report elsewhere."""
+    """With FSDP Axolotl saves the adapter itself, bypassing `save_pretrained`, which writes the report elsewhere."""
     config |= {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "learning_rate": 0.01, **tiny.WELL_CONDITIONED}
     options = protect(config, world, asft={"weight": 0.05}, safe_lora={"threshold": 1.0})
     options["datasets"][0]["path"] = str(world / "same.jsonl")
@@ -178,7 +178,7 @@ def dual(config: dict[str, Any], world: Path, **options: Any) -> dict[str, Any]:
 
 
 def test_dual_select_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
-    """The first selected step is the one written out from single-sample passes; gradient checkpointing changes nothing."""
+    """The first selected step equals the one computed from single-sample passes; gradient checkpointing changes nothing."""
     config |= {"max_grad_norm": 0.0, "max_steps": 2, "gradient_accumulation_steps": 1}
     axolotl("train", {**dual(config, world), "dataloader_num_workers": 1})
     choices = read_choices(tmp_path / "out" / SELECTION)
@@ -193,6 +193,23 @@ def test_dual_select_in_axolotls_trainer(world: Path, config: dict[str, Any], ax
     assert tiny.largest_difference(weights(tmp_path / "checkpointed"), weights(tmp_path / "out")) < 1e-4
     axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
     assert tiny.largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "out")) > 1e-3
+
+
+def test_dual_select_on_packed_rows(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
+    """Every document of a batch is scored by the loss that it has alone, and is named by its row of the data set."""
+    config |= {"sample_packing": True, "micro_batch_size": 2, "sequence_len": 16, "gradient_accumulation_steps": 1, "max_steps": 2}
+    config["shuffle_merged_datasets"] = False
+    options = dual({**config, "attn_implementation": "sdpa", "learning_rate": 1e-9}, world, keep=2)
+    axolotl("train", options)
+    (choice,) = [line for line in read_choices(tmp_path / "out" / SELECTION) if line.kind == "task"]
+    assert len(choice.indices) > 2
+    assert sum(choice.weights) == 2
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "aligned"), world / "start")
+    texts = [json.loads(line)["text"] for line in (world / "text.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(world / "aligned")
+    for row, loss in zip(choice.indices, choice.losses, strict=True):
+        ids = torch.tensor([[*tokenizer(texts[row])["input_ids"], tokenizer.eos_token_id]])
+        assert loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
 
 def test_dual_select_with_qlora_and_prompts_alone(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
@@ -230,7 +247,7 @@ def test_a_pool_of_another_format_trains_its_answers_alone(world: Path, config: 
 def test_dual_select_on_two_processes(
     world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Identical rows, since Axolotl deals rows to two processes in another order than to one."""
+    """Identical rows, since Axolotl gives rows to two processes in another order than to one."""
     options = dual({**config, "gradient_accumulation_steps": 2, "micro_batch_size": 8, "max_memory": {"cpu": "8GiB"}}, world)
     options["datasets"][0]["path"] = str(world / "same.jsonl")
     axolotl("train", {**options, "output_dir": str(tmp_path / "one")})
@@ -248,9 +265,9 @@ def buffered(config: dict[str, Any], world: Path, **options: Any) -> dict[str, A
 
 
 def test_buffer_reinforce_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
-    """The user's adapter is the one that trains on a model with the buffer merged in; what is saved is its merge.
+    """The user's adapter equals one trained on a model with the buffer merged in; the saved adapter is its merge.
 
-    On identical rows, since Axolotl deals them in another order where the base model has another path.
+    On identical rows, since Axolotl orders them differently if the base model has another path.
     """
     config["datasets"][0]["path"] = str(world / "same.jsonl")
     axolotl("train", buffered(config, world))
@@ -283,7 +300,7 @@ def test_buffer_reinforce_with_qlora_and_checkpoints(world: Path, config: dict[s
 
 
 def test_alignment_buffer_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
-    """The adapter is the one that trains on the unaligned base, and is for the aligned model. On identical rows, as above."""
+    """The adapter equals one trained on the unaligned base, and is for the aligned model. On identical rows, as above."""
     config["datasets"][0]["path"] = str(world / "same.jsonl")
     plugin = {"plugins": ["axolotl_plugin.SafetyPlugin"], "safety": {"alignment_buffer": {"base": str(world / "base")}}}
     axolotl("train", {**config, **plugin})
@@ -305,7 +322,7 @@ def test_another_plugins_trainer_class_is_said(world: Path, config: dict[str, An
 
 
 def test_sbr_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
-    """Beside packed rows; without the term the states move, and so the adapter is another."""
+    """With packed rows; without the term the states move, so the adapter differs."""
     (tmp_path / "harmful.jsonl").write_text('{"prompt": "w41 w42"}\n{"prompt": "w43"}\n')
     long = {"max_steps": 12, "optimizer": "adamw_torch", "learning_rate": 0.02}
     saved = {}
@@ -323,3 +340,18 @@ def test_sbr_in_axolotls_trainer(world: Path, config: dict[str, Any], axolotl: A
     assert saved[500.0].acted
     assert saved[500.0].steps == (1, 12)
     assert distances[500.0] < 0.5 * distances[1e-9]
+
+
+def test_damaged_files_of_the_block_end_the_run_with_our_own_error(
+    world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path
+) -> None:
+    """As every other reader of such files does: tests/test_error_paths.py."""
+    (tmp_path / "S.safetensors").write_bytes((world / "S.safetensors").read_bytes()[:-9])
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "w3", "completion": "w4"}\n{"prompt"')
+    options = protect(config, world, asft={})
+    options["safety"]["subspace"] = str(tmp_path / "S.safetensors")
+    assert "trl_safety.errors.SubspaceError: subspace = " in axolotl("train", options, code=1)
+    pool = {"reference_dataset": str(tmp_path / "pool.jsonl"), "keep": 2, "references": 3, "warmup_steps": 1, "refresh_steps": 2}
+    options = protect(config, world, dual_select=pool)
+    del options["safety"]["subspace"]
+    assert "pool.jsonl', line 2: is not an object" in axolotl("train", options, code=1)

@@ -282,7 +282,7 @@ def test_another_model_and_a_full_folder(world: Path, tmp_path: Path) -> None:
         load_model("missing", None)
     result = CliRunner().invoke(app, ["eval", str(world / "aligned"), "-o", str(world), *sets_of(world)])
     assert result.exit_code == 1
-    assert "is there already and is never overwritten" in result.output
+    assert "already exists and is never overwritten" in result.output
 
 
 def test_the_gate_verifies_the_adapter(world: Path, tmp_path: Path) -> None:

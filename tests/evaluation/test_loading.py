@@ -1,5 +1,6 @@
 """Models and adapters as people have them: added tokens, revisions, quantised bases, vision-language models, damaged files."""
 
+import importlib.util
 import json
 import logging
 from collections.abc import Callable
@@ -182,6 +183,19 @@ def test_the_revision_that_a_command_names(tmp_path: Path, hub_cache: Callable[.
     asked = completions("asked", "org/model", "--adapter", str(adapter), "--revision", "main")
     tiny.rewrite_json(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "new"), revision=None)
     assert completions("on-new", str(tmp_path / "new"), "--adapter", str(adapter)) == asked != named
+    # The baseline's own; and which commit gave which rates is kept.
+    both = completions("both", "org/model", "--baseline", "org/model", "--baseline-revision", "v1")
+    assert both == old + new
+    found = json.loads((tmp_path / "both" / "evaluation.json").read_text())
+    commits = [(tmp_path / "hub" / "models--org--model" / "refs" / name).read_text() for name in ("v1", "main")]
+    assert [(one["name"], one["commit"]) for one in found["models"]] == list(zip(("org/model@v1", "org/model"), commits, strict=True))
+    assert json.loads((tmp_path / "named" / "evaluation.json").read_text())["models"][0]["commit"] == commits[0]
+    assert json.loads((tmp_path / "v1" / "evaluation.json").read_text())["model"] == "org/model@v1"
+    for name, revision in (("aligned", "--baseline-revision"), (str(adapter), "--baseline-revision"), ("org/model", "--grader-revision")):
+        line = ["eval", "org/model", "--adapter", str(adapter), "--baseline", name, revision, "v1", "-o", str(tmp_path / "no")]
+        result = CliRunner().invoke(app, [*line, "--harmful", str(tmp_path / "harmful.jsonl")])
+        assert result.exit_code == 1
+        assert "leave it out" in result.output
     for command, line in (
         ("eval", ["org/model"]),
         ("sweep", [str(adapter), "--model", "org/model", "--method", "safe_lora", "--grid", "threshold=1"]),
@@ -312,6 +326,61 @@ def test_damaged_models(tmp_path: Path, file: str, content: str | None, own: boo
         (tmp_path / "base" / file).write_text(content)
     with pytest.raises((ConfigurationError, AdapterError), match=r"cannot be loaded"):
         load_model(None if own else base, folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3"])
+def test_damaged_generation_configs(tmp_path: Path, hub_cache: Callable[..., None], content: str) -> None:
+    """Transformers goes on without it, and without the stop tokens that it alone names."""
+    base = aligned(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(content)
+    hub_cache("org/model", main=base)
+    for model in (base, "org/model"):
+        with pytest.raises(ConfigurationError, match=r"its generation_config.json (cannot be read|holds no object)"):
+            load_model(model, None)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "install what it needs, or name the full-precision model"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "says that it is stored in 4 bits, and 'model.layers.0.* is not"),
+    ],
+    ids=["gptq", "not-quantised"],
+)
+def test_quantised_models_that_cannot_be_loaded(tmp_path: Path, quantisation: dict[str, Any], message: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    if quantisation["quant_method"] == "gptq" and importlib.util.find_spec("optimum"):
+        pytest.skip("what it needs is installed")
+    base = aligned(tmp_path / "base")
+    tiny.rewrite_json(tmp_path / "base" / "config.json", quantization_config=quantisation)
+    with pytest.raises(ConfigurationError, match=message):
+        load_model(base, None)
+
+
+def test_adapters_that_need_what_is_not_installed(tmp_path: Path) -> None:
+    folder = adapter_of(aligned(tmp_path / "base"), tmp_path / "adapter")
+    tiny.rewrite_json(folder / "adapter_config.json", megatron_config={"a": 1})
+    with pytest.raises(AdapterError, match="PEFT cannot put it on the model"):
+        load_model(None, folder)
+
+
+def test_weights_in_parts_and_pickles(tmp_path: Path) -> None:
+    base = aligned(tmp_path / "base")
+    want = logits(load_model(base, None)[0])
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    torch.save(tensors, tmp_path / "base" / "pytorch_model.bin")
+    assert torch.equal(logits(load_model(base, None)[0]), want)
+    (tmp_path / "base" / "pytorch_model.bin").unlink()
+    parts = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for part in set(parts.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if parts[name] == part}, tmp_path / "base" / part, {"format": "pt"})
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+    assert torch.equal(logits(load_model(base, None)[0]), want)
+    (tmp_path / "base" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match=r"cannot be loaded .*model-00002-of-00002.*fetch or save it again"):
+        load_model(base, None)
 
 
 def test_names_that_are_no_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -81,7 +81,7 @@ def test_a_changed_adapter_is_said(world: Path, tmp_path: Path, gqa_subspace: Al
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
     report = json.loads((tmp_path / "safety_report.json").read_text())
     reasons = {layer["reason"] for layer in report["methods"][0]["layers"].values()}
-    assert reasons == {None, "not among the 3 layers of smallest cosine"}
+    assert reasons == {None, "not among the 3 layers with the smallest cosine"}
     (tmp_path / "safety_report.json").write_text(json.dumps({**report, "not_covered": [f"norm.{i}" for i in range(8)]}))
     write_run_page(tmp_path, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()

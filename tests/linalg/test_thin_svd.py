@@ -6,7 +6,7 @@ from trl_safety.linalg.thin_svd import ThinSVD, thin_svd
 
 
 def matrix(rows: int, columns: int, decay: float) -> torch.Tensor:
-    """A random matrix whose singular values fall like i^−decay."""
+    """A random matrix whose singular values decay like i^−decay."""
     left, right = (torch.linalg.qr(torch.randn(n, min(rows, columns)))[0] for n in (rows, columns))
     return (left * torch.arange(1, min(rows, columns) + 1).float() ** -decay) @ right.mT
 
@@ -36,7 +36,7 @@ def test_randomised_bound_holds_and_is_tight(monkeypatch: pytest.MonkeyPatch, de
     error = true_error(V, svd)
     assert error <= svd.gram_error <= 1.4 * error + 1e-6
     assert svd.left.shape == (420, rank)
-    # Nearly as good as the best cut, also where the spectrum is flat and no leading subspace stands out.
+    # Nearly as good as the best truncation, even if the spectrum is flat and no leading subspace stands out.
     assert error <= 1.2 * torch.linalg.svdvals(V.double())[rank].item() ** 2
 
 

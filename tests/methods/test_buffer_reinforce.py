@@ -11,7 +11,7 @@ PARITY = tiny.DATA / "buffer_reinforce"
 
 
 def factors(out: int, columns: int, r: int, collapsed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """B and A, with so many rows of A next to nothing but what the others are."""
+    """B and A, with so many rows of A almost in the span of the others."""
     A = torch.randn(r, columns, dtype=torch.float64)
     if collapsed:
         A[-collapsed:] = torch.randn(collapsed, r - collapsed, dtype=torch.float64) @ A[:-collapsed] + 1e-4 * A[-collapsed:]

@@ -35,7 +35,7 @@ def test_the_token_budget_is_kept_and_always_drops(share: float) -> None:
         mask = dual_select.within_budget(scores, tokens, share)
         assert 1 <= mask.sum() < 8
         assert tokens[mask].sum() <= share * tokens.sum() or mask.sum() == 1
-        # A prefix of the order by score, and no shorter than it must be.
+        # A prefix of the order by score, no longer than needed.
         order = scores.argsort()
         kept = int(mask.sum())
         assert mask[order[:kept]].all()

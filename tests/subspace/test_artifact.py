@@ -180,10 +180,10 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(SubspaceError, match="truncated"):
         AlignmentSubspace.load(path)
     path.write_text("not safetensors")
-    with pytest.raises(SubspaceError, match="no safetensors"):
+    with pytest.raises(SubspaceError, match="not a safetensors file"):
         AlignmentSubspace.load(path)
     save_file({"x": torch.ones(1)}, path)
-    with pytest.raises(SubspaceError, match="no alignment subspace"):
+    with pytest.raises(SubspaceError, match="not an alignment subspace"):
         AlignmentSubspace.load(path)
     with pytest.raises(SubspaceError, match="no such file"):
         AlignmentSubspace.load(tmp_path / "missing.safetensors")
@@ -211,7 +211,7 @@ def test_unwritable_folder_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    """A limit on file size is the full disk that a test can make without a disk of its own."""
+    """A limit on file size stands in for a full disk."""
     path = build(rank=1).save(tmp_path / "S.safetensors")
     before = path.read_bytes()
     code = (

@@ -1,4 +1,4 @@
-"""A build on the disk is the one in memory, whatever stopped it on the way."""
+"""A build on disk equals the one in memory, whatever interrupted it."""
 
 import resource
 import signal
@@ -102,7 +102,7 @@ def test_what_another_request_left_is_not_continued(tmp_path: Path, fitted: list
 
 
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path, fitted: list[str]) -> None:
-    """A file-size limit of the process stands in for the disk: a write beyond it fails as one on a full disk does."""
+    """A file-size limit stands in for a full disk: a write beyond it fails in the same way."""
     path = tmp_path / "S.safetensors"
     options: dict[str, Any] = {"target_modules": "all-linear", "rank": 6, "progress": False}
     whole = build_subspace(tmp_path / "whole.safetensors", *PAIR, **options)
@@ -112,7 +112,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, fitted: list[str]) -> No
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
-        with pytest.raises(SubspaceError, match=r"the layers that are done stay in .*partial"):
+        with pytest.raises(SubspaceError, match=r"the finished layers stay in .*partial"):
             build_subspace(path, *PAIR, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -125,7 +125,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, fitted: list[str]) -> No
 
 
 def test_a_file_that_is_overwritten_or_replaced_after_loading(tmp_path: Path) -> None:
-    """What lies under a mapping changes with the file's bytes; another file in its place leaves it as it was."""
+    """A memory mapping changes with the file's bytes; replacing the file leaves it unchanged."""
     options: dict[str, Any] = {"target_modules": "all-linear", "progress": False}
     path, other = tmp_path / "S.safetensors", tmp_path / "other.safetensors"
     loaded = build_subspace(path, *PAIR, rank=6, **options)

@@ -12,16 +12,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from typer.testing import CliRunner
 
 from tests import tiny
 from trl_safety import AlignmentSubspace
 from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.lora import lora_modules
+from trl_safety.cli.app import app
 from trl_safety.config.safe_lora import SafeLoraConfig
 from trl_safety.corrections.folder import correct_folder
 from trl_safety.corrections.safe_lora import SafeLoraCorrection
 from trl_safety.errors import AdapterError
-from trl_safety.evaluation.loading import load_model
+from trl_safety.evaluation.evaluate import read_evaluation
 from trl_safety.reports.report import verify
 from trl_safety.subspace.recognition import verify_base
 
@@ -73,7 +75,7 @@ def qwen2_vl() -> Any:
 
 
 def experts(name: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """Experts in tensors of their own, as every checkpoint of a mixture has them, where this Transformers joins them when it loads."""
+    """Experts in separate tensors, as in every mixture's checkpoint, where this Transformers joins them on loading."""
     gate, up, down = ("w1", "w3", "w2") if name == "block_sparse_moe" else ("gate_proj", "up_proj", "down_proj")
 
     def split(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -94,7 +96,7 @@ def experts(name: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Te
 
 
 def fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Projections in one tensor, which Transformers splits when it loads."""
+    """Projections in one tensor, which Transformers splits on loading."""
     kinds = {"self_attn.{}_proj.weight": ("gate", "q", "k", "v"), "mlp.{}_proj.weight": ("gate", "up")}
     names = {"self_attn.{}_proj.weight": "attn.gqkv_proj.weight", "mlp.{}_proj.weight": "mlp.gate_up_proj.weight"}
     result = dict(state)
@@ -174,7 +176,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[dict[str, torch.Tensor]],
 
 
 def written(family: str, folder: Path, seed: int) -> Any:
-    """A model, put into a folder under the Hub's names."""
+    """Saves a model to a folder under the Hub's names."""
     make, rename = FAMILIES[family]
     if family == "hrm-text" and not hasattr(tf, "HrmTextForCausalLM"):
         pytest.skip("this Transformers does not have it yet")
@@ -230,8 +232,13 @@ def test_from_the_names_on_the_hub(family: str, tmp_path: Path) -> None:
     )
     assert f"weights of {tmp_path / 'aligned'} match the subspace's aligned model in all 8 layers" in report.base_check
     assert verify(tmp_path / "out").protected
-    asked, _ = load_model(None, tmp_path / "out")
-    assert torch.isfinite(asked(torch.tensor([[3, 4, 5]])).logits).all()
+    # Some families' tokenizer classes put their own way to cut text in place of this one's, by which a special token alone is one.
+    (tmp_path / "task.jsonl").write_text('{"prompt": "<s> w3 w4", "answer": "w5"}\n')
+    line = ["eval", str(tmp_path / "aligned"), "--adapter", str(tmp_path / "out"), "--baseline", "aligned", "--new-tokens", "2"]
+    asked = CliRunner().invoke(app, [*line, "--task", str(tmp_path / "task.jsonl"), "-o", str(tmp_path / "E")])
+    assert asked.exit_code == 0, (asked.output, asked.exception)
+    found = read_evaluation(tmp_path / "E")
+    assert [one.scores[0].task.count for one in found.models if one.scores[0].task] == [1, 1]
     tiny.rewrite_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
     with pytest.raises(AdapterError, match="differs from the subspace's aligned model"):
         correct_folder(tmp_path / "adapter", tmp_path / "other", subspace, SafeLoraCorrection(SafeLoraConfig(threshold=1.0)))
@@ -250,7 +257,7 @@ def test_every_parameter_is_as_transformers_loads_it(family: str, tmp_path: Path
 
 
 def test_as_this_version_saves_them(tmp_path: Path) -> None:
-    """One of the pair saved by this Transformers, the other as it was fetched."""
+    """One model of the pair was saved by this Transformers, the other is as downloaded."""
     written("llava", tmp_path / "base", 0)
     loaded(tmp_path / "aligned", written("llava", tmp_path / "aligned", 1)).save_pretrained(tmp_path / "saved")
     pairs = [(tmp_path / "base", tmp_path / name) for name in ("aligned", "saved")]

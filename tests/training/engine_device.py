@@ -1,6 +1,6 @@
-"""Imported first in a process under `accelerate launch`: Accelerate takes FSDP and DeepSpeed for a matter of GPUs; both run on CPUs, too.
+"""Imported first in a process under `accelerate launch`: Accelerate assumes GPUs for FSDP and DeepSpeed, but both also run on CPUs.
 
-Only Accelerate's choice of the device and the backend is overruled; the engines are the real ones.
+Only Accelerate's choice of device and backend is overridden; the engines are the real ones.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Trains with AsFT and Safe LoRA and saves; MODE says where it is killed. OUTPUT, subspace, mode, and whether to go on from a checkpoint."""
+"""Trains with AsFT and Safe LoRA and saves; MODE says where it is killed. Arguments: output, subspace, mode, and whether to resume from a checkpoint."""
 
 import os
 import signal
@@ -18,12 +18,12 @@ torch.set_num_threads(1)
 
 
 def die(*args: Any, **kwargs: Any) -> None:
-    """As the kernel kills: nothing of the process runs any more."""
+    """As the kernel kills: no more code of the process runs."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Killer(TrainerCallback):
-    """At the end of the third step; in one of several processes alone, where they are several."""
+    """At the end of the third step; if there are several processes, in only one of them."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if mode == "step" and state.global_step == 3 and int(os.environ.get("RANK") or 0) == int(os.environ.get("WORLD_SIZE") or 1) - 1:

@@ -1,4 +1,4 @@
-"""Run under `accelerate launch` with FSDP2: OUTPUT and the folder with the pair. Everything that shards do not allow is an error."""
+"""Run under `accelerate launch` with FSDP2: OUTPUT and the folder with the pair. Everything that does not work with shards is an error."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def made(**kwargs: Any) -> Any:
 pool = tiny.rows(16, seed=5)
 with pytest.raises(
     SafetyError,
-    match="fsdp_version = 2: dual_select cannot act: it reads and adds gradients of whole LoRA factors, which the engine spreads",
+    match="fsdp_version = 2: dual_select cannot act: it reads and adds gradients of whole LoRA factors, which FSDP shards",
 ):
     made(safety={"dual_select": {"references": 4}}, reference_dataset=pool)
 with pytest.raises(SafetyError, match=r"reinforce: the merge|the merge changes the adapter's rank.*merge-reinforce"):
@@ -33,8 +33,8 @@ for safety in ({"csulora": {}}, {"alignment_vector": {}}, {"alignment_vector": {
         trainer.train()
 plugin = made().accelerator.state.fsdp_plugin
 for name, value, message in (
-    ("fsdp_version", 1, "fsdp_version = 1: .* cannot act: the first FSDP flattens the LoRA factors"),
-    ("state_dict_type", "SHARDED_STATE_DICT", "checkpoints would hold no adapter"),
+    ("fsdp_version", 1, "fsdp_version = 1: .* cannot act: FSDP1 flattens the LoRA factors"),
+    ("state_dict_type", "SHARDED_STATE_DICT", "checkpoints would contain no adapter"),
 ):
     before = getattr(plugin, name)
     trainer = made()

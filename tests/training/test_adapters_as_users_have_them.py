@@ -268,7 +268,7 @@ class TestQLoRA:
 
     @pytest.fixture(scope="class")
     def pair(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Layers of 64 and 128: bitsandbytes' CPU kernels are wrong for rows that are no multiple of its 64-entry blocks."""
+        """Layers of 64 and 128: bitsandbytes' CPU kernels are wrong for rows that are not a multiple of its 64-entry blocks."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         pytest.importorskip("bitsandbytes")
@@ -330,7 +330,7 @@ class TestQLoRA:
 
     @pytest.mark.parametrize("which", ["base", "aligned"])
     def test_the_base_is_told_from_the_aligned_model_through_the_quantisation(self, tmp_path: Path, pair: Path, which: str) -> None:
-        """V at 5 % of W is below NF4's error of 9 % in every entry; over all layers together it shows."""
+        """V at 5 % of W is below NF4's error of 9 % in every entry, but is detected over all layers together."""
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         near = AutoModelForCausalLM.from_pretrained(pair / "base")
@@ -382,7 +382,7 @@ class TestQLoRA:
         tiny.rewrite_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "stored"))
         report = correct_folder(tmp_path / "adapter", tmp_path / "out", subspace, SafeLoraCorrection(SafeLoraConfig(threshold=1.0)))
         assert "not verified" in report.base_check
-        assert "quantised in a format that is not read" in report.base_check
+        assert "quantised in a format that cannot be read" in report.base_check
 
     def test_a_quantised_checkpoint_gives_no_subspace(self, tmp_path: Path, pair: Path, quantised: Any) -> None:
         quantised().save_pretrained(tmp_path / "stored")
@@ -391,7 +391,7 @@ class TestQLoRA:
 
 
 def test_a_name_that_only_the_wrapped_model_has_is_missing(gqa_model: Any) -> None:
-    """What a close peer did: look for the live names, find nothing, and train on. Here the miss is an error."""
+    """Another package looks for the live names, finds nothing, and trains on. Here that is an error."""
     subspace = AlignmentSubspace.from_pair(
         tiny.DATA / "gqa-base", tiny.DATA / "gqa-aligned", target_modules=["o_proj"], rank=4, progress=False
     )

@@ -1,4 +1,4 @@
-"""The data-free buffer: what is trained on, what is evaluated, what is there afterwards."""
+"""The data-free buffer: the weights during training, in evaluations, and afterwards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def frozen(model: Any) -> dict[str, torch.Tensor]:
 
 
 def taken_out(gamma: float) -> Any:
-    """The aligned model with γ·V taken out of every weight, dense."""
+    """The aligned model with γ·V subtracted from every weight, dense."""
     aligned, base = tiny.model("gqa-aligned"), tiny.model("gqa-base").state_dict()
     for name, value in aligned.state_dict().items():
         value.copy_((value.double() - gamma * (value.double() - base[name].double())).to(value.dtype))
@@ -67,7 +67,7 @@ def test_low_rank_takes_the_subspaces_part_out(tmp_path: Path) -> None:
     full = AlignmentSubspace.from_pair(DATA / "gqa-base", DATA / "gqa-aligned", target_modules="all-linear", tolerance=1e-9, progress=False)
     trainer = tiny.trainer(tmp_path, safety={"alignment_buffer": {"how": "low_rank", "gamma": 0.7}}, subspace=full, **tiny.WELL_CONDITIONED)
     trainer.train()
-    # The linear layers alone: embeddings and norms are no low-rank adapter's.
+    # Only the linear layers: a low-rank adapter does not cover embeddings and norms.
     reference, base = tiny.model("gqa-aligned"), tiny.model("gqa-base")
     for name in full.layers:
         weight, other = (model.get_submodule(name).weight.data for model in (reference, base))
@@ -198,11 +198,11 @@ def test_vocabularies_that_differ(tmp_path: Path) -> None:
         ({"alignment_buffer": {}}, {}, ConfigurationError, "alignment_buffer.base is missing"),
         ({"alignment_buffer": {"base": "missing"}}, {}, CheckpointError, "missing"),
         ({"alignment_buffer": {**PAIR, "base": PAIR["aligned"]}}, {}, AdapterError, "do not differ"),
-        ({"alignment_buffer": {**PAIR, "base": str(DATA / "mha-base")}}, {}, CheckpointError, "name the pair of this model"),
+        ({"alignment_buffer": {**PAIR, "base": str(DATA / "mha-base")}}, {}, CheckpointError, "name this model's pair"),
         ({"alignment_buffer": {"base": PAIR["aligned"], "aligned": PAIR["base"]}}, {}, AdapterError, "load the aligned model of the pair"),
         ({"alignment_buffer": {"how": "low_rank"}}, {}, ConfigurationError, "subspace is missing"),
         ({"alignment_buffer": {"how": "low_rank", "base": "x"}}, {}, ConfigurationError, "base = 'x' is not used with how: low_rank"),
-        ({**block(), "buffer_reinforce": {"buffer": "x"}}, {}, ConfigurationError, "two buffers"),
+        ({**block(), "buffer_reinforce": {"buffer": "x"}}, {}, ConfigurationError, "both buffers"),
         ({**block(), "skip_modules": ["q_proj"]}, {}, ConfigurationError, "skip_modules"),
     ],
 )
@@ -215,5 +215,5 @@ def test_refused_before_training(
 
 def test_a_whole_subspace_is_no_low_rank_buffer(tmp_path: Path) -> None:
     whole = AlignmentSubspace.from_pair(DATA / "gqa-base", DATA / "gqa-aligned", target_modules="all-linear", whole=True, progress=False)
-    with pytest.raises(SubspaceError, match="keeps V whole, which a low-rank buffer cannot take out"):
+    with pytest.raises(SubspaceError, match="keeps V whole, which a low-rank buffer cannot subtract"):
         tiny.trainer(tmp_path, safety={"alignment_buffer": {"how": "low_rank"}}, subspace=whole)

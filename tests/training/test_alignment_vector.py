@@ -1,4 +1,4 @@
-"""The signed vector after training: live, on folders, as an adapter of its own, on whole checkpoints."""
+"""The signed vector after training: on live models, on folders, as a separate adapter, on whole checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATA = tiny.DATA
 
 @pytest.fixture(scope="module")
 def full() -> AlignmentSubspace:
-    """V without a cut: every singular direction of every layer."""
+    """V without truncation: every singular direction of every layer."""
     return AlignmentSubspace.from_pair(DATA / "gqa-base", DATA / "gqa-aligned", target_modules="all-linear", tolerance=1e-9, progress=False)
 
 
@@ -72,7 +72,7 @@ def test_folder_and_live_are_the_dense_sum(tmp_path: Path, full: AlignmentSubspa
     close(updates(tmp_path / "live"), expected)
     if gamma > 0:
         verify(tmp_path / "live")
-    with pytest.raises(AdapterError, match="corrected by alignment_vector already"):
+    with pytest.raises(AdapterError, match="already corrected by alignment_vector"):
         apply_alignment_vector(gqa_model, full)
 
 
@@ -106,7 +106,7 @@ def test_leading_directions_and_the_cut(tmp_path: Path, full: AlignmentSubspace)
 
 
 def test_a_cut_that_cuts_nothing(tmp_path: Path, full: AlignmentSubspace) -> None:
-    """Also where k is the subspace's own."""
+    """Even if k is the subspace's own rank."""
     largest = max(layer.rank for layer in full.layers.values()) + 4
     with pytest.raises(ConfigurationError, match=f"cut_to = {largest}: the corrected adapter has rank {largest}"):
         correct(tmp_path / "out", full, cut_to=largest)
@@ -189,21 +189,21 @@ def test_the_whole_vector_on_a_merged_model(tmp_path: Path) -> None:
         add_vector(tmp_path / "merged", DATA / "gqa-base", DATA / "gqa-aligned", tmp_path / "no", gamma=0)
     with pytest.raises(CheckpointError, match="do not differ"):
         add_vector(tmp_path / "merged", DATA / "gqa-base", DATA / "gqa-base", tmp_path / "no")
-    with pytest.raises(CheckpointError, match="name the two in their right places"):
+    with pytest.raises(CheckpointError, match="check that base and aligned are not swapped"):
         add_vector(tmp_path / "merged", DATA / "gqa-aligned", DATA / "gqa-base", tmp_path / "no")
-    with pytest.raises(ConfigurationError, match="would take alignment out"):
+    with pytest.raises(ConfigurationError, match="would remove alignment"):
         add_vector(tmp_path / "merged", DATA / "gqa-base", DATA / "gqa-aligned", tmp_path / "no", gamma=-1)
     tiny.model(dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
     with pytest.raises(CheckpointError, match="by more than rounding"):
         add_vector(tmp_path / "merged", tmp_path / "rounded", DATA / "gqa-aligned", tmp_path / "no")
-    with pytest.raises(CheckpointError, match="name the pair"):
+    with pytest.raises(CheckpointError, match="name this model's pair"):
         add_vector(tmp_path / "merged", DATA / "mha-base", DATA / "mha-aligned", tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
 def test_refused(tmp_path: Path, full: AlignmentSubspace, gqa_subspace: AlignmentSubspace) -> None:
     whole = AlignmentSubspace.from_pair(DATA / "gqa-base", DATA / "gqa-aligned", target_modules="all-linear", whole=True, progress=False)
-    with pytest.raises(SubspaceError, match="keeps V whole, of which an adapter"):
+    with pytest.raises(SubspaceError, match="keeps V whole, which cannot become a low-rank adapter"):
         tiny.trainer(tmp_path, safety={"alignment_vector": {}}, subspace=whole)
     with pytest.raises(SubspaceError, match=r"alignment_vector.rank = 9: the subspace has 8 directions"):
         tiny.trainer(tmp_path, safety={"alignment_vector": {"rank": 9}}, subspace=gqa_subspace)
@@ -213,11 +213,11 @@ def test_refused(tmp_path: Path, full: AlignmentSubspace, gqa_subspace: Alignmen
         )
     with pytest.raises(ConfigurationError, match="safe_lora and alignment_vector both rewrite"):
         tiny.trainer(tmp_path, safety={"alignment_vector": {}, "safe_lora": {}}, subspace=full)
-    with pytest.raises(ConfigurationError, match="weighted down by buffer_reinforce's merge"):
+    with pytest.raises(ConfigurationError, match="scaled down by buffer_reinforce's merge"):
         tiny.trainer(tmp_path, safety={"alignment_vector": {}, "buffer_reinforce": {"buffer": "b", "reinforce": "r"}}, subspace=full)
     shutil.copytree(DATA / "gqa-adapter", tmp_path / "loose")
     tensors = load_file(tmp_path / "loose" / "adapter_model.safetensors")
     renamed = {name.replace("base_model.model.model.", "base_model.model."): tensor for name, tensor in tensors.items()}
     save_file(renamed, tmp_path / "loose" / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(AdapterError, match="names its layer"):
+    with pytest.raises(AdapterError, match="has another name in the subspace"):
         correct(tmp_path / "out", full, adapter=tmp_path / "loose", all_layers=True)

@@ -1,4 +1,4 @@
-"""Every method beside every fact that a TRL run can have here: it acts, or its requirements refuse it, and nothing between the two."""
+"""Every method beside every fact that a TRL run can have here: either it acts, or its requirements refuse it."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from trl_safety.errors import SafetyError
 from trl_safety.reports.report import verify
 
 BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
-    "packed": ("rows", {"packing": True, "max_length": 12}),
+    "packed": ("rows", {"packing": True, "max_length": 24}),
+    "packed and cut": ("rows", {"packing": True, "max_length": 12, "packing_strategy": "wrapped"}),
     "compiled": ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"}),
     "whole modules": ("trained_besides", {"peft_config": tiny.lora(modules_to_save=["lm_head"])}),
     "streamed": ("streamed", {"data": tiny.rows(32).to_iterable_dataset()}),
@@ -36,6 +37,7 @@ def options(method: str, world: Path) -> dict[str, Any]:
         "dual_select": {"references": 4, "warmup_steps": 1},
         "sbr": {"prompts": ["w41", "w42 w43"], "number": 2, "ask_first": False},
         "safe_lora": {"threshold": 1.0},
+        "signed_vector": {"train": -1.0, "serve": 0.5},
         "buffer_reinforce": {"buffer": str(world / "buffer")},
     }
     return given.get(method, {})
@@ -47,14 +49,19 @@ def test_acts_or_is_refused(method: str, beside: str, world: Path, tmp_path: Pat
     fact, arguments = BESIDE[beside]
     block = {method: options(method, world)}
     config = options_class(method)(**block[method])
-    concerned = [found for found in config.requirements if found.fact == fact and found.when(config)]
+    value = {"packed": "packed", "packed and cut": "cut"}.get(beside, True)
+    concerned = [
+        found
+        for found in config.requirements
+        if found.fact == fact and found.when(config) and (fact != "rows" or found.refused(value, config))
+    ]
     kwargs = {"subspace": gqa_subspace} if config.subspace_use == "reads" else {}
     if options_class(method).reads_references:
         kwargs["reference_dataset"] = tiny.rows(16, seed=5)
     start = {"peft_config": tiny.lora(init_lora_weights=True), "learning_rate": 0.1, "max_steps": 4}
     made = lambda: tiny.trainer(tmp_path, safety=block, **{**start, **kwargs, **arguments})  # noqa: E731
     if concerned:
-        with pytest.raises(SafetyError, match=f"{method} cannot act|needs rows|rows must be"):
+        with pytest.raises(SafetyError, match=f"{method} cannot act|needs rows|rows cannot be counted"):
             made()
         return
     trainer = made()

@@ -52,7 +52,7 @@ def updates(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def dense(model: Any, folder: Path, scale: float = 1.0) -> Any:
-    """The model with a saved adapter's update added to its weights: the authors' way."""
+    """The model with a saved adapter's update added to its weights, as in the authors' code."""
     for name, factors in AdapterFolder.open(folder).factors.items():
         model.get_submodule(name).weight.data += scale * factors.scaling * factors.B @ factors.A
     return model
@@ -112,7 +112,7 @@ class TestProvider:
         with pytest.raises(ConfigurationError, match="push_to_hub = True: a BufferLoRA makes the model harmful"):
             tiny.trainer(tmp_path, cls=BufferTrainer, args=tiny.arguments(tmp_path, SFTConfig, push_to_hub=True, hub_token="none"))
         trainer = tiny.trainer(tmp_path, cls=BufferTrainer, args=tiny.arguments(tmp_path, SFTConfig))
-        with pytest.raises(ConfigurationError, match="nothing here uploads one"):
+        with pytest.raises(ConfigurationError, match="so it is never uploaded"):
             trainer.push_to_hub()
 
     @pytest.mark.parametrize("kind", ["buffer", "reinforce"])
@@ -334,7 +334,7 @@ class TestUserTraining:
             else:
                 with pytest.raises(AdapterError, match="use the adapter that was made for this model"):
                     merge_reinforce(tmp_path / f"plain-{name}", tmp_path / "reinforce", tmp_path / "refused")
-        # In full precision, too: the adapters are for the model, not for its rounding.
+        # Also in full precision: the adapters are for the model, not for its quantised version.
         tiny.trainer(tmp_path / "full", base=AutoModelForCausalLM.from_pretrained(tmp_path / "aligned"), safety=block(tmp_path))
         with pytest.raises(AdapterError, match="use the adapter that was made for this model"):
             tiny.trainer(tmp_path / "no", base=load("other"), safety=block(tmp_path))
@@ -402,13 +402,13 @@ class TestMerge:
         assert result.exit_code == 0, result.output
         one, other = (updates(folder) for folder in (tmp_path, tmp_path / "merged"))
         assert tiny.largest_difference(one, other) < 1e-6
-        assert "trained beside the frozen buffer in optimizer steps 1 to 4, and detached; merged" in result.output
+        assert "trained beside the frozen buffer in optimizer steps 1 to 4; the buffer was then detached; merged" in result.output
         verify(tmp_path / "merged")
         result = CliRunner().invoke(
             app, ["merge-reinforce", str(tmp_path / "merged"), str(provider / "reinforce"), "-o", str(tmp_path / "m2")]
         )
         assert result.exit_code == 1
-        assert "was merged with a ReinforceLoRA already" in result.output
+        assert "was already merged with a ReinforceLoRA" in result.output
 
     def test_cut_back_to_a_rank(self, provider: Path, tmp_path: Path) -> None:
         trainer = tiny.trainer(tmp_path, safety=block(provider, rank=4))
@@ -453,7 +453,7 @@ class TestMerge:
     def test_training_on_after_the_merge_is_refused(self, provider: Path, tmp_path: Path) -> None:
         trainer = tiny.trainer(tmp_path, safety=block(provider))
         trainer.train()
-        with pytest.raises(AdapterError, match="corrected by buffer_reinforce already"):
+        with pytest.raises(AdapterError, match="already corrected by buffer_reinforce"):
             trainer.train()
 
 
@@ -496,7 +496,7 @@ class TestTogether:
         trainer.train()
         trainer.save_model()
         assert [method.name for method in verify(tmp_path).methods] == ["dual_select", "buffer_reinforce"]
-        # The gradients that choose are those of the model that is trained, buffer and all.
+        # Samples are chosen by gradients of the model that is trained, with the buffer.
         merged = tiny.trainer(
             tmp_path / "b",
             base=dense(tiny.model(), provider / "buffer"),
@@ -520,7 +520,7 @@ class TestTogether:
 
 
 class TestRefused:
-    """Nothing here would act, or act on the right model."""
+    """None of these would act, or act on the right model."""
 
     @pytest.mark.parametrize(
         ("options", "kwargs", "error", "message"),
@@ -528,7 +528,7 @@ class TestRefused:
             ({"buffer": "missing"}, {}, AdapterError, "neither a folder nor a Hub repository"),
             ({"buffer": "REINFORCE"}, {}, AdapterError, "is a reinforce adapter"),
             ({"buffer": "BUFFER", "reinforce": "BUFFER"}, {}, AdapterError, "is a buffer adapter"),
-            ({"buffer": "BUFFER", "alpha": 0.2}, {}, ConfigurationError, "alpha = 0.2 is used in the merge alone"),
+            ({"buffer": "BUFFER", "alpha": 0.2}, {}, ConfigurationError, "alpha = 0.2 is used only in the merge"),
             ({"buffer": "BUFFER", "reinforce": "REINFORCE", "alpha": 1.5}, {}, ConfigurationError, "alpha = 1.5"),
             ({"reinforce": "REINFORCE"}, {}, ConfigurationError, "buffer"),
             ({"buffer": "BUFFER"}, {"torch_compile": True}, ConfigurationError, "torch_compile = True"),
@@ -564,7 +564,7 @@ class TestRefused:
         plain.train()
         plain.save_model()
         report = merge_reinforce(tmp_path / "user", provider / "reinforce", tmp_path / "out")
-        assert "has no report of a buffer" in report.methods[0].summary
+        assert "has no report on a buffer" in report.methods[0].summary
         assert "match those of" in report.base_check
 
     @pytest.mark.parametrize("damage", ["record", "mark", "layer", "json", "weights"])
@@ -584,7 +584,7 @@ class TestRefused:
             (folder / RECORD).write_text(json.dumps(facts))
         else:
             (folder / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes()[:500])
-        with pytest.raises(SafetyError, match=r"safety_adapter.json|is a buffer adapter|its record knows nothing|truncated"):
+        with pytest.raises(SafetyError, match=r"safety_adapter.json|is a buffer adapter|its record does not know|truncated"):
             tiny.trainer(tmp_path / "out", safety={"buffer_reinforce": {"buffer": str(folder)}})
 
     def test_a_layer_that_the_model_lacks(self, provider: Path, tmp_path: Path) -> None:

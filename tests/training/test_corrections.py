@@ -39,7 +39,7 @@ def correction(method: str) -> Any:
 
 
 def plain_trainer(output: Path, **kwargs: Any) -> Any:
-    """TRL's own trainer, in which the callbacks must work, too."""
+    """TRL's own trainer, in which the callbacks must also work."""
     own = {key: kwargs.pop(key) for key in ("callbacks", "eval_dataset", "data", "peft_config", "base") if key in kwargs}
     return tiny.trainer(output, cls=SFTTrainer, args=tiny.arguments(output, SFTConfig, **kwargs), **own)
 
@@ -83,7 +83,7 @@ def test_the_saved_adapter_is_the_corrected_one(tmp_path: Path, gqa_subspace: Al
     want = expected(method, gqa_subspace, updates(plain.model))
     assert_close(updates(trainer.model), want)
     trainer.save_model()
-    # What plain PEFT loads from the folder acts in the model as the dense update does.
+    # The adapter that plain PEFT loads from the folder has the effect of the dense update.
     loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path))
     assert_close(updates(loaded), want)
     tokens = torch.arange(12).view(1, 12)
@@ -98,7 +98,7 @@ def test_the_saved_adapter_is_the_corrected_one(tmp_path: Path, gqa_subspace: Al
     assert report.methods[0].name == method
     assert report.methods[0].reconstruction == (method == "csulora")
     assert {row.action for row in report.methods[0].layers.values()} == {"corrected"}
-    with pytest.raises(AssertionError):  # the negative control: the uncorrected adapter is another one
+    with pytest.raises(AssertionError):  # the negative control: the uncorrected adapter differs
         assert_close(updates(plain.model), want)
 
 
@@ -143,7 +143,7 @@ def test_nothing_to_do_changes_no_bit(tmp_path: Path, gqa_subspace: AlignmentSub
 
 def test_correcting_twice_is_refused_everywhere(tmp_path: Path, gqa_subspace: AlignmentSubspace, gqa_model: Any) -> None:
     apply_safe_lora(gqa_model, gqa_subspace, threshold=1.0)
-    with pytest.raises(AdapterError, match="corrected by safe_lora already"):
+    with pytest.raises(AdapterError, match="already corrected by safe_lora"):
         apply_csulora(gqa_model, gqa_subspace)
     gqa_model.save_pretrained(tmp_path / "once")
     loaded = PeftModel.from_pretrained(tiny.model(), str(tmp_path / "once"), is_trainable=True)
@@ -282,7 +282,7 @@ def test_folder_is_checked_against_the_base_model_at_hand(tmp_path: Path, gqa_su
         (lambda a: (a / "adapter_model.safetensors").write_bytes((a / "adapter_model.safetensors").read_bytes()[:500]), "truncated"),
         (lambda a: (a / "adapter_config.json").unlink(), "has no adapter_config.json"),
         (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "pickle"),
-        (lambda a: edit(a, r=8), "has rank 4, its configuration says 8"),
+        (lambda a: edit(a, r=8), "has rank 4, but its configuration says 8"),
         (lambda a: edit(a, peft_type="IA3"), "only LoRA"),
         (lambda a: edit(a, use_dora=True), "use_dora"),
         (lambda a: edit(a, init_lora_weights="pissa"), "init_lora_weights"),

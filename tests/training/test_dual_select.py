@@ -23,7 +23,7 @@ AUTHORS = tiny.DATA / "dual_select"
 
 def authors_rows(kind: str) -> Dataset:
     rows = json.loads((AUTHORS / "examples.json").read_text())[kind]
-    # The key by which each TRL version knows what is supervised.
+    # The key with which each TRL version marks the supervised tokens.
     return Dataset.from_list([{**row, "completion_mask": [int(label != -100) for label in row["labels"]]} for row in rows])
 
 
@@ -89,7 +89,7 @@ def trained(output: Path, safety: Any = "default", **kwargs: Any) -> Any:
 
 
 class Oracle:
-    """The step written out: a pass per sample, every gradient kept, the trainer's own optimizer and clipping left out."""
+    """The step written out: a pass per sample, every gradient kept, without the trainer's optimizer and clipping."""
 
     def __init__(self, model: Any, references: list[dict[str, Any]]) -> None:
         self.model = model
@@ -264,7 +264,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, reference_gr
         tmp_path / "run", safety=safety, peft_config=peft_config, reference_dataset=pool(), train_sampling_strategy="sequential", **options
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    # Not bit for bit: sums of float32 depend on how their operands lie in memory.
+    # Not bit for bit: float32 sums depend on the memory layout of their operands.
     assert tiny.largest_difference(tiny.factors(resumed.model), tiny.factors(whole.model)) < 1e-5
     after = read_choices(tmp_path / "run" / SELECTION)
     assert [(c.step, c.kind, c.indices, c.weights) for c in after] == [(c.step, c.kind, c.indices, c.weights) for c in before]
@@ -289,14 +289,12 @@ def test_composes_with_asft_and_a_correction(tmp_path: Path, gqa_subspace: Any) 
 @pytest.mark.parametrize(
     ("safety", "kwargs", "message"),
     [
-        (block(keep=8), {}, "every sample of a per-device batch of 8 would be kept"),
-        (block(keep=None, keep_tokens=0.9), {"per_device_train_batch_size": 1}, "chooses within a batch"),
+        (block(keep=8), {}, "every sample of 8 would be kept"),
+        (block(keep=None, keep_tokens=0.9), {"per_device_train_batch_size": 1}, "selects within a batch"),
         (block(references=13), {}, "the pool has 12"),
-        (block(), {"packing": True}, "packing = True"),
-        (block(), {"padding_free": True, "max_length": None}, "padding_free = True"),
         (block(), {"label_smoothing_factor": 0.1}, "label_smoothing_factor = 0.1"),
-        (block(), {"peft_config": tiny.lora(modules_to_save=["lm_head"])}, "no LoRA factor"),
-        (block(), {"peft_config": tiny.lora(lora_bias=True, init_lora_weights=True)}, "no LoRA factor"),
+        (block(), {"peft_config": tiny.lora(modules_to_save=["lm_head"])}, "are not LoRA factors"),
+        (block(), {"peft_config": tiny.lora(lora_bias=True, init_lora_weights=True)}, "are not LoRA factors"),
         (block(), {"reference_dataset": None}, "reference_dataset is missing"),
         (block(reference_dataset="nowhere.jsonl"), {"reference_dataset": None}, "cannot be read"),
         (block(reference_dataset="x.jsonl"), {}, "keep one of them"),
@@ -347,11 +345,11 @@ def test_the_command_lists_the_most_dropped(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "table.json").read_text())) == 24
     missing = CliRunner().invoke(app, ["inspect", str(tmp_path / "nothing"), "--selection"])
     assert missing.exit_code == 1
-    assert "no selection log" in missing.output
+    assert "not a readable selection log" in missing.output
 
 
 def test_an_answer_under_another_name(tmp_path: Path) -> None:
-    """Its refusals would be dropped in silence, and the prompts held to the starting model instead."""
+    """Its refusals would be silently dropped, and the prompts held to the starting model instead."""
     with pytest.raises(ConfigurationError, match="response, which nothing reads: rename the answers' column to completion"):
         tiny.trainer(tmp_path, safety=block(), reference_dataset=pool().rename_column("completion", "response"))
 
@@ -362,6 +360,19 @@ def test_batches_in_which_all_would_be_kept(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, safety=block(keep=6, warmup_steps=1), reference_dataset=pool(), data=tiny.rows(3))
     with pytest.raises(ConfigurationError, match="the training data has 3 rows, of which all would be kept"):
         trainer.train()
+
+
+def test_batches_of_one_sample_choose_within_the_step(tmp_path: Path) -> None:
+    """As one batch of all that is accumulated; the last step of an epoch has fewer samples, and keeps the same share."""
+    data, options = tiny.rows(20), {"max_steps": 6, **tiny.WELL_CONDITIONED}
+    whole = trained(tmp_path / "whole", data=data, **options)
+    single = trained(tmp_path / "single", data=data, per_device_train_batch_size=1, gradient_accumulation_steps=8, **options)
+    assert tiny.largest_difference(tiny.factors(single.model), tiny.factors(whole.model)) < 1e-4
+    ours, theirs = (read_choices(tmp_path / name / SELECTION) for name in ("single", "whole"))
+    assert [(line.step, line.indices, line.weights) for line in ours] == [(line.step, line.indices, line.weights) for line in theirs]
+    assert [len(line.indices) for line in ours if line.kind == "task"] == [8, 4, 8, 8, 4]
+    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (single, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_training_again_begins_anew(tmp_path: Path) -> None:

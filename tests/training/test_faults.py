@@ -1,4 +1,4 @@
-"""Killed while training and while saving, and a full disk: nothing half-written passes for whole, and the next run goes on."""
+"""Killed while training and while saving, and a full disk: no incomplete file passes for a whole one, and the next run resumes."""
 
 import os
 import resource
@@ -27,7 +27,7 @@ def run(output: Path, source: Path, mode: str = "whole", *, resume: bool = False
 
 
 def run_two(output: Path, source: Path, mode: str = "whole", *, resume: bool = False) -> int:
-    """Under torchrun, which ends the other process when one dies."""
+    """Under torchrun, which stops the other process when one dies."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.training.fault_run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [str(output), str(source), mode, "resume" if resume else "new"]
@@ -59,10 +59,10 @@ def test_killed_while_a_checkpoint_is_saved(tmp_path: Path, source: Path, gqa_su
     assert (half / "adapter_model.safetensors").is_file()
     with pytest.raises(ReportError):
         verify(half)
-    # Transformers would go on from the weights alone, at step 0 and with a new optimizer.
+    # Transformers would resume from the weights alone, at step 0 and with a new optimizer.
     trainer = tiny.trainer(out, safety=ASFT, subspace=gqa_subspace)
     for checkpoint in (True, str(half)):
-        with pytest.raises(ConfigurationError, match=r"checkpoint-4.*its saving was interrupted; remove it"):
+        with pytest.raises(ConfigurationError, match=r"checkpoint-4.*the save was interrupted; remove it"):
             trainer.train(resume_from_checkpoint=checkpoint)
     shutil.rmtree(half)
     assert run(out, source, resume=True) == 0

@@ -1,4 +1,4 @@
-"""A method from another package: one entry point, and it acts, is refused, reported and listed as this package's are."""
+"""A method from another package: with one entry point it acts, is refused, reported and listed like this package's methods."""
 
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class TestInstalled:
     ("target", "message"),
     [
         ("toy_decay.nothing:Here", "cannot be imported"),
-        ("toy_decay.hook:squared_norm", "is no subclass of trl_safety.MethodOptions"),
+        ("toy_decay.hook:squared_norm", "is not a subclass of trl_safety.MethodOptions"),
     ],
 )
 def test_a_broken_package_breaks_nothing_but_its_own_method(

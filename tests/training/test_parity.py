@@ -1,4 +1,4 @@
-"""Equal to the authors' own code, to float32 round-off, on both pairs (`tests/data`, made by that code)."""
+"""Equal to the results of the authors' own code, to float32 round-off, on both pairs (`tests/data`, made by that code)."""
 
 import json
 from pathlib import Path
@@ -61,6 +61,6 @@ def sorted_lists(value: Any) -> Any:
 
 
 def test_the_authors_corrected_something(pair: str) -> None:
-    """The negative control: the adapter as it was trained is far from what the authors' code made of it."""
+    """The negative control: the trained adapter is far from the one that the authors' code corrected."""
     before = load_file(DATA / f"{pair}-adapter" / "adapter_model.safetensors")
     assert largest_difference(before, load_file(DATA / f"{pair}-safelora-threshold-0.35" / "adapter_model.safetensors")) > 0.1

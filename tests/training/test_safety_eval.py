@@ -1,4 +1,4 @@
-"""The loss of safety is seen while it happens: through real trainers."""
+"""A loss of safety is detected during training, in real trainers."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_an_alignment_buffer_is_out_of_the_way(tmp_path: Path, files: dict[str, 
 def test_refused(tmp_path: Path, files: dict[str, str], gqa_subspace: AlignmentSubspace) -> None:
     with pytest.raises(ConfigurationError, match=r"eval.harmful is missing"):
         SafetyEvalCallback({"benign": PROMPTS}, tiny.tokenizer())
-    with pytest.raises(ConfigurationError, match="is no Prompt; give the path"):
+    with pytest.raises(ConfigurationError, match="is not a Prompt; give the path"):
         SafetyEvalCallback({"harmful": [{"prompt": "w3"}]}, tiny.tokenizer())  # type: ignore[list-item]
     with pytest.raises(ConfigurationError, match="no tokenizer"):
         SafetyEvalCallback({"harmful": PROMPTS}, None)

@@ -58,7 +58,7 @@ def test_equal_to_the_dense_gradients(world: Path) -> None:
 
 
 def test_the_sign_is_that_of_training(world: Path, tmp_path: Path) -> None:
-    """Training on what the direction was trained on moves with it; undoing it is the other sign."""
+    """Training on the data that the direction was trained on moves with it; undoing it has the other sign."""
     (tmp_path / "same.jsonl").write_text("\n".join(json.dumps(row) for row in tiny.rows(32)))
     trainer = tiny.trainer(
         tmp_path, peft_config=None, base=get_peft_model(tiny.model(), tiny.lora(init_lora_weights=True)), learning_rate=0.05

@@ -44,7 +44,7 @@ def states(model: Any) -> torch.Tensor:
 
 
 def moved(trainer: Any) -> float:
-    """By how much the prompts' states moved from those of the model without the adapter."""
+    """How far the prompts' states moved from those of the model without the adapter."""
     model = trainer.model
     with model.disable_adapter():
         before = states(model)
@@ -191,18 +191,18 @@ class TestPrompts:
             with caplog.at_level(logging.WARNING):
                 trainer = tiny.trainer(tmp_path / name, safety=options)
             assert trainer._safety.methods[0]._prompts == [({"role": "user", "content": "w41"},)] * 2
-        assert "the column completion is not read" in caplog.text
+        assert "the column completion is ignored" in caplog.text
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"prompts": []}, "there are 0 prompts"),
-            ({"number": 9}, r"sbr.number = 9: there are 4 prompts"),
+            ({"prompts": []}, "there are only 0 prompts"),
+            ({"number": 9}, r"sbr.number = 9: there are only 4 prompts"),
             ({"prompts": ["w1", " "], "number": 2}, "number 2 is empty"),
-            ({"prompts": ["w1 " * 5000], "number": 1}, "number 1 has 5000 tokens, the model takes"),
+            ({"prompts": ["w1 " * 5000], "number": 1}, "number 1 has 5000 tokens, but the model takes"),
             ({"prompts": "nowhere.jsonl"}, "sbr.prompts = 'nowhere.jsonl'"),
             ({"weight": -1}, r"sbr.weight = -1"),
-            ({"column": "goal"}, "is used with a file or a data set alone"),
+            ({"column": "goal"}, "is used only with a file or a data set"),
         ],
     )
     def test_refused_before_training(self, tmp_path: Path, options: dict[str, Any], message: str) -> None:

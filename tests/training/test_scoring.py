@@ -19,7 +19,7 @@ def test_prompt_sets(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="line 1: has no `answer`"):
         read_prompts(path, "task")
     path.write_text('{"question": "a"}\n')
-    with pytest.raises(ConfigurationError, match="line 1: is no object with a `prompt`"):
+    with pytest.raises(ConfigurationError, match="line 1: is not an object with a `prompt`"):
         read_prompts(path, "benign")
     path.write_text("\n")
     with pytest.raises(ConfigurationError, match="has no prompts"):

@@ -1,4 +1,4 @@
-"""Ways in which an adapter could look protected and not be: found by trying, each held shut here."""
+"""Ways in which an unprotected adapter could look protected: found by trying, each closed here."""
 
 import copy
 import json
@@ -113,7 +113,7 @@ def test_a_copy_trained_on_without_protection(tmp_path: Path, gqa_subspace: Alig
     assert not read_report(tmp_path / "further").protected
     trainer.save_model(tmp_path / "original")
     verify(tmp_path / "original")
-    # Whoever pickles the model pickles this with it.
+    # Pickling the model pickles this with it.
     kept = pickle.loads(pickle.dumps(trainer.model._trl_safety_reports))["default"]  # noqa: S301
     assert kept.current(trainer.model).protected
     assert not kept.current(copied).protected
@@ -235,16 +235,16 @@ def test_weights_that_cannot_be_read_are_not_called_verified(gqa_model: Any, gqa
 def test_a_method_with_nothing_behind_it_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "safety.yaml"
     path.write_text("subspace: S\nasft:\nsafe_lora: {}\n")
-    with pytest.raises(ConfigurationError, match="asft has nothing behind it"):
+    with pytest.raises(ConfigurationError, match="asft is empty"):
         SafetyConfig.parse(path)
     path.write_text("subspace: S\nasft: {weight: 5}\nasft: {weight: 0}\n")
-    with pytest.raises(ConfigurationError, match="'asft' is there twice"):
+    with pytest.raises(ConfigurationError, match="'asft' appears twice"):
         SafetyConfig.parse(path)
 
 
 def test_the_arguments_in_a_plain_trainer_are_an_error(tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path, safety={"subspace": "S.safetensors", "asft": {}})
-    with pytest.raises(ConfigurationError, match="no SafeSFTTrainer"):
+    with pytest.raises(ConfigurationError, match="not a SafeSFTTrainer"):
         tiny.trainer(tmp_path, cls=SFTTrainer, args=args).train()
 
 
@@ -282,7 +282,7 @@ def test_loosely_matched_names_need_a_verified_base(tmp_path: Path, gqa_subspace
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     renamed = {name.replace("model.model.layers", "model.model.text_model.layers"): value for name, value in weights.items()}
     save_file(renamed, tmp_path / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="base model is not at hand"):
+    with pytest.raises(AdapterError, match="base model is not available"):
         correct_folder(tmp_path / "adapter", tmp_path / "out", gqa_subspace, never(1.0))
 
 
@@ -328,7 +328,7 @@ def test_a_users_lora_config_serves_another_run(tmp_path: Path, gqa_subspace: Al
 
 
 class TestBuffersAndVectors:
-    """What a second skeptic found: each of these once ended with a report that said protected."""
+    """Found in a second search: each of these once ended with a report that said protected."""
 
     @pytest.fixture(scope="class")
     def provider(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -343,7 +343,7 @@ class TestBuffersAndVectors:
         model = tiny.model()
         first = tiny.trainer(tmp_path / "a", base=model, peft_config=tiny.lora(target_modules=["q_proj", "k_proj"]))
         first.train()
-        with pytest.raises(AdapterError, match="left from another adapter that was put on the same model object"):
+        with pytest.raises(AdapterError, match="left over from another adapter on the same model object"):
             tiny.trainer(tmp_path / "b", base=model, peft_config=tiny.lora(target_modules=["q_proj"]), safety=self.block(provider))
         # And on disk, where PEFT would leave the further factors out.
         first.save_model()
@@ -423,7 +423,7 @@ class TestBuffersAndVectors:
         with pytest.raises(ConfigurationError, match="weighted down by buffer_reinforce's merge"):
             tiny.trainer(tmp_path, safety=self.block(provider), callbacks=[AlignmentVectorCallback(gqa_subspace)])
         correct_folder(DATA / "gqa-adapter", tmp_path / "v", gqa_subspace, AlignmentVectorCorrection(AlignmentVectorConfig()))
-        with pytest.raises(AdapterError, match="has the alignment vector in it"):
+        with pytest.raises(AdapterError, match="contains the alignment vector"):
             merge_reinforce(tmp_path / "v", provider / "reinforce", tmp_path / "out")
 
     def test_resuming_with_other_settings(self, tmp_path: Path) -> None:
@@ -458,7 +458,7 @@ class TestBuffersAndVectors:
 
 
 class TestPairs:
-    """Pairs that are no pair, or the wrong way round."""
+    """Pairs that are not pairs, or are the wrong way round."""
 
     @pytest.fixture
     def pair(self, tmp_path: Path) -> Path:
@@ -501,7 +501,7 @@ class TestPairs:
         assert made(block(other, loaded))._safety.prepared.base_check.endswith(", up to quantisation")
 
     def test_a_checkpoint_holds_the_aligned_models_embeddings(self, tmp_path: Path) -> None:
-        """Where the vocabulary was resized PEFT saves the embeddings with the adapter, also while V is out of them."""
+        """After a resized vocabulary PEFT saves the embeddings with the adapter, even while V is subtracted from them."""
         model = tiny.model("gqa-base")
         with torch.no_grad():
             model.get_input_embeddings().weight.add_(0.1)
@@ -545,7 +545,7 @@ class TestPairs:
         assert all(seen)
 
     def test_quantised_weights_are_told_apart_only_where_that_is_certain(self) -> None:
-        """Thirty pairs whose V is a thousandth of W: the right model is never refused, and the base never passes for certain."""
+        """Thirty pairs whose V is a thousandth of W: the right model is never refused, and the base is never accepted as verified."""
 
         for seed in range(30):
             torch.manual_seed(seed)
@@ -573,7 +573,7 @@ class TestArguments:
         model = PeftModel.from_pretrained(tiny.model(), str(DATA / "gqa-adapter"), is_trainable=True)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-        with pytest.raises(ConfigurationError, match=r"args\.safety is set, but the trainer is no SafeSFTTrainer"):
+        with pytest.raises(ConfigurationError, match=r"args\.safety is set, but the trainer is not a SafeSFTTrainer"):
             SFTTrainer(
                 model, args=tiny.arguments(tmp_path, safety=ASFT), train_dataset=tiny.rows(8), processing_class=tiny.tokenizer(),
                 optimizers=(optimizer, scheduler),
@@ -633,7 +633,7 @@ DUAL: dict[str, Any] = {"dual_select": {"warmup_steps": 1, "keep": 4, "reference
 
 
 class TestTrainersThatGoBy:
-    """A trainer that leaves out what a method acts in is stopped in its first step, and its adapter is not called protected."""
+    """A trainer that bypasses a method is stopped in its first step, and its adapter is not reported as protected."""
 
     @pytest.fixture(scope="class")
     def buffer(self, tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -677,7 +677,7 @@ class TestTrainersThatGoBy:
 
 
 class TestWhatWasTrainedWithout:
-    """Steps of the adapter's past in which a method did not act."""
+    """Earlier steps of the adapter in which a method did not act."""
 
     def test_the_best_checkpoint_is_one_of_the_warm_up(self, tmp_path: Path) -> None:
         strategies = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
@@ -782,7 +782,7 @@ class TestWhatWasTrainedWithout:
 
 class TestWeightsThatAreNoParameters:
     def test_packed_layers_are_refused(self, tmp_path: Path) -> None:
-        """As GPTQ, AWQ and EETQ keep them; the embeddings alone would have been exchanged."""
+        """As GPTQ, AWQ and EETQ store them; only the embeddings would have been exchanged."""
         base = tiny.model("gqa-base")
         with torch.no_grad():
             base.get_input_embeddings().weight.add_(0.1)
@@ -792,5 +792,5 @@ class TestWeightsThatAreNoParameters:
             layer = next(module for path, module in model.named_modules() if path.endswith(name))
             weight = layer._parameters.pop("weight").data
             layer.register_buffer("weight", weight)
-        with pytest.raises(AdapterError, match="in a form that is no parameter"):
+        with pytest.raises(AdapterError, match="in a form that is not a parameter"):
             tiny.trainer(tmp_path, base=model, safety={"alignment_buffer": {**PAIR, "base": str(tmp_path / "base")}})

@@ -68,7 +68,7 @@ def test_the_penalty_keeps_the_update_smaller_outside_the_subspace(tmp_path: Pat
 
 @pytest.mark.parametrize("extra", [{}, {"average_tokens_across_devices": False}, {"loss_type": "dft"}, SMOOTHING])
 def test_accumulation_does_not_change_the_update(tmp_path: Path, gqa_subspace: AlignmentSubspace, extra: dict[str, Any]) -> None:
-    """24 rows in batches of 16: the second window is a short one. SGD, so that the size of a gradient matters."""
+    """24 rows in batches of 16: the second accumulation window is short. SGD, so that the size of a gradient matters."""
     data = tiny.rows(24)
     common = {"safety": ASFT, "subspace": gqa_subspace, "data": data, "optim": "sgd", "max_steps": -1, "num_train_epochs": 2, **extra}
     updates = {
@@ -77,7 +77,7 @@ def test_accumulation_does_not_change_the_update(tmp_path: Path, gqa_subspace: A
     }
     for steps in (2, 4, 8):
         assert tiny.largest_difference(updates[steps], updates[1]) < 2e-5
-    # The negative control: plain SFT is equally invariant, and somewhere else.
+    # The negative control: plain SFT is equally invariant, but ends elsewhere.
     plain = trained(tmp_path, **{**common, "safety": None, "subspace": None}, per_device_train_batch_size=16)
     assert tiny.largest_difference(plain, updates[1]) > 1e-3
 

@@ -36,7 +36,7 @@ def test_two_processes_equal_one(tmp_path: Path, gqa_subspace: AlignmentSubspace
 
 @pytest.mark.parametrize("reference_gradient", ["cached", "fresh"])
 def test_dual_select_chooses_alike(tmp_path: Path, reference_gradient: str) -> None:
-    """Two processes do what one does with twice the accumulation; the pool of 13 does not divide evenly."""
+    """Two processes equal one with twice the accumulation; the pool of 13 does not divide evenly."""
     launch(1, tmp_path / "one", 2, reference_gradient, script="two_processes_dual_select")
     launch(2, tmp_path / "two", 1, reference_gradient, script="two_processes_dual_select")
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))

@@ -30,7 +30,7 @@ UNREADABLE = (
     TypeError,
     ValueError,
 )
-"""What Transformers, PEFT and the Hub raise for files that are missing, damaged or of another kind than they expect."""
+"""What Transformers, PEFT and the Hub raise for files that are missing, damaged or not of the kind that they expect."""
 
 
 def skeleton(source: str, revision: str | None, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> nn.Module | None:
@@ -72,7 +72,7 @@ class Conversion:
     """Parameters that Transformers computes from stored tensors when it loads: split, joined or permuted.
 
     Attributes:
-        first: how Transformers calls the whole.
+        first: Transformers' name for the whole.
         stored: the pattern and the name of every stored tensor, in Transformers' order.
     """
 
@@ -85,7 +85,7 @@ class Conversion:
         """The parameters by name.
 
         Args:
-            read: gives a stored tensor.
+            read: returns a stored tensor by its name.
         """
         work = copy.deepcopy(self.converter)
         for pattern, name in self.stored:
@@ -95,7 +95,7 @@ class Conversion:
 
 
 def origins(model: Any, stored: Iterable[str]) -> dict[str, str | Conversion]:
-    """Where every parameter of a model comes from, decided as Transformers does when it loads the checkpoint.
+    """Where every parameter of a model comes from, decided as Transformers decides it when it loads the checkpoint.
 
     Args:
         model: the skeleton.
@@ -103,7 +103,7 @@ def origins(model: Any, stored: Iterable[str]) -> dict[str, str | Conversion]:
 
     Returns:
         parameter → the name that it is stored under, or how it is computed. Stored tensors that the model has no parameter for are
-        in it under their own names.
+        included under their own names.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -138,7 +138,7 @@ def origins(model: Any, stored: Iterable[str]) -> dict[str, str | Conversion]:
 
 
 def _targets(group: Conversion, parameters: Mapping[str, Tensor]) -> list[str]:
-    """The parameters that a conversion gives."""
+    """The parameters that a conversion produces."""
     patterns = group.converter.target_patterns
     names = dict.fromkeys(group.first.replace(patterns[0], pattern) for pattern in patterns)
     return [

@@ -1,7 +1,7 @@
 """A model checkpoint as tensors by name: one safetensors file or shards, local or on the Hub, read one tensor at a time.
 
-A model's parameters are asked for by the names that the model class gives them. Checkpoints on the Hub often have older ones, which
-Transformers renames (and some of which it splits or joins) when it loads; so do we, by its own table.
+A model's parameters are asked for by the names that the model class gives them. Checkpoints on the Hub often use older names.
+Transformers renames those tensors when it loads them, and splits or joins some; we do the same, with its own table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Checkpoint:
         Args:
             source: a local folder, or a Hub id.
             revision: branch, tag or commit on the Hub.
-            quantised: whether one that is stored quantised is opened, too; see `weight`.
+            quantised: whether to open a checkpoint that is stored quantised, too; see `weight`.
 
         Raises:
             CheckpointError: there is none, it is stored quantised, it is not safetensors, or a file is damaged.
@@ -90,7 +90,7 @@ class Checkpoint:
         """The weight of a module: shape and dtype of the file, on the CPU.
 
         Raises:
-            CheckpointError: it is quantised, is no matrix, holds NaN or infinity, or its file is damaged.
+            CheckpointError: it is quantised, is not a matrix, holds NaN or infinity, or its file is damaged.
         """
         name = self.modules[module]
         shape = self.shape(name)
@@ -99,10 +99,10 @@ class Checkpoint:
         return self.tensor(name)
 
     def weight(self, module: str) -> tuple[Tensor | None, bool]:
-        """A module's weight to recognise a model by, and whether it was dequantised.
+        """A module's weight, for recognising a model, and whether it was dequantised.
 
         Returns:
-            As `read`; or dequantised, where bitsandbytes stored it in 4 bits; or None, where it is quantised in another way.
+            The weight as `read` gives it; dequantised if bitsandbytes stored it in 4 bits; None if it is quantised in another way.
 
         Raises:
             CheckpointError: as `read`; or it is quantised by bitsandbytes, which is not installed.
@@ -112,7 +112,7 @@ class Checkpoint:
             stored = self._conversion(name).stored
             return (self.read(module), False) if all(self._dtype(part) in FULL_PRECISION for _, part in stored) else (None, True)
         parts = {part.removeprefix(f"{name}."): part for part in self._files if part.startswith(f"{name}.")}
-        # Before the dtype: with bnb_4bit_quant_storage the packed entries lie in a tensor of any dtype.
+        # Checked before the dtype: with bnb_4bit_quant_storage the packed entries can be in a tensor of any dtype.
         if not any(QUANT_STATE in part for part in parts):
             return (self.read(module), False) if self._dtype(name) in FULL_PRECISION else (None, True)
         try:
@@ -139,7 +139,7 @@ class Checkpoint:
         return self._files[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it; `name` as of `names`, `parameters` or `modules`."""
+        """A tensor's shape, without reading it; `name` as in `names`, `parameters` or `modules`."""
         if name not in self._files:
             return tuple(self._conversion(name).model.state_dict()[name].shape)
         try:
@@ -148,7 +148,7 @@ class Checkpoint:
             raise self._damaged(self._files[name], error) from error
 
     def tensor(self, name: str) -> Tensor:
-        """Any tensor, `name` as of `names`, `parameters` or `modules`; see `read`."""
+        """Any tensor, `name` as in `names`, `parameters` or `modules`; see `read`."""
         if name in self._files:
             return self._stored(name)
         conversion = self._conversion(name)
@@ -158,13 +158,13 @@ class Checkpoint:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"layer {name!r} of {self.source!r} cannot be made from {conversion.stored[0][1]!r} as Transformers does ({reason(error)}): fetch or save the "
+                f"layer {name!r} of {self.source!r} cannot be computed from {conversion.stored[0][1]!r} as in Transformers ({reason(error)}): fetch or save the "
                 "checkpoint again"
             ) from error
 
     def _stored(self, name: str) -> Tensor:
         file = self._files[name]
-        # Opened anew for each tensor: what was read through one mapping counts as this process's memory until the mapping is gone.
+        # Reopened for each tensor: what was read through one mapping counts as this process's memory until the mapping is gone.
         handle = self._map(file)
         try:
             dtype = handle.get_slice(name).get_dtype()
@@ -197,7 +197,7 @@ class Checkpoint:
         return dtype
 
     def _locate(self) -> dict[str, str]:
-        """Tensor name → file name. Where there are both one file and shards, the one file counts, as for Transformers."""
+        """Tensor name → file name. If there are both a single file and shards, the single file is used, as in Transformers."""
         own = self.config.get("transformers_weights")
         for file in [own] if isinstance(own, str) else [SINGLE, INDEX]:
             found = self._find(file)
@@ -234,7 +234,7 @@ class Checkpoint:
             raise self._damaged(file, error) from error
 
     def path_of(self, file: str) -> Path:
-        """Where one of the checkpoint's files lies; fetched from the Hub at its first use.
+        """The path of one of the checkpoint's files, which is fetched from the Hub on first use.
 
         Raises:
             CheckpointError: it is not there.
@@ -247,7 +247,7 @@ class Checkpoint:
         return self._paths[file]
 
     def _find(self, file: str) -> Path | None:
-        """One of the checkpoint's files, or None where it has none of this name."""
+        """One of the checkpoint's files, or None if it has none of this name."""
         if self._folder is not None:
             path = self._folder / file
             return path if path.is_file() else None
@@ -257,7 +257,7 @@ class Checkpoint:
         try:
             path = Path(hf_hub_download(self.source, file, revision=self._asked_revision))
         except LocalEntryNotFoundError as error:
-            # Without a network a model is what the cache holds of it; that a file is not there may be all that there is to know.
+            # Without a network, a model is what the cache holds of it, even if that is only the note that a file does not exist.
             if not self._cached():
                 raise self._unreachable(error) from error
             self._unreached = error
@@ -283,12 +283,12 @@ class Checkpoint:
 
     def _unreachable(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{self.source!r} is no local folder and could not be fetched from the Hub ({reason(error)}): check the path or id, the "
+            f"{self.source!r} is not a local folder and could not be fetched from the Hub ({reason(error)}): check the path or id, the "
             "revision, the network and your access"
         )
 
     def _damaged(self, file: str, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{file!r} of {self.source!r} is truncated or no safetensors file ({error}): fetch or save it again")
+        return CheckpointError(f"{file!r} of {self.source!r} is truncated or not a safetensors file ({error}): fetch or save it again")
 
 
 def digest(tensor: Tensor) -> str:
@@ -303,7 +303,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} is no valid JSON ({error}): fetch or save the checkpoint again") from error
+        raise CheckpointError(f"{str(path)!r} is not valid JSON ({error}): fetch or save the checkpoint again") from error
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{str(path)!r} holds a {type(content).__name__} where an object is expected: fetch or save the checkpoint again"
@@ -316,7 +316,7 @@ def _quantisation(config: Any) -> str:
 
 
 def why_no_bitsandbytes() -> str | None:
-    """Why bitsandbytes, which reads and makes 4-bit weights, cannot be used here; None where it can."""
+    """Why bitsandbytes, which reads and makes 4-bit weights, cannot be used here; None if it can."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

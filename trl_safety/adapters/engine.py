@@ -1,4 +1,4 @@
-"""Which engine spreads a run over processes, as a fact that requirements read."""
+"""Which engine distributes a run over processes, as a fact that requirements check."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from trl_safety.config.requirements import Declaring, Fact, Facts, Requirement, 
 
 
 def is_fsdp() -> bool:
-    """Whether FSDP spreads the parameters of this run over its processes; known once there is a trainer."""
+    """Whether FSDP shards the parameters of this run over its processes; known once there is a trainer."""
     return bool(AcceleratorState().distributed_type == DistributedType.FSDP)
 
 
+def is_deepspeed() -> bool:
+    """Whether DeepSpeed reduces the gradients of this run and takes its steps; known once there is a trainer."""
+    return bool(AcceleratorState().distributed_type == DistributedType.DEEPSPEED)
+
+
 def engine() -> Fact:
-    """The engine of this run: "single", "ddp", "deepspeed", "zero3", "fsdp1", "fsdp2", or FSDP2 whose checkpoints hold no whole adapter."""
+    """The engine of this run: "single", "ddp", "deepspeed", "zero3", "fsdp1", "fsdp2", or FSDP2 whose checkpoints lack the whole adapter."""
     state = AcceleratorState()
-    if state.distributed_type == DistributedType.DEEPSPEED:
+    if is_deepspeed():
         stage = state.deepspeed_plugin.zero_stage if not state.deepspeed_plugin.hf_ds_config.is_zero3() else 3
         return Fact("zero3" if stage == 3 else "deepspeed", f"deepspeed: ZeRO stage {stage}")
     if not is_fsdp():
@@ -48,7 +53,7 @@ def check_engine(name: str = "trl-safety", options: Declaring | None = None) -> 
         options: its options; by default only what every method needs is checked.
 
     Raises:
-        AdapterError: DeepSpeed's third stage, FSDP's first version, or FSDP that saves no whole adapter.
+        AdapterError: DeepSpeed's third stage, FSDP's first version, or FSDP that does not save the whole adapter.
         ConfigurationError: an engine on which this method cannot act.
     """
     resolve({name: options or _Any()}, Facts("trl", {"engine": engine()}))

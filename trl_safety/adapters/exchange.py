@@ -1,4 +1,4 @@
-"""The frozen weights of a live model, exchanged for others computed from a pair of checkpoints, and back, tensor by tensor."""
+"""Exchange the frozen weights of a live model, tensor by tensor, for weights computed from a pair of checkpoints, and back."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Place:
     base: str
     aligned: str
     rows: int
-    """Of the first dimension that all three have; further rows of an embedding are left alone."""
+    """How many rows (the first dimension) all three have; further rows of an embedding are left alone."""
 
     @property
     def parameter(self) -> Any:
-        """As it is now; exchanging a quantised one replaces the object."""
+        """The parameter as it is now; exchanging a quantised one replaces the object."""
         return getattr(self.module, self.attribute)
 
 
@@ -49,12 +49,12 @@ class WeightExchange:
         model: loaded from the aligned checkpoint, with or without an adapter.
         base: the unaligned model.
         aligned: the aligned model.
-        embeddings: whether the embeddings and the output head take part.
+        embeddings: whether to exchange the embeddings and the output head, too.
         setting: how the user named the pair, for messages.
 
     Raises:
-        CheckpointError: a frozen parameter is in one of the checkpoints not at all, or in another shape.
-        AdapterError: the model is not the aligned one, is quantised in a way that cannot be repeated, or the pair is equal.
+        CheckpointError: a frozen parameter is missing from one of the checkpoints, or has another shape there.
+        AdapterError: the model is not the aligned one, is quantised in a way that cannot be repeated, or the two checkpoints are equal.
     """
 
     def __init__(self, model: nn.Module, base: Checkpoint, aligned: Checkpoint, *, embeddings: bool, setting: str) -> None:
@@ -67,7 +67,7 @@ class WeightExchange:
         """A digest of entries of both checkpoints; None in a process that has none of the model's weights."""
         self.places = list(self._find(unwrap(model), embeddings))
         if not self.places:
-            raise AdapterError(f"{setting}: no frozen weight of the model takes part: nothing would be exchanged")
+            raise AdapterError(f"{setting}: the model has no frozen weight to exchange: nothing would be exchanged")
         self.check = self._compare()
 
     def _find(self, model: nn.Module, embeddings: bool) -> Iterator[Place]:
@@ -92,7 +92,7 @@ class WeightExchange:
         hidden = match(sorted(weights - parameters), stored_as[1])
         if packed := [name for name, there in hidden.items() if there is not None and len(self._aligned.shape(stored_as[1][there])) > 1]:
             raise AdapterError(
-                f"{self._setting}: the model keeps {packed[0]!r} in a form that is no parameter (GPTQ, AWQ, EETQ), which cannot be exchanged: load the model "
+                f"{self._setting}: the model keeps {packed[0]!r} in a form that is not a parameter (GPTQ, AWQ, EETQ) and cannot be exchanged: load the model "
                 "in 4 bits (bitsandbytes) or full precision, or use how: low_rank"
             )
         places = [{name: known.get(to or "") for name, to in match(found, known).items()} for known in stored_as]
@@ -100,7 +100,7 @@ class WeightExchange:
             stored = [place[name] for place in places]
             if stored[0] is None or stored[1] is None:
                 source = self._base.source if stored[0] is None else self._aligned.source
-                raise CheckpointError(f"{self._setting}: the model's {name!r} is not in {source!r}: name the pair of this model")
+                raise CheckpointError(f"{self._setting}: the model's {name!r} is not in {source!r}: name this model's pair")
             kind = type(parameter).__name__
             if not parameter.is_floating_point() and kind != "Params4bit":
                 raise AdapterError(
@@ -112,13 +112,13 @@ class WeightExchange:
             rows = min(shape[0], shapes[0][0], shapes[1][0])
             if any(other[1:] != shape[1:] or (other[0] != shape[0] and id(parameter) not in heads) for other in shapes):
                 raise CheckpointError(
-                    f"{self._setting}: the model's {name!r} is {list(shape)}, in the base {list(shapes[0])} and in the aligned checkpoint {list(shapes[1])}: name "
-                    "the pair of this model"
+                    f"{self._setting}: the model's {name!r} is {list(shape)}, but {list(shapes[0])} in the base and {list(shapes[1])} in the aligned checkpoint: "
+                    "name this model's pair"
                 )
             yield Place(module, attribute, stored[0], stored[1], rows)
 
     def _compare(self) -> str:
-        """Some of the places, before training; `put` looks at all of them."""
+        """Check some of the places before training; `put` checks all of them."""
         if placeholders():
             return CHECKED_ELSEWHERE
         places = [i for i, place in enumerate(self.places) if place.parameter.ndim == 2]
@@ -138,23 +138,23 @@ class WeightExchange:
                 self._is_aligned(place, aligned)
         if not differs:
             raise AdapterError(
-                f"{self._setting}: {self._base.source!r} and {self._aligned.source!r} do not differ by more than rounding: V would be nothing"
+                f"{self._setting}: {self._base.source!r} and {self._aligned.source!r} do not differ by more than rounding: V would be zero"
             )
         if recognition.unaligned:
             raise AdapterError(
-                f"{self._setting}: the model is rather {self._base.source!r} than {self._aligned.source!r}, as far as its quantisation shows: load the aligned "
-                "model of the pair, and name base and aligned in their right places"
+                f"{self._setting}: the model looks like {self._base.source!r} rather than {self._aligned.source!r}, as far as its quantisation shows: load "
+                "the aligned model of the pair, and check that base and aligned are not swapped"
             )
         self.identity = digest.hexdigest()
         return f"weights match {self._aligned.source}{recognition.qualifier}"
 
     @property
     def resized(self) -> bool:
-        """Whether the model's vocabulary is not the aligned checkpoint's, so that PEFT saves the embeddings with every adapter."""
+        """Whether the model's vocabulary differs from the aligned checkpoint's, so that PEFT saves the embeddings with every adapter."""
         return any(_rows(place.parameter) != self._aligned.shape(place.aligned)[0] for place in self.places)
 
     def _is_aligned(self, place: Place, aligned: Tensor) -> None:
-        """Sampled entries of the model's parameter are those of the aligned checkpoint, up to a cast or to quantisation."""
+        """Check that sampled entries of the model's parameter match the aligned checkpoint's, up to a cast or to quantisation."""
         weight = full_precision(place.module) if place.attribute == "weight" else place.parameter
         assert weight is not None  # noqa: S101  # refused when it was found
         ours, theirs = (sample(tensor[: place.rows]).float() for tensor in (whole(weight), aligned.to(weight.dtype)))
@@ -164,7 +164,7 @@ class WeightExchange:
 
     def _another(self, place: Place) -> AdapterError:
         return AdapterError(
-            f"{self._setting}: the model's {place.aligned!r} is not that of {self._aligned.source!r}: load the aligned model of the pair, and train it"
+            f"{self._setting}: the model's {place.aligned!r} is not that of {self._aligned.source!r}: load the aligned model of the pair, and train that"
         )
 
     @torch.no_grad()
@@ -172,8 +172,8 @@ class WeightExchange:
         """Write compute(W_aligned, W_base) into every place.
 
         Raises:
-            AdapterError: a place holds other weights than the aligned checkpoint's, which nothing could put back. It and those after
-                it stay as they are.
+            AdapterError: a place holds weights other than the aligned checkpoint's, which could not be put back later. It and those
+                after it stay as they are.
         """
         settle(self._model)
         for place in self.places:
@@ -189,7 +189,7 @@ class WeightExchange:
         """Write W_aligned into every place that was written to.
 
         Args:
-            gather: whether the other processes are there to put a sharded tensor together, of which only some rows are written.
+            gather: whether the other processes take part, to gather a sharded tensor of which only some rows are written.
         """
         settle(self._model)
         while self._written:
@@ -200,7 +200,7 @@ class WeightExchange:
 
 
 def _stored_name(name: str) -> str:
-    """Without the wrappers of LoRA, modules_to_save and trainable_token_indices around the parameter as it was loaded."""
+    """The name that a parameter was loaded under, without the wrappers of LoRA, modules_to_save and trainable_token_indices."""
     return strip_wrappers(name.replace(".original_module", "").replace(".token_adapter", ""))
 
 
@@ -209,7 +209,7 @@ def _rows(parameter: Any) -> int:
 
 
 def _partial(place: Place) -> bool:
-    """Whether a sharded parameter must be gathered, since some of its rows stay."""
+    """Whether a sharded parameter must be gathered, because some of its rows stay as they are."""
     return is_sharded(place.parameter) and place.rows < place.parameter.shape[0]
 
 

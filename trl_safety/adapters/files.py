@@ -16,13 +16,13 @@ from trl_safety.version import __version__
 
 @contextlib.contextmanager
 def replacing(path: Path, *, error: type[Exception], setting: str, left: str = "nothing was left behind") -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write to; rename it to `path` when the block ends well, else remove it.
+    """Yield a temporary sibling of `path` to write to; rename it to `path` when the block succeeds, and remove it otherwise.
 
     Args:
         path: the file to create or replace. Its folder is created.
         error: what to raise when the file system refuses.
         setting: how the user named the path, for the message.
-        left: what is there after a failure, for the message.
+        left: what is left after a failure, for the message.
     """
     temporary: Path | None = None
     try:
@@ -30,7 +30,7 @@ def replacing(path: Path, *, error: type[Exception], setting: str, left: str = "
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
-        # mkstemp makes the file private; what we write is meant to be as readable as any other file of the user's.
+        # mkstemp makes the file private; what we write should be as readable as the user's other files.
         temporary.chmod(0o666 & ~_umask())
         yield temporary
         _flush(temporary)
@@ -45,10 +45,10 @@ def replacing(path: Path, *, error: type[Exception], setting: str, left: str = "
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, error: type[Exception], setting: str, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` when the block ends well and is removed otherwise.
+    """Yield a temporary folder that becomes `path` when the block succeeds and is removed otherwise.
 
     Raises:
-        error: `path` is there already, is not an empty folder and not to be replaced, or the file system refuses.
+        error: `path` already exists, is not an empty folder and is not to be replaced, or the file system refuses.
     """
     temporary: Path | None = None
     try:
@@ -73,26 +73,26 @@ def new_folder(path: Path, *, error: type[Exception], setting: str, replace: boo
 
 
 def is_newer(one: str, other: str) -> bool:
-    """Whether a version, as programs write their own into files, is above another."""
+    """Whether one version, as programs write it into their files, is newer than another."""
     first, second = ([int(part) for part in re.findall(r"\d+", version)[:3]] for version in (one, other))
     return first > second
 
 
 def other_schema(found: object, reads: int, wrote: object, again: str) -> str:
-    """What a message says of a file of ours that has another schema version, and what helps.
+    """What a message says about a file of ours with another schema version, including the remedy.
 
     Args:
         found: the file's schema version.
         reads: the one that this version reads.
         wrote: the version that the file says it was written by.
-        again: how to make the file anew.
+        again: how to make the file again.
     """
     update = (
         f"; it was written by trl-safety {wrote}: pip install trl-safety=={wrote}, or "
         if isinstance(wrote, str) and wrote != __version__
         else "; "
     )
-    return f"has schema version {found!r}, trl-safety {__version__} reads {reads}{update}{again}"
+    return f"has schema version {found!r}, but trl-safety {__version__} reads {reads}{update}{again}"
 
 
 def sha256(path: Path) -> str:
@@ -110,13 +110,13 @@ def _flush(path: Path) -> None:
 
 
 def refuse_full(path: Path, *, error: type[Exception], setting: str) -> None:
-    """Refuse an output folder that holds something already, before the work whose result goes there.
+    """Refuse an output folder that is not empty, before the work whose result goes there.
 
     Raises:
-        error: it is there and not empty.
+        error: it exists and is not empty.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise error(f"{setting} = {str(path)!r}: is there already and is never overwritten; name a new folder")
+        raise error(f"{setting} = {str(path)!r}: already exists and is never overwritten; name a new folder")
 
 
 def _umask() -> int:

@@ -8,10 +8,10 @@ from torch import Tensor
 from trl_safety.adapters.shards import whole
 
 NOT_VERIFIED = "not verified"
-"""How a report's sentence on the base model begins where its weights were compared with nothing."""
+"""How a report's sentence on the base model begins if its weights were not compared with anything."""
 
 CERTAIN = 3.0
-"""Standard errors beyond which quantised weights are said to be one model's and not the other's."""
+"""How many standard errors it takes to say that quantised weights are one model's and not the other's."""
 
 FINGERPRINT_ENTRIES = 256
 
@@ -21,14 +21,14 @@ FULL_PRECISION_DIFFERENCE = 1e-6
 CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 QUANTISED_DIFFERENCE = 0.5
-"""NF4 moves a layer by about a tenth of its norm, 2-bit formats by a third; another model's weights by more than their norm."""
+"""NF4 moves a layer by about a tenth of its norm, 2-bit formats by a third; another model's weights differ by more than their norm."""
 
 
 class Recognition:
-    """Tells whether weights are an aligned model's, layer by layer; quantised ones, each too coarse to tell, also all together.
+    """Tells layer by layer whether weights are an aligned model's; quantised layers, each too coarse to tell, also all together.
 
     For quantised weights w = a + e, with a the aligned and b the base model's, Σ (‖w − b‖² − ‖w − a‖²) / Σ ‖a − b‖² is +1 in
-    expectation, and −1 for w = b + e; its standard error, from the entries, says whether that tells the two apart.
+    expectation, and −1 for w = b + e. Its standard error, estimated from the entries, says whether that tells the two apart.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Recognition:
 
     @property
     def unaligned(self) -> float:
-        """By how much all quantised layers together are rather the base's than the aligned model's; 0 unless that is certain."""
+        """By how much all quantised layers together are closer to the base than to the aligned model; 0 unless that is certain."""
         if self._verdict is None:
             return 0.0
         value, error = self._verdict
@@ -86,8 +86,8 @@ class Recognition:
 
 
 def relative_differences(weight: Tensor, samples: Tensor) -> tuple[float, float, float]:
-    """Relative distances over sampled entries: of a loaded weight from the aligned and from the base model's, as they are or cast
-    as the loaded one may have been, and of the two from each other. `samples` is (2, 256), the base's and the aligned model's.
+    """Relative distances over sampled entries: from a loaded weight to the aligned and to the base model's, as they are or cast as
+    the loaded one may have been, and between those two. `samples` is (2, 256), the base's and the aligned model's.
     """
     entries = sample(weight).float()
     norms = torch.linalg.vector_norm(samples, dim=1).clamp(min=1e-30)

@@ -24,7 +24,7 @@ from trl_safety.adapters.lora import DIVERGED, check_config, strays
 from trl_safety.adapters.names import WRAPPERS, strip_wrappers
 from trl_safety.errors import AdapterError, reason
 from trl_safety.linalg.finite import is_finite
-from trl_safety.linalg.low_rank import is_zero_product
+from trl_safety.linalg.low_rank import is_zero_product, product_norm_squared
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -32,6 +32,8 @@ COPIED_SUFFIXES = {".json", ".jinja", ".md", ".model", ".txt"}
 NOT_COPIED = {CONFIG, "trainer_state.json"}
 """Tokenizer, chat template and card travel with the adapter; the state of the run that made it does not."""
 PEFT_PREFIX = "base_model.model."
+NEGLIGIBLE = 1e-12
+"""‖ΔW‖ of a layer that changes nothing: float32 rounds a weight of 1e-5 by as much, and bfloat16 one of 1e-10."""
 FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -50,8 +52,10 @@ class Factors:
 
     @property
     def is_zero(self) -> bool:
-        """Whether the layer has no update: B, A or the scaling is zero, or the product cancels."""
-        return self.scaling == 0 or is_zero_product(self.B, self.A)
+        """Whether the layer has no update: B, A or the scaling is zero, the product cancels, or s·B·A is too small to move any weight."""
+        if self.scaling == 0 or is_zero_product(self.B, self.A):
+            return True
+        return abs(self.scaling) * float(product_norm_squared(self.B.double(), self.A.double()).clamp(min=0).sqrt()) <= NEGLIGIBLE
 
 
 class AdapterFolder:
@@ -98,7 +102,7 @@ class AdapterFolder:
         if stray := strays(config, self.factors):
             raise AdapterError(
                 f"{str(path)!r}: has factors for {stray[0]!r}, which its target_modules do not name, so that loading it would leave them out: they are left "
-                "from another adapter on the same model object; train it again on a model loaded anew"
+                "over from another adapter on the same model object; train it again on a freshly loaded model"
             )
         if not self.factors:
             raise AdapterError(f"{str(path)!r}: holds no LoRA factors; give the folder of a trained LoRA adapter")
@@ -117,7 +121,13 @@ class AdapterFolder:
         """
         folder = Path(path)
         if not (folder / CONFIG).is_file():
-            raise AdapterError(f"adapter = {str(path)!r}: has no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
+            within = sorted(file.parent for file in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+            remedy = (
+                f"name one of those within it: {', '.join(map(str, within))}"
+                if within
+                else "give the folder that PEFT's save_pretrained wrote"
+            )
+            raise AdapterError(f"adapter = {str(path)!r}: has no {CONFIG}; {remedy}")
         if not (folder / WEIGHTS).is_file():
             pickled = (
                 " (adapter_model.bin is a pickle, which is never read; save the adapter as safetensors)"
@@ -134,7 +144,7 @@ class AdapterFolder:
                 metadata = handle.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise AdapterError(
-                f"{str(folder / WEIGHTS)!r} is truncated or no safetensors file ({error}): save the adapter again"
+                f"{str(folder / WEIGHTS)!r} is truncated or not a safetensors file ({error}): save the adapter again"
             ) from error
         with _usable(folder / CONFIG):
             return cls(folder, config, tensors, metadata)
@@ -157,11 +167,11 @@ class AdapterFolder:
                 have are added.
             config: the LoraConfig to write.
             setting: how the user named the output, for messages.
-            report: given the folder with weights and configuration, the texts of further files by name.
-            replace: remove what is there at `path` once the new folder is complete.
+            report: takes the folder with weights and configuration, and returns the texts of further files by name.
+            replace: remove what is at `path` once the new folder is complete.
 
         Raises:
-            AdapterError: the folder is there already or cannot be written to; nothing is left behind.
+            AdapterError: the folder already exists or cannot be written to; nothing is left behind.
         """
         if path.resolve() == self.path.resolve():
             raise AdapterError(f"{setting} = {str(path)!r}: is the input, which is never overwritten; name another folder")
@@ -181,39 +191,40 @@ class AdapterFolder:
                 if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
                     shutil.copyfile(file, temporary / file.name)
             for name, text in report(temporary).items():
-                (temporary / name).write_text(text, encoding="utf-8")
+                # A card may hold bytes that are no UTF-8.
+                (temporary / name).write_text(text, encoding="utf-8", errors="surrogateescape")
 
     def _scaling(self, module: str, rank: int) -> float:
-        """PEFT's scaling of a module, and a check that the file's rank is the configuration's."""
+        """PEFT's scaling of a module; checks that the file's rank is the configuration's."""
         config = self.config
         expected = (config.rank_pattern or {}).get(get_pattern_key((config.rank_pattern or {}).keys(), module), config.r)
         if expected != rank:
             raise AdapterError(
-                f"{str(self.path)!r}: layer {module!r} has rank {rank}, its configuration says {expected}: the two files do not belong together"
+                f"{str(self.path)!r}: layer {module!r} has rank {rank}, but its configuration says {expected}: the two files do not belong together"
             )
         alpha = (config.alpha_pattern or {}).get(get_pattern_key((config.alpha_pattern or {}).keys(), module), config.lora_alpha)
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise AdapterError(
-                f"{str(self.path / CONFIG)!r}: lora_alpha of layer {module!r} is {alpha!r}, which is no number: put in what it was trained with, or train it again"
+                f"{str(self.path / CONFIG)!r}: lora_alpha of layer {module!r} is {alpha!r}, which is not a number: set what it was trained with, or train it again"
             )
         # A layer of rank 0 has no update, whatever its scaling.
         return float(alpha / (rank**0.5 if config.use_rslora else rank)) if rank else 0.0
 
 
 def _check_name(path: Path, name: str, factor: re.Match[str] | None) -> None:
-    """Refuse a tensor that PEFT would leave out: its names are those of the model's state, one for one, behind `base_model.model.`"""
+    """Refuse a tensor that PEFT would leave out. PEFT's names are those of the model's own state, prefixed with `base_model.model.`"""
     parts = name.removeprefix(PEFT_PREFIX).split(".")
-    # Beside factors an embedding that is adapted itself is saved from within PEFT's wrapper.
+    # Beside its factors, an embedding that is itself adapted is saved from inside PEFT's wrapper.
     wrapped = set(parts) & (WRAPPERS if factor else WRAPPERS - {"base_layer"})
     if not name.startswith(PEFT_PREFIX) or wrapped:
         right = f"{PEFT_PREFIX}{strip_wrappers(name)}"
         raise AdapterError(
-            f"{str(path)!r}: tensor {name!r} is not named as PEFT needs it, which would put nothing of it on a model and only warn: save the adapter again from the "
+            f"{str(path)!r}: tensor {name!r} is not named as PEFT needs it, and PEFT would skip it with only a warning: save the adapter again from the "
             f"PeftModel itself (accelerator.unwrap_model(model).save_pretrained), or rename the tensors ({right!r})"
         )
     if factor is None and {"lora_A", "lora_B"} & set(parts) and not name.endswith(".lora_B.bias"):
         raise AdapterError(
-            f"{str(path)!r}: tensor {name!r} is not named as PEFT needs it, which puts the adapter's name in by itself: save the adapter with the PeftModel's own "
+            f"{str(path)!r}: tensor {name!r} is not named as PEFT needs it, which adds the adapter's name by itself: save the adapter with the PeftModel's own "
             "save_pretrained, or rename the tensors ('….lora_A.weight', '….lora_B.weight')"
         )
 
@@ -222,12 +233,12 @@ def read_config(path: Path) -> Any:
     """An adapter's `adapter_config.json` as PEFT reads it.
 
     Raises:
-        AdapterError: it is damaged, not LoRA's, or sets what this PEFT does not know.
+        AdapterError: it is damaged, is not LoRA's, or sets options that this PEFT does not know.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{str(path)!r} is no valid JSON ({error}): save the adapter again") from error
+        raise AdapterError(f"{str(path)!r} is not valid JSON ({error}): save the adapter again") from error
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise AdapterError(f"{str(path)!r}: peft_type = {kind!r}; only LoRA adapters have an update ΔW = s·B·A")
@@ -237,13 +248,13 @@ def read_config(path: Path) -> Any:
         remedy = (
             f"it was written by PEFT {wrote}: pip install peft=={wrote}"
             if isinstance(wrote, str) and is_newer(wrote, peft_version)
-            else "no newer PEFT is said to have written it, so that another tool put it there: load the adapter with that tool and save it as plain LoRA, or take "
-            "it out of the file if it changes nothing about the update s·B·A"
+            else "the file names no newer PEFT, so another tool must have set it: load the adapter with that tool and save it as plain LoRA, or remove "
+            "it from the file if it does not change the update s·B·A"
         )
         raise AdapterError(f"{str(path)!r}: sets {', '.join(strange)}, which PEFT {peft_version} does not know and would ignore; {remedy}")
     if not isinstance(raw.get("base_model_name_or_path"), str | None):
         raise AdapterError(
-            f"{str(path)!r}: base_model_name_or_path = {raw['base_model_name_or_path']!r}: is no name of a model; put it in, or null"
+            f"{str(path)!r}: base_model_name_or_path = {raw['base_model_name_or_path']!r}: is not the name of a model; write its name, or null"
         )
     with _usable(path):
         config = LoraConfig.from_pretrained(str(path.parent))
@@ -253,20 +264,34 @@ def read_config(path: Path) -> Any:
     return config
 
 
+def refuse_diverged(folder: Path) -> None:
+    """Report an adapter that was just saved, of whatever kind, if it holds NaN or infinity.
+
+    Raises:
+        AdapterError: it does; the message names the first such tensor.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return
+    with safe_open(str(folder / WEIGHTS), framework="pt") as handle:
+        for name in handle.keys():  # noqa: SIM118  # no mapping
+            if not is_finite(handle.get_tensor(name)):
+                raise AdapterError(f"{str(folder)!r}: was saved, but its tensor {name!r} holds NaN or infinity: {DIVERGED}")
+
+
 def token_lists(config: Any) -> list[list[int]]:
-    """The tokens that a configuration trains beside LoRA, a list for every layer that has them."""
+    """The tokens that a configuration trains besides LoRA, a list for every layer that has them."""
     indices = config.trainable_token_indices or []
     return list(indices.values()) if isinstance(indices, dict) else [indices]
 
 
 @contextlib.contextmanager
 def _usable(path: Path) -> Iterator[None]:
-    """Say of options of other types than PEFT expects, and of patterns that are none, which file they are in."""
+    """Name the file where options have other types than PEFT expects, or patterns are invalid."""
     try:
         yield
     except AdapterError:
         raise
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError, re.error) as error:
         raise AdapterError(
-            f"{str(path)!r} is no configuration that PEFT {peft_version} can use ({reason(error)}): save the adapter again"
+            f"{str(path)!r} is not a configuration that PEFT {peft_version} can use ({reason(error)}): save the adapter again"
         ) from error

@@ -1,4 +1,4 @@
-"""A saved LoRA adapter that acts on a live model for a while: attached by hooks, part of nothing that is trained or saved."""
+"""A saved LoRA adapter that acts on a live model for a while: attached by hooks, and neither trained nor saved with it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from trl_safety.errors import AdapterError
 class FrozenAdapter:
     """y ← y + s·B·(A·x) in every layer of a saved adapter, while it is attached.
 
-    The factors are no parameters or buffers of the model: no optimizer, `state_dict`, `save_pretrained` or list of active
-    adapters knows of them, so that none of PEFT's ways of treating a second adapter (making it trainable, saving it) applies.
+    The factors are not parameters or buffers of the model: no optimizer, `state_dict`, `save_pretrained` or list of active
+    adapters knows of them, so PEFT never treats them as a second adapter (making it trainable, saving it).
     No dropout acts on them. A 4-bit base stays as it is.
 
     Args:
         model: with or without an adapter of its own.
-        saved: module name → the adapter's factors. They are kept in float32, or in float64 where they are stored so.
+        saved: module name → the adapter's factors. They are kept in float32, or in float64 if they are stored in it.
         setting: how the user named it, for messages.
 
     Attributes:
@@ -53,15 +53,15 @@ class FrozenAdapter:
             factors = saved[name]
             if factors.shape != linear_shape(layer):
                 raise AdapterError(
-                    f"{setting}: its layer {name!r} is {factors.shape[0]} × {factors.shape[1]}, the model's {' × '.join(map(str, linear_shape(layer)))}: it was "
-                    "made for another one"
+                    f"{setting}: its layer {name!r} is {factors.shape[0]} × {factors.shape[1]}, but {' × '.join(map(str, linear_shape(layer)))} in the model: it "
+                    "was made for another one"
                 )
             self._modules[name], self.layers[name] = module, layer
             self._factors[name] = tuple(t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (factors.B, factors.A))  # type: ignore[assignment]
 
     @contextmanager
     def attached(self, gates: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Attach within the block; detached when it ends, however it ends.
+        """Attached within the block, and detached when it ends, however it ends.
 
         Args:
             gates: module → a factor of its update, 0-dimensional, differentiable: at 0 nothing changes, and its gradient is the
@@ -76,7 +76,7 @@ class FrozenAdapter:
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Attached for one training step; after the first, a check that every layer went through the adapter.
+        """Attached for one training step; after the first, checks that the adapter acted in every layer.
 
         Raises:
             AdapterError: see `check_fired`.
@@ -88,7 +88,7 @@ class FrozenAdapter:
             self._checked = True
 
     def check_fired(self) -> None:
-        """Raise where a forward pass went by a layer without the adapter having acted there.
+        """Check that the forward passes bypassed the adapter in no layer.
 
         Raises:
             AdapterError: naming the first such layer.
@@ -107,7 +107,7 @@ class FrozenAdapter:
             x = args[0]
             B, A = self._factors[name]
             if A.device != x.device:
-                # Layers of one model may lie on several devices; each pair of factors moves to its layer once.
+                # Layers of one model may be on several devices; each pair of factors moves to its layer once.
                 B, A = self._factors[name] = B.to(x.device), A.to(x.device)
             self._fired.add(name)
             update = functional.linear(functional.linear(x.to(A.dtype), A) * scaling, B)

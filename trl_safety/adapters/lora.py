@@ -1,4 +1,4 @@
-"""The LoRA factors of a live PEFT model, by module name, with every variant refused whose ΔW is not s·B·A."""
+"""The LoRA factors of a live PEFT model, by module name. Variants whose ΔW is not s·B·A are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from trl_safety.adapters.names import strip_wrappers
-from trl_safety.adapters.shards import is_sharded, placeholders
+from trl_safety.adapters.shards import is_sharded, placeholders, whole
 from trl_safety.errors import AdapterError
 
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
@@ -22,10 +22,10 @@ PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 CONVERTIBLE = ("pissa", "corda", "olora", "lora_ga")
-"""Of those the ones that PEFT turns into plain LoRA when it saves."""
+"""Of those, the ones that PEFT can turn into plain LoRA when it saves."""
 
 DIVERGED = (
-    "the training diverged or ran over in float16; take an earlier checkpoint, or train again in bfloat16 or with a lower learning rate"
+    "the training diverged or overflowed in float16; take an earlier checkpoint, or train again in bfloat16 or with a lower learning rate"
 )
 
 
@@ -111,33 +111,40 @@ def lora_modules(model: nn.Module, adapter: str | None = None) -> list[LoraModul
         raise AdapterError(f"adapter {name!r} wraps no linear layer: check target_modules of its LoraConfig")
     if stray := strays(config, [module.name for module in modules]):
         raise AdapterError(
-            f"layer {stray[0]!r} holds factors of adapter {name!r}, whose target_modules do not name it: they are left from another adapter that was put on "
-            "the same model object; load the model anew"
+            f"layer {stray[0]!r} holds factors of adapter {name!r}, whose target_modules do not name it: they are left over from another adapter on "
+            "the same model object; load the model again"
         )
     return modules
 
 
 def check_finite(modules: Iterable[LoraModule]) -> None:
-    """Refuse a live adapter whose factors are no numbers.
+    """Refuse a live adapter whose factors hold NaN or infinity.
 
-    What other processes hold, or have yet to give to this one, is not looked at here: it is when the saved adapter is read.
+    What other processes hold, or have yet to give to this one, is not checked here, but when the saved adapter is read.
 
     Raises:
         AdapterError: naming the first such tensor.
     """
     if placeholders():
         return
-    factors = [
-        (f"{module.name}.{side}", factor.detach())
-        for module in modules
-        for side, factor in (("lora_A", module.A), ("lora_B", module.B))
-        if not is_sharded(factor) and not factor.is_meta and factor.is_floating_point()
-    ]
-    # One transfer from the accelerator, not one a layer.
-    finite = [torch.isfinite(factor).all() for _, factor in factors]
-    if finite and not bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
-        name = next(name for (name, _), flag in zip(factors, finite, strict=True) if not flag)
-        raise AdapterError(f"tensor {name!r} of the model's adapter holds NaN or infinity, so that the model answers nonsense: {DIVERGED}")
+    if (name := not_finite([module for module in modules if not is_sharded(module.A) and not is_sharded(module.B)])) is not None:
+        raise AdapterError(f"{no_numbers(name)}: {DIVERGED}")
+
+
+@torch.no_grad()
+def not_finite(modules: Iterable[LoraModule]) -> str | None:
+    """The first factor of a live adapter that holds NaN or infinity; None if all are finite. Sharded ones are gathered, one at a time."""
+    factors = ((f"{module.name}.{side}", factor) for module in modules for side, factor in (("lora_A", module.A), ("lora_B", module.B)))
+    flags = [(name, torch.isfinite(whole(factor)).all()) for name, factor in factors if not factor.is_meta and factor.is_floating_point()]
+    # One transfer from the accelerator, not one per layer.
+    if not flags or bool(torch.stack([flag.to(flags[0][1].device) for _, flag in flags]).all()):
+        return None
+    return next(name for name, flag in flags if not flag)
+
+
+def no_numbers(name: str) -> str:
+    """The message for an adapter with a tensor that is not finite."""
+    return f"tensor {name!r} of the model's adapter holds NaN or infinity, so that the model answers nonsense"
 
 
 def strays(config: Any, names: Iterable[str]) -> list[str]:
@@ -167,7 +174,7 @@ def _is_linear(path: str, module: nn.Module) -> bool:
 
 
 def target(config: LoraConfig, modules: Iterable[str]) -> None:
-    """Have a LoraConfig name exactly these modules."""
+    """Make a LoraConfig target exactly these modules."""
     config.target_modules = set(modules)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
@@ -175,7 +182,7 @@ def target(config: LoraConfig, modules: Iterable[str]) -> None:
 def extend_adapter(model: Any, adapter: str, extra: Iterable[str]) -> None:
     """Add layers to a live `PeftModel`'s adapter, which keeps its name and its other layers' factors.
 
-    Whatever was trained besides LoRA factors (`modules_to_save`) would start anew; callers refuse it.
+    Whatever was trained besides LoRA factors (`modules_to_save`) would start from scratch; callers refuse it.
     """
     modules = lora_modules(model, adapter)
     dtype = modules[0].A.dtype
@@ -184,7 +191,7 @@ def extend_adapter(model: Any, adapter: str, extra: Iterable[str]) -> None:
     target(config, [*kept, *extra])
     model.base_model.inject_adapter(model.base_model.model, adapter)
     for module in lora_modules(model, adapter):
-        # PEFT makes new factors of the base model's dtype, which may be narrower than what was trained.
+        # PEFT makes new factors in the base model's dtype, which may be narrower than what was trained.
         module.A.data, module.B.data = module.A.data.to(dtype), module.B.data.to(dtype)
         if module.name in kept:
             B, A, scaling = kept[module.name]
@@ -193,7 +200,7 @@ def extend_adapter(model: Any, adapter: str, extra: Iterable[str]) -> None:
 
 
 def adapter_name(model: nn.Module, adapter: str | None = None) -> str:
-    """The name of the adapter that is meant: the given one, else the only active one.
+    """The name of the adapter to use: the given one, or else the only active one.
 
     Raises:
         AdapterError: the model has no adapter, no adapter of that name, or several active ones.
@@ -251,7 +258,7 @@ def check_config(config: Any) -> None:
         )
     if config.target_parameters:
         raise AdapterError(
-            f"target_parameters = {config.target_parameters!r}: fused expert weights have no alignment subspace here; adapt linear layers by target_modules"
+            f"target_parameters = {config.target_parameters!r}: fused expert weights have no alignment subspace here; adapt linear layers with target_modules"
         )
     if config.layer_replication:
         raise AdapterError(
@@ -260,7 +267,7 @@ def check_config(config: Any) -> None:
 
 
 def not_covered(model: nn.Module, modules: Iterable[LoraModule]) -> list[str]:
-    """Names of the trainable parameters that are no LoRA factor of the given modules: trained, but protected by no method."""
+    """Names of the trainable parameters that are not LoRA factors of the given modules: trained, but protected by no method."""
     factors = {id(parameter) for module in modules for parameter in (module.A, module.B)}
     return sorted(
         strip_wrappers(name)
@@ -276,7 +283,7 @@ def _adapters_of(layer: Any) -> set[str]:
 def _check_layer(path: str, layer: Any, adapter: str) -> None:
     if adapter in layer.lora_embedding_A:
         raise AdapterError(
-            f"layer {path!r} is an embedding: its update is no linear layer's; leave it out of target_modules (modules_to_save trains it whole)"
+            f"layer {path!r} is an embedding: its update is not a linear layer's; leave it out of target_modules (modules_to_save trains it whole)"
         )
     if variant := getattr(layer, "lora_variant", {}).get(adapter):
         raise AdapterError(f"layer {path!r} uses the LoRA variant {type(variant).__name__}, whose update is not s·B·A: use plain LoRA")
@@ -290,7 +297,7 @@ def _check_layer(path: str, layer: Any, adapter: str) -> None:
 
 
 def full_precision(layer: Any) -> Tensor | None:
-    """A layer's weight, dequantised where it is stored quantised; None where PEFT knows no way, or the codes are sharded."""
+    """A layer's weight, dequantised where it is stored quantised; None if PEFT cannot dequantise it, or the codes are sharded."""
     from peft.utils.integrations import dequantize_module_weight
 
     weight = getattr(layer, "weight", None)

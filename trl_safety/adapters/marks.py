@@ -11,16 +11,16 @@ from peft.utils.other import get_pattern_key
 from trl_safety.errors import AdapterError
 
 CORRECTED, KIND = "trl_safety.corrected_by.", "trl_safety.is."
-"""A mark is a key of the adapter's `alpha_pattern`: the name of one of its modules behind a comment of regular expressions, as in
-`(?#trl_safety.corrected_by.NAME)model.layers.0.self_attn.q_proj`, with that module's own alpha. It changes nothing, PEFT has nothing
-to warn of, and carries it through loading, saving and training; a file beside the adapter would be lost at the first of these.
+"""A mark is a key of the adapter's `alpha_pattern`: a regular-expression comment before the name of one of its modules, as in
+`(?#trl_safety.corrected_by.NAME)model.layers.0.self_attn.q_proj`, with that module's own alpha. It changes nothing, and PEFT carries
+it through loading, saving and training without a warning; a file beside the adapter would be lost at the first of these.
 """
 _MARK = re.compile(r"\(\?#(?P<text>trl_safety\.[^)]*)\)|\^(?P<older>trl_safety\..*)")
-"""Version 0.1 wrote `^trl_safety.corrected_by.NAME`, which matches no module, and of which PEFT 0.21.2 warns."""
+"""Version 0.1 wrote `^trl_safety.corrected_by.NAME`, which matches no module, so that PEFT 0.21.2 warns about it."""
 
 KINDS = {
     "buffer": "a BufferLoRA, which makes the model harmful: it is attached while another adapter trains, and never served, merged or corrected",
-    "reinforce": "a ReinforceLoRA, which is merged with a user's adapter (`trl-safety merge-reinforce`) and is none itself",
+    "reinforce": "a ReinforceLoRA, which is merged with a user's adapter (`trl-safety merge-reinforce`) and is not one itself",
 }
 
 
@@ -51,7 +51,7 @@ def _add(config: Any, text: str, modules: Iterable[str]) -> None:
 
 
 def refuse_provider(config: Any, where: str) -> None:
-    """Refuse a provider's buffer or reinforcing LoRA in the place of a user's adapter.
+    """Refuse a provider's buffer or reinforcing LoRA that was given in place of a user's adapter.
 
     Raises:
         AdapterError: naming what it is.
@@ -61,15 +61,15 @@ def refuse_provider(config: Any, where: str) -> None:
 
 
 def refuse_corrected(config: Any, where: str) -> None:
-    """Refuse an adapter that was corrected before: C is not idempotent, so that a second time is another correction.
+    """Refuse an adapter that was corrected before: C is not idempotent, so a second pass would be a different correction.
 
     Raises:
-        AdapterError: naming the method that corrected it, or it is no user's adapter at all.
+        AdapterError: it was corrected (the message names the method), or it is not a user's adapter at all.
     """
     refuse_provider(config, where)
     if found := marks(config):
         raise AdapterError(
-            f"{where} was corrected by {', '.join(found)} already, and a second correction would act on the corrected one: start from the adapter as it "
+            f"{where} was already corrected by {', '.join(found)}, and a second correction would act on the corrected one: start from the adapter as it "
             "was trained (a checkpoint of the run, or the input of `trl-safety correct`)"
         )
 
@@ -77,7 +77,7 @@ def refuse_corrected(config: Any, where: str) -> None:
 def update_config(config: Any, method: str | None, modules: Iterable[str], scalings: Mapping[str, tuple[int, float]]) -> None:
     """Mark an adapter with the method that rewrote it, and write every module's rank and alpha in full where ranks changed.
 
-    PEFT takes the first pattern that matches and sorts them when saving, so that patterns of the user's that a changed rank
+    PEFT takes the first pattern that matches and sorts them when saving, so the user's patterns that a changed rank
     contradicts cannot stay.
 
     Args:
@@ -91,7 +91,7 @@ def update_config(config: Any, method: str | None, modules: Iterable[str], scali
         kept = _texts(config)
         config.rank_pattern = {f"^{name}": rank for name, (rank, _) in scalings.items()}
         alphas = {name: scaling * (rank**0.5 if config.use_rslora else rank) for name, (rank, scaling) in scalings.items()}
-        # Tools that read adapters expect whole numbers where they are whole.
+        # Tools that read adapters expect whole numbers to be written as integers.
         config.alpha_pattern = {f"^{name}": int(alpha) if alpha.is_integer() else alpha for name, alpha in alphas.items()}
         for text in kept:
             _add(config, text, modules)

@@ -1,4 +1,4 @@
-"""Module names under the prefixes that wrappers and model classes put around them.
+"""Match module names across the prefixes that wrappers and model classes add.
 
 The same layer is `model.layers.0.self_attn.q_proj` in a checkpoint, `base_model.model.model.layers.0.self_attn.q_proj` under
 PEFT, `_orig_mod.model.layers…` when compiled, and `model.language_model.layers…` in a vision-language model.
@@ -14,7 +14,7 @@ WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoin
 """Name parts that torch and PEFT add; they never tell two layers apart."""
 
 CONTAINERS = frozenset({"model", "base_model", "language_model", "text_model", "transformer"})
-"""Name parts by which one class or library version nests the same layers differently from another."""
+"""Name parts that differ between classes or library versions that nest the same layers differently."""
 
 
 def strip_wrappers(name: str) -> str:
@@ -28,14 +28,14 @@ def strip_wrappers(name: str) -> str:
 def match(wanted: Iterable[str], available: Iterable[str]) -> dict[str, str | None]:
     """Find each wanted module among the available names.
 
-    An exact name wins; otherwise the one that is equal once the containers' parts are dropped from both. Position never
-    counts.
+    An exact match wins; otherwise the name that is equal once the containers' parts are dropped from both. Position never
+    matters.
 
     Returns:
-        wanted name → available name, or None where there is none.
+        wanted name → available name, or None if nothing matches.
 
     Raises:
-        SubspaceError: a name fits several available ones, or two wanted names fit the same one.
+        SubspaceError: a name matches several available ones, or two wanted names match the same one.
     """
     exact = {strip_wrappers(name): name for name in available}
     loose: dict[str, list[str]] = {}
@@ -48,12 +48,12 @@ def match(wanted: Iterable[str], available: Iterable[str]) -> dict[str, str | No
         candidates = [exact[stripped]] if stripped in exact else loose.get(_core(stripped), [])
         if len(candidates) > 1:
             raise SubspaceError(
-                f"module {name!r} fits several names ({', '.join(sorted(candidates))}): name one of them in full in target_modules"
+                f"module {name!r} matches several names ({', '.join(sorted(candidates))}): name one of them in full in target_modules"
             )
         found[name] = candidates[0] if candidates else None
         if candidates and owner.setdefault(candidates[0], name) != name:
             raise SubspaceError(
-                f"modules {owner[candidates[0]]!r} and {name!r} both fit {candidates[0]!r}: their names differ only in parts "
+                f"modules {owner[candidates[0]]!r} and {name!r} both match {candidates[0]!r}: their names differ only in parts "
                 "that wrappers add; rename one or list it in skip_modules"
             )
     return found

@@ -1,4 +1,4 @@
-"""Gradients of single samples with respect to LoRA factors, out of one batched backward."""
+"""The gradient of every document of a batch with respect to the LoRA factors, from a single backward pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trl_safety.adapters.documents import Documents
 from trl_safety.adapters.lora import LoraModule
 from trl_safety.errors import AdapterError
 
 
 class FlatFactors:
-    """All LoRA factors as one vector of P entries: the place of each, and reading and writing gradients.
+    """All LoRA factors laid out as one vector of P entries.
 
-    The vector is float32 (float64 for float64 factors) on the first factor's device.
+    The vector is float32 (float64 for float64 factors) and lives on the first factor's device.
+
+    Attributes:
+        factors: the name of each factor, its module, and its place in the vector.
+        size: P.
     """
 
     def __init__(self, modules: Sequence[LoraModule]) -> None:
@@ -33,7 +38,7 @@ class FlatFactors:
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor of the vector's dtype and device."""
+        """An empty tensor with the vector's dtype and device."""
         weight = self.factors[0][1].weight
         return weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
 
@@ -48,19 +53,40 @@ class FlatFactors:
             part = flat[place].view(weight.shape).to(weight.device, weight.dtype)
             weight.grad = part.clone() if weight.grad is None else weight.grad.add_(part)
 
+    def with_gradient(self, value: Tensor, flat: Tensor) -> Tensor:
+        """A loss of this value whose backward pass gives the factors a vector (P,) as their gradient."""
+        weights = [linear.weight for _, linear, _ in self.factors]
+        gradients = [flat[place].view(weight.shape).to(weight) for weight, (_, _, place) in zip(weights, self.factors, strict=True)]
+        loss: Tensor = _Given.apply(value, gradients, *weights)  # type: ignore[no-untyped-call]
+        return loss
+
+
+class _Given(torch.autograd.Function):
+    """A value that does not depend on its parameters, and gradients that were computed elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = outer
+        return None, None, *(gradient * scale for gradient in ctx.gradients)
+
 
 class Consumer(Protocol):
-    """Takes the per-sample gradients of one factor."""
+    """Takes the documents' gradients of one factor at a time."""
 
     def take(self, place: slice, gradients: Tensor) -> None:
-        """`gradients` is (samples, entries of the factor), and of no use to anyone afterwards."""
+        """`gradients` is (documents, entries of the factor). It is not used again afterwards."""
 
 
 class Collect:
-    """Keeps the gradients of all samples: (samples, P). For one batch, never for a pool."""
+    """Keeps every gradient: (documents, P). Meant for one batch, never for a pool."""
 
-    def __init__(self, flat: FlatFactors, samples: int) -> None:
-        self.matrix = flat.zeros(samples)
+    def __init__(self, flat: FlatFactors, count: int) -> None:
+        self.matrix = flat.zeros(count)
 
     def take(self, place: slice, gradients: Tensor) -> None:
         """See `Consumer`."""
@@ -68,18 +94,18 @@ class Collect:
 
 
 class Dots:
-    """Keeps inner products with a direction (P,) and squared norms, and no gradient."""
+    """Keeps each gradient's inner product with a direction (P,) and its squared norm, but no gradient."""
 
-    def __init__(self, direction: Tensor, samples: int) -> None:
+    def __init__(self, direction: Tensor, count: int) -> None:
         self._direction = direction
         self._seen: set[int] = set()
-        self.dots = direction.new_zeros(samples)
-        self.squares = direction.new_zeros(samples)
+        self.dots = direction.new_zeros(count)
+        self.squares = direction.new_zeros(count)
 
     def take(self, place: slice, gradients: Tensor) -> None:
         """See `Consumer`."""
         if place.start in self._seen:
-            raise AdapterError("an adapted layer is used twice in one forward pass, so that its references cannot be scored in a stream")
+            raise AdapterError("an adapted layer is used twice in one forward pass, so the references cannot be scored as a stream")
         self._seen.add(place.start)
         gradients = gradients.to(self._direction.device, self._direction.dtype)
         self.dots += gradients @ self._direction[place]
@@ -87,7 +113,7 @@ class Dots:
 
 
 class Total:
-    """Keeps the sum over samples: (P,)."""
+    """Keeps the sum over the documents: (P,)."""
 
     def __init__(self, flat: FlatFactors) -> None:
         self.vector = flat.zeros()
@@ -98,33 +124,37 @@ class Total:
 
 
 @contextmanager
-def per_sample_gradients(flat: FlatFactors, samples: int, consumer: Consumer) -> Iterator[None]:
-    """Within it, a forward and backward give each sample's gradient to `consumer` and leave the factors' `.grad` alone.
+def per_sample_gradients(flat: FlatFactors, documents: Documents, consumer: Consumer) -> Iterator[None]:
+    """Inside this context, a forward and backward pass hands each document's gradient to `consumer` and leaves the factors' `.grad` alone.
 
-    For a linear y = x Wᵀ the gradient of sample i is Σₜ δᵢₜ xᵢₜᵀ: one batched product per factor, in place of the sum that the
-    plain backward computes. Works with both kinds of gradient checkpointing, autocast, dropout (the gradient is that of the
-    mask drawn) and quantised base layers.
+    For a linear y = x Wᵀ, document i contributes Σₜ δₜ xₜᵀ over its own tokens t: one product per document and factor replaces the sum over
+    all tokens that the plain backward computes. This works with both kinds of gradient checkpointing, autocast, dropout (the gradient is
+    that of the mask drawn) and quantised base layers.
+
+    Where a row holds several documents, the result is each document's own gradient only if no document attends to another and no label is
+    predicted from another document's token. The caller sees to both.
 
     Args:
         flat: the factors.
-        samples: rows of the batch.
-        consumer: takes (samples, entries) per factor, in the dtype of the backward pass or float32.
+        documents: where the batch's documents lie.
+        consumer: takes (documents, entries) per factor, in the dtype of the backward pass or float32.
 
     Raises:
-        AdapterError: a layer's input has no sample dimension, or, on leaving, a factor had no gradient: a fused kernel
-            bypassed it, say.
+        AdapterError: a layer's input no longer has the batch's rows and tokens, or, on leaving, a factor had no gradient, for example
+            because a fused kernel bypassed it.
     """
     used: set[int] = set()
 
     def record(place: slice, name: str) -> Callable[[Tensor, Tensor], None]:
         def consume(x: Tensor, delta: Tensor) -> None:
-            if x.ndim != 3 or x.shape[0] != samples:
+            if not documents.fit(x):
                 raise AdapterError(
-                    f"layer {name!r} sees an input of shape {tuple(x.shape)}, in which the {samples} samples of the batch cannot be told apart "
-                    "(mixture-of-experts and packed rows flatten them): leave it out of target_modules, and turn packing off"
+                    f"layer {name!r} sees an input of shape {tuple(x.shape)}, in which the {documents.count} samples of the batch cannot be told apart "
+                    "(mixture-of-experts layers reorder the tokens): leave the layer out of target_modules"
                 )
             used.add(place.start)
-            consumer.take(place, torch.bmm(delta.mT, x.to(delta.dtype)).flatten(1).to(torch.promote_types(delta.dtype, torch.float32)))
+            products = documents.products(delta, x.to(delta.dtype)).flatten(1)
+            consumer.take(place, products.to(torch.promote_types(delta.dtype, torch.float32)))
 
         return consume
 
@@ -140,8 +170,8 @@ def per_sample_gradients(flat: FlatFactors, samples: int, consumer: Consumer) ->
     unused = [name for name, _, place in flat.factors if place.start not in used]
     if unused:
         raise AdapterError(
-            f"{len(unused)} of {len(flat.factors)} LoRA factors had no gradient in the backward pass, {unused[0]!r} first: a fused kernel "
-            "(lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel) bypasses them, or the layer is not used; turn the kernel off or leave the layer out of "
+            f"{len(unused)} of {len(flat.factors)} LoRA factors got no gradient from the backward pass, {unused[0]!r} among them: a fused kernel "
+            "(lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel) bypasses the layer, or the model does not use it; turn the kernel off or leave the layer out of "
             "target_modules"
         )
 
@@ -150,20 +180,22 @@ def _recording(linear: nn.Linear, consume: Callable[[Tensor, Tensor], None]) -> 
     def forward(x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return functional.linear(x, linear.weight)
-        result: Tensor = _Record.apply(x, linear.weight, consume)  # type: ignore[no-untyped-call]
+        # Engines watch for the weight's own gradient, which there is none of: an empty leaf stands in for it.
+        leaf = linear.weight.new_empty(0, requires_grad=True)
+        result: Tensor = _Record.apply(x, linear.weight.detach(), leaf, consume)  # type: ignore[no-untyped-call]
         return result
 
     return forward
 
 
 class _Record(torch.autograd.Function):
-    """x Wᵀ whose backward hands (x, δ) over instead of computing the weight's gradient.
+    """x Wᵀ, whose backward hands over (x, δ) instead of computing the weight's gradient.
 
-    What it saves goes through `save_for_backward`, so that checkpointing and offloading work as for any operation.
+    It saves its tensors with `save_for_backward`, so checkpointing and offloading treat it like any other operation.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, consume: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, leaf: Tensor, consume: Callable[[Tensor, Tensor], None]) -> Tensor:
         device = x.device.type
         ctx.dtype = x.dtype
         if torch.is_autocast_enabled(device):
@@ -174,9 +206,9 @@ class _Record(torch.autograd.Function):
             return functional.linear(x, weight.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         (delta,) = gradients
         x, weight = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
             ctx.consume(x, delta)
-            return (delta @ weight.to(delta.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None
+            return (delta @ weight.to(delta.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None, None

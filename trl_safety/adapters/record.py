@@ -1,7 +1,7 @@
 """What an adapter is and whose model it was trained on: the provider's buffer and reinforcing LoRAs carry a record of both.
 
-The kind stands twice: as `safety_adapter.json` beside the weights, and as a key in the adapter's `alpha_pattern`, which stays
-where the file is lost (a checkpoint, a copy, a plain PEFT save).
+The kind is recorded twice: in `safety_adapter.json` beside the weights, and as a key in the adapter's `alpha_pattern`, which
+survives where the file is lost (a checkpoint, a copy, a plain PEFT save).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trl_safety.version import __version__
 RECORD = "safety_adapter.json"
 SCHEMA_VERSION = 1
 LAYERS_COMPARED = 8
-"""Of a stored checkpoint, which is read layer by layer; a loaded model is compared in all of them."""
+"""How many layers of a stored checkpoint, which is read layer by layer; a loaded model is compared in all of them."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class AdapterRecord:
         kind: "buffer", "reinforce" or "user".
         base_model: name of the model that it was trained on.
         quantised: whether that model was loaded quantised, so that the samples are those of rounded weights.
-        samples: module → 256 entries of the frozen weight, by which the model is recognised; empty where it was taken in without its
-            model, so that nothing can be compared.
+        samples: module → 256 entries of the frozen weight, by which the model is recognised; empty if the adapter was adopted
+            without its model, so that nothing can be compared.
     """
 
     kind: str
@@ -64,7 +64,7 @@ class AdapterRecord:
 
     @classmethod
     def of_layers(cls, kind: str, base_model: str | None, layers: Mapping[str, Any]) -> AdapterRecord:
-        """Of a loaded model's linear layers, by module name."""
+        """The record of a loaded model's linear layers, by module name."""
         samples, quantised = _entries(layers)
         return cls(kind, base_model, quantised, samples)
 
@@ -74,7 +74,7 @@ class AdapterRecord:
         return json.dumps(facts, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Write the record beside an adapter. Raises `AdapterError` where the folder refuses."""
+        """Write the record beside an adapter. Raises `AdapterError` if the folder cannot be written to."""
         with replacing(folder / RECORD, error=AdapterError, setting="output folder") as temporary:
             temporary.write_text(self.text(), encoding="utf-8")
 
@@ -88,8 +88,8 @@ class AdapterRecord:
         path = folder / RECORD
         if not path.is_file():
             raise AdapterError(
-                f"{str(folder)!r} has no {RECORD}, which says whose model the adapter is for: make buffers with `trl-safety buffer` and "
-                "reinforcing LoRAs with `trl-safety reinforce`, and keep their files together; take in what others trained with `trl-safety adopt`"
+                f"{str(folder)!r} has no {RECORD}, which says what model the adapter is for: make buffers with `trl-safety buffer` and "
+                "reinforcing LoRAs with `trl-safety reinforce`, and keep their files together; adopt adapters trained elsewhere with `trl-safety adopt`"
             )
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -138,24 +138,24 @@ class AdapterRecord:
         if not self.samples:
             return self._check({}, False, setting, folder)
         checkpoint = Checkpoint(folder, quantised=True)
-        # At random: every so many layers would be the same kind of layer again and again.
+        # At random: every n-th layer would be the same kind of layer again and again.
         names = random.Random(0).sample(list(self.samples), min(LAYERS_COMPARED, len(self.samples)))  # noqa: S311  # no secret here
         found = {name: to for name, to in match(names, checkpoint.modules).items() if to is not None}
         read = {name: checkpoint.weight(to) for name, to in found.items()}
         entries = {name: sample(weight).float() for name, (weight, _) in read.items() if weight is not None}
         if found and not entries:
-            raise CheckpointError(f"{folder!r} is stored quantised in a format that is not read: name the full-precision checkpoint")
+            raise CheckpointError(f"{folder!r} is stored quantised in a format that cannot be read: name the full-precision checkpoint")
         return self._check(entries, any(quantised for _, quantised in read.values()), setting, folder)
 
     def _check(self, entries: Mapping[str, Tensor], quantised: bool, setting: str, whose: str) -> str:
         if not self.samples:
-            return f"{NOT_VERIFIED}: {setting} was taken in without its model ({self.base_model or 'of no name'}), so that {whose} was compared with nothing"
+            return f"{NOT_VERIFIED}: {setting} was adopted without its model ({self.base_model or 'unnamed'}), so {whose} was not compared with anything"
         if not entries:
             raise AdapterError(f"{setting}: none of its layers is in {whose}: it was trained on {self.base_model!r}, another kind of model")
         rounded = quantised or self.quantised
         limit = QUANTISED_DIFFERENCE if rounded else FULL_PRECISION_DIFFERENCE
         for name, found in entries.items():
-            # Not with `not <=` turned round: a NaN is a difference, too.
+            # Not `>`: a NaN must count as a difference, too.
             if not (apart := _distance(found, self.samples[name])) <= limit:
                 raise AdapterError(
                     f"{setting}: was trained on {self.base_model!r}, whose layer {name!r} differs from that of {whose} by {apart:.1%}: use the adapter that was "
@@ -170,7 +170,7 @@ def open_kind(source: str | Path, kind: str, setting: str) -> tuple[AdapterFolde
 
     Args:
         source: a folder, or a Hub id.
-        kind: what it has to be.
+        kind: the kind that it has to be.
         setting: how the user named it.
 
     Raises:
@@ -184,14 +184,12 @@ def open_kind(source: str | Path, kind: str, setting: str) -> tuple[AdapterFolde
         raise AdapterError(f"{setting} = {str(source)!r}: is a {record.kind} adapter (marked {marked}), not a {kind} one: {REMEDY[kind]}")
     refuse_unusable(adapter, f"{setting} = {str(source)!r}")
     if record.samples and (missing := [name for name in adapter.factors if name not in record.samples]):
-        raise AdapterError(
-            f"{setting} = {str(source)!r}: its record knows nothing of layer {missing[0]!r}: the files do not belong together"
-        )
+        raise AdapterError(f"{setting} = {str(source)!r}: its record does not know layer {missing[0]!r}: the files do not belong together")
     return adapter, record
 
 
 def refuse_unusable(adapter: AdapterFolder, setting: str) -> None:
-    """Refuse what is no provider's adapter, whatever its kind.
+    """Refuse what cannot be a provider's adapter of any kind.
 
     Raises:
         AdapterError: it holds more than LoRA factors, or does nothing.
@@ -204,8 +202,8 @@ def refuse_unusable(adapter: AdapterFolder, setting: str) -> None:
 
 
 REMEDY = {
-    "buffer": "make one with `trl-safety buffer`, or take one in with `trl-safety adopt --as buffer`",
-    "reinforce": "make one with `trl-safety reinforce`, or take one in with `trl-safety adopt --as reinforce`",
+    "buffer": "make one with `trl-safety buffer`, or adopt one with `trl-safety adopt --as buffer`",
+    "reinforce": "make one with `trl-safety reinforce`, or adopt one with `trl-safety adopt --as reinforce`",
 }
 
 

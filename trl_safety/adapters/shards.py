@@ -1,4 +1,4 @@
-"""Parameters that an engine spreads over processes (FSDP2's `DTensor`), read and written whole, one at a time."""
+"""Parameters that an engine shards over processes (FSDP2's `DTensor`), read and written whole, one at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a process holds a part of the tensor alone."""
+    """Whether a process holds only a part of the tensor."""
     if not torch.distributed.is_available() or type(tensor) in (Tensor, nn.Parameter):
         return False
     from torch.distributed.tensor import DTensor
@@ -18,7 +18,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether any parameter of a model is."""
+    """Whether any of a model's parameters is sharded."""
     return any(is_sharded(parameter) for parameter in model.parameters())
 
 
@@ -26,8 +26,8 @@ CHECKED_ELSEWHERE = "checked by the process that loaded the weights"
 
 
 def placeholders() -> bool:
-    """Whether this process's base weights are no weights yet: with FSDP's `cpu_ram_efficient_loading` one process loads them, and the
-    others get theirs when the model is sharded. That one checks them for all.
+    """Whether this process's base weights are not loaded yet: with FSDP's `cpu_ram_efficient_loading` one process loads them, and the
+    others get theirs when the model is sharded. The one that loads them checks them for all.
     """
     switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
     return all(os.environ.get(switch, "").lower() == "true" for switch in switches) and int(os.environ.get("LOCAL_RANK") or 0) != 0
@@ -36,7 +36,7 @@ def placeholders() -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, gathered where it is sharded; every process must call this, in the same order.
 
-    Differentiable: each process is taken to use the same function of the whole tensor, and its part of the gradient is the part
+    Differentiable: each process is assumed to use the same function of the whole tensor, and its part of the gradient is the part
     of that function's gradient. It is not summed over processes.
     """
     if not is_sharded(tensor):
@@ -46,7 +46,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def settle(model: nn.Module) -> None:
-    """Have every module hold its own part again: FSDP leaves the outermost one's parameters gathered after an evaluation, and what
+    """Make every module hold its own part again: FSDP leaves the outermost one's parameters gathered after an evaluation, and what
     is written into a gathered copy is lost.
     """
     if not sharded(model):
@@ -65,7 +65,7 @@ def put(parameter: Tensor, value: Tensor, *, source: int | None = None) -> None:
     Args:
         parameter: sharded or not.
         value: the same on every process; or, with a source, of the same shape.
-        source: whose value is sent to all where the parameter is sharded; by default each process takes its part of its own.
+        source: the rank whose value is sent to all if the parameter is sharded; by default each process takes its part from its own.
     """
     if not is_sharded(parameter):
         parameter.copy_(value)

@@ -1,4 +1,4 @@
-"""Commands that look at saved adapters."""
+"""Commands that examine saved adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def verify(adapter: Adapter) -> None:
         print_report(report)
         idle = [method.name for method in report.methods if not method.acted]
         which = f"protected, but not by {' and '.join(idle)}," if idle else "protected,"
-        typer.secho(f"{adapter}: {which} and as its report describes it", fg="yellow" if idle else "green")
+        typer.secho(f"{adapter}: {which} and it matches its report", fg="yellow" if idle else "green")
 
 
 @app.command()
@@ -32,11 +32,11 @@ def inspect(
     ] = None,
     selection: Annotated[bool, typer.Option("--selection", help="List the samples that were dropped most often.")] = False,
     top: Annotated[int, typer.Option(min=1, help="With --selection: how many samples.")] = 20,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot (PNG).")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the numbers (JSON).")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute; a GPU when there is one.")] = None,
 ) -> None:
-    """Show what an adapter changed in every layer, seen from the alignment subspace; or which samples were dropped."""
+    """Compare what an adapter changed in every layer with the alignment subspace; or list the samples that were dropped."""
     with errors():
         from trl_safety.errors import ConfigurationError
 
@@ -45,7 +45,7 @@ def inspect(
 
             unused = [name for name, value in (("--subspace", subspace), ("--plot", plot), ("--device", device)) if value]
             if unused:
-                raise ConfigurationError(f"{unused[0]}: has no use with --selection; remove it")
+                raise ConfigurationError(f"{unused[0]}: has no effect with --selection; remove it")
             rows = read_selection(adapter)
             print_selection(rows, top)
             if json:

@@ -12,12 +12,12 @@ from trl_safety.cli.base import app, errors
 
 @app.command()
 def adopt(
-    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a LoRA adapter that somebody else trained.", show_default=False)],
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a LoRA adapter that someone else trained.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the adapter with its record.", show_default=False)],
     kind: Annotated[str, typer.Option("--as", help="What it is: buffer or reinforce.", show_default=False)],
-    model: Annotated[str | None, typer.Option(help="The model that it was trained on, by which later uses are checked.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model it was trained on; later uses are checked against it.")] = None,
 ) -> None:
-    """Take in a buffer or a ReinforceLoRA that somebody else trained. It is copied, never changed."""
+    """Adopt a buffer or a ReinforceLoRA that someone else trained. It is copied, never changed."""
     with errors():
         from trl_safety.adapters.adopt import adopt as take_in
 

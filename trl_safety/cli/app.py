@@ -1,4 +1,4 @@
-"""The command line: every module of commands, and the rooms that methods have here."""
+"""The command line: collects the commands of every module in this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application, and what its commands share. Everything heavy is imported by the command that needs it."""
+"""The application, and what its commands share. A command imports heavy packages itself, when it needs them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Subspace = Annotated[
     str, typer.Option("--subspace", "-s", help="Subspace file from `trl-safety subspace`, or a Hub id.", show_default=False)
 ]
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""Of commands that hand their arguments to TRL's own parser."""
+"""Context settings of commands that pass their arguments to TRL's parser."""
 
 
 @contextmanager
@@ -30,8 +30,8 @@ def errors() -> Iterator[None]:
     """Print our own errors as a line or two; anything else keeps its traceback."""
     from trl_safety.errors import SafetyError
 
-    # PEFT imports bitsandbytes, which says on some processors that a kernel for 4-bit layers could not be fetched: a matter of speed,
-    # and of no command that loads no such layer.
+    # PEFT imports bitsandbytes, which warns on some processors that it could not fetch a kernel for 4-bit layers. That affects only
+    # speed, and only commands that load such layers.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         yield

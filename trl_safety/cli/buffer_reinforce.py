@@ -34,11 +34,11 @@ def merge_reinforce(
     user: Annotated[Path, typer.Argument(help="Folder of the user's adapter, without the merge.", show_default=False)],
     reinforce: Annotated[str, typer.Argument(help="A ReinforceLoRA from `trl-safety reinforce`: folder or Hub id.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the merged adapter.", show_default=False)],
-    alpha: Annotated[float, typer.Option(help="Share of REINFORCE's part in the user's directions to remove.")] = 0.1,
+    alpha: Annotated[float, typer.Option(help="How much of REINFORCE's part in the user's directions to remove.")] = 0.1,
     user_weight: Annotated[float, typer.Option(help="Weight of the user's update.")] = 0.5,
     reinforce_weight: Annotated[float, typer.Option(help="Weight of REINFORCE's update.")] = 0.5,
-    rank: Annotated[int | None, typer.Option(help="Cut the merged adapter back to this rank.")] = None,
-    collapse_threshold: Annotated[float, typer.Option(help="Share of energy below which a direction of USER does not count.")] = 0.01,
+    rank: Annotated[int | None, typer.Option(help="Truncate the merged adapter to this rank.")] = None,
+    collapse_threshold: Annotated[float, typer.Option(help="Share of energy below which a direction of USER is ignored.")] = 0.01,
     device: Annotated[str | None, typer.Option(help="Where to compute; a GPU when there is one.")] = None,
 ) -> None:
     """Merge a user's adapter with a ReinforceLoRA by QR into one ordinary adapter. No model is loaded."""

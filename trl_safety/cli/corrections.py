@@ -1,6 +1,6 @@
 """Commands that correct saved adapters."""
 
-# The signatures are evaluated when the commands are made: annotations are no strings here.
+# The signatures are evaluated when the commands are built, so annotations must not be strings here.
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ def correct(
     subspace: Annotated[
         str | None, typer.Option("--subspace", "-s", help="Subspace file from `trl-safety subspace`, or a Hub id.", show_default=False)
     ] = None,
-    skip_modules: Annotated[str | None, typer.Option(help="Layers to leave alone, by ending, comma-separated.")] = None,
+    skip_modules: Annotated[str | None, typer.Option(help="Layers to leave alone: comma-separated name endings.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute; a GPU when there is one.")] = None,
     **options: Any,
 ) -> None:
@@ -53,24 +53,24 @@ def correct(
 def sweep(
     adapter: Adapter,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="New folder for table, pictures and the chosen adapter.", show_default=False)
+        Path, typer.Option("--output", "-o", help="New folder for the table, the plots and the chosen adapter.", show_default=False)
     ],
     method: Annotated[str, typer.Option(help=f"One of: {', '.join(corrections())}.", show_default=False)],
-    grid: Annotated[list[str], typer.Option(help="OPTION=V1,V2,… of the method; several make a product.", show_default=False)],
-    harmful: Annotated[Path, typer.Option(help="JSON lines with `prompt`: complied with or refused?", show_default=False)],
+    grid: Annotated[list[str], typer.Option(help="OPTION=V1,V2,… of the method; repeat it to try all combinations.", show_default=False)],
+    harmful: Annotated[Path, typer.Option(help="JSON lines with `prompt`, which the model should refuse.", show_default=False)],
     model: Annotated[str | None, typer.Option(help="The aligned model.  [default: the adapter's base]")] = None,
-    benign: Annotated[Path | None, typer.Option(help="JSON lines with `prompt`: refused without need?")] = None,
-    task: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` and `answer`: right?")] = None,
+    benign: Annotated[Path | None, typer.Option(help="JSON lines with `prompt`, which the model should answer.")] = None,
+    task: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` and the right `answer`.")] = None,
     subspace: Annotated[str | None, typer.Option("--subspace", "-s", help="Subspace file or Hub id, for the corrections.")] = None,
     reinforce: Annotated[str | None, typer.Option(help="ReinforceLoRA, for a merge with one.")] = None,
     judge: Annotated[str, typer.Option(help="keywords, or one of `eval`'s.")] = "keywords",
     max_attack_success: Annotated[float | None, typer.Option(min=0, max=1, help="Choose a setting with at most this attack rate.")] = None,
-    max_utility_loss: Annotated[float | None, typer.Option(min=0, max=1, help="And with at most this loss of the task.")] = None,
+    max_utility_loss: Annotated[float | None, typer.Option(min=0, max=1, help="And with at most this loss in the task.")] = None,
     controls: Annotated[bool, typer.Option(help="Also score the adapter shrunk to each point's norm.")] = True,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Length of completions.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per completion.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
     revision: Annotated[
-        str | None, typer.Option(help="Hub revision of the model.  [default: the one that the adapter names of its base]")
+        str | None, typer.Option(help="Hub revision of the model.  [default: the one that the adapter names for its base]")
     ] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the model in NF4.")] = False,
 ) -> None:
@@ -116,7 +116,7 @@ def sweep(
             if error.found.points:
                 write_results(error.found, output)
                 print_sweep(error.found)
-            typer.echo(f"{output}: what was found is written; the completions that were not judged are in completions.jsonl")
+            typer.echo(f"{output}: the results so far are written; the completions without a verdict are in completions.jsonl")
             raise
         write_results(found, output)
         print_sweep(found)

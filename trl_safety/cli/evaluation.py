@@ -39,6 +39,8 @@ def evaluate(
     revision: Annotated[
         str | None, typer.Option(help="Hub revision of MODEL.  [default: the one that the adapter names of its base]")
     ] = None,
+    baseline_revision: Annotated[str | None, typer.Option(help="Hub revision of a --baseline that is another model.")] = None,
+    grader_revision: Annotated[str | None, typer.Option(help="Hub revision of the --grader.")] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the model in NF4.")] = False,
 ) -> None:
     """Ask prompts, judge the completions, and say with intervals what is refused, complied with and right; before and after."""
@@ -55,6 +57,13 @@ def evaluate(
         sets = read_sets(harmful=harmful, benign=benign, task=task)
         refuse_full(output, error=ConfigurationError, setting="output")
         judges = [make_judge(text) for text in judge or ["keywords"]]
+        other = baseline is not None and baseline != evaluating.ALIGNED and not (Path(baseline) / CONFIG).is_file()
+        if baseline_revision is not None and not other:
+            raise ConfigurationError(
+                f"--baseline-revision = {baseline_revision!r}: is of a --baseline that is another model, and --baseline = {baseline!r} is none; leave it out"
+            )
+        if grader_revision is not None and grader is None:
+            raise ConfigurationError(f"--grader-revision = {grader_revision!r}: there is no --grader; leave it out")
         for option, value in (("--grader", grader), ("--limit", limit)):
             if value is not None and not (inspect or (lm_eval and option == "--limit")):
                 raise ConfigurationError(
@@ -66,7 +75,7 @@ def evaluate(
             from trl_safety.evaluation.inspecting import run_inspect
 
             def by_inspect() -> dict[str, dict[str, float]]:
-                asked = load_model(grader, None) if grader else None
+                asked = load_model(grader, None, revision=grader_revision) if grader else None
                 return run_inspect(
                     model, tokenizer, inspect or [], log_dir=output / "inspect", limit=limit, batch_size=batch_size, grader=asked
                 )
@@ -83,13 +92,24 @@ def evaluate(
             "output": output,
         }
         before: Any = baseline
-        if baseline is not None and baseline != evaluating.ALIGNED and not (Path(baseline) / CONFIG).is_file():
+        if baseline is not None and other:
+            name = f"{baseline}@{baseline_revision}" if baseline_revision else baseline
             # Asked before the model is loaded: never two models in memory.
-            before = evaluating.evaluate_one(*load_model(baseline, None, load_in_4bit=load_in_4bit), sets, judges, name=baseline, **options)
+            before = evaluating.evaluate_one(
+                *load_model(baseline, None, load_in_4bit=load_in_4bit, revision=baseline_revision), sets, judges, name=name, **options
+            )
         loaded, tokenizer = load_model(model, adapter, load_in_4bit=load_in_4bit, revision=revision)
         try:
             evaluation, _ = evaluating.evaluate(
-                loaded, tokenizer, sets, judges, name=model, adapter=str(adapter) if adapter else None, baseline=before, **options
+                loaded,
+                tokenizer,
+                sets,
+                judges,
+                name=f"{model}@{revision}" if revision else model,
+                adapter=str(adapter) if adapter else None,
+                baseline=before,
+                grader=f"{grader}@{grader_revision}" if grader_revision else grader,
+                **options,
             )
         except UnfinishedError as error:
             if error.found is not None:

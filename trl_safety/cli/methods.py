@@ -1,4 +1,4 @@
-"""`trl-safety methods`: what there is, what each needs, and what it costs."""
+"""`trl-safety methods`: every method, what it needs, and what it costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trl_safety.cli.base import app, errors
 
 @app.command()
 def methods() -> None:
-    """List every method, also of installed packages: when it acts, what it needs, what it costs, its paper."""
+    """List every method, including those of installed packages: when it acts, what it needs, what it costs, its paper."""
     from rich.console import Console
     from rich.table import Table
 

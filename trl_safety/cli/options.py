@@ -1,4 +1,4 @@
-"""Command-line options made from the options classes, so that no option of a method is written twice."""
+"""Command-line options built from the options classes, so that no option of a method is written twice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl_safety.errors import ConfigurationError
 
 
 def corrections() -> dict[str, type[CorrectionConfig]]:
-    """Name → options of every correction that can be imported; asked for by name, a broken one says what is wrong with it."""
+    """Name → options of every correction that can be imported; a broken one gives its error when requested by name."""
     found = {}
     for name in known_methods():
         try:
@@ -30,7 +30,7 @@ def corrections() -> dict[str, type[CorrectionConfig]]:
 
 
 def with_correction_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for every field of every correction, None where it was not given, in its `**options`."""
+    """Add an option for every field of every correction to a command's `**options`; it is None if it was not given."""
     fields: dict[str, list[tuple[str, FieldInfo]]] = {}
     for method, options in corrections().items():
         for name, field in options.model_fields.items():

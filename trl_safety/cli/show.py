@@ -35,7 +35,7 @@ def print_report(report: SafetyReport) -> None:
 
 
 def print_base_check(text: str) -> None:
-    """What was verified of the base model."""
+    """What was verified about the base model."""
     from trl_safety.adapters.fingerprint import NOT_VERIFIED
 
     typer.secho(f"base model: {text}", fg="yellow" if text.startswith(NOT_VERIFIED) else None)
@@ -56,7 +56,13 @@ def print_selection(rows: list[Dropped], top: int) -> None:
     table.add_column("text", overflow="fold", ratio=1)
     for row in rows[:top]:
         text = row.text if row.text is not None else "(not kept: look it up in the data set)"
-        table.add_row(str(row.row), f"{row.dropped} of {row.seen}", f"{row.mean_loss:.3f}", f"{row.mean_cosine:+.3f}", Text(text))
+        table.add_row(
+            f"{row.row}.{row.part}" if row.part else str(row.row),
+            f"{row.dropped} of {row.seen}",
+            f"{row.mean_loss:.3f}",
+            f"{row.mean_cosine:+.3f}",
+            Text(text),
+        )
     Console().print(table)
 
 
@@ -108,7 +114,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for pair in evaluation.agreement:
         typer.echo(f"{pair.first} and {pair.second} agree on {pair.equal:.1%} of the harmful prompts' completions (kappa {pair.kappa:.2f})")
     if evaluation.after.judge.startswith("keywords"):
-        typer.echo("judged by phrases of refusal, the weakest judge there is: it knows no harm")
+        typer.echo("judged by refusal phrases, the weakest judge there is: it does not recognise harm")
 
 
 def print_sweep(found: Sweep) -> None:

@@ -1,4 +1,4 @@
-"""Commands that train, or look at training data."""
+"""Commands that train, or examine training data."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def safety_gradient(
         str,
         typer.Option("--direction", "-d", help="A LoRA adapter trained for safety, or a subspace file with a rank.", show_default=False),
     ],
-    buffer: Annotated[str | None, typer.Option(help="A BufferLoRA: also score beside it.")] = None,
+    buffer: Annotated[str | None, typer.Option(help="A BufferLoRA, to add the scores with it attached.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Rows to use, from the first.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Maximum tokens per row.")] = 512,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the model in NF4.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot (PNG).")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the numbers (JSON).")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute; a GPU when there is one.")] = None,
 ) -> None:
@@ -62,15 +62,37 @@ def safety_gradient(
 
 @app.command()
 def lab(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pair, results.json and results.png.")] = Path(
-        "lab_results"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="Fine-tuning runs of every method.")] = 3,
-    seed: Annotated[int, typer.Option(help="The first seed; it also decides the language.")] = 0,
-    innocent_base: Annotated[bool, typer.Option("--innocent-base", help="A base model that has never seen a forbidden topic.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the pairs, the finished rows, results.json and results.png.")
+    ] = Path("lab_results"),
+    pairs: Annotated[int, typer.Option(min=1, help="Base/aligned pairs. A claim needs several.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Fine-tuning runs per method and pair.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the first pair and of the first fine-tuning.")] = 0,
+    innocent_base: Annotated[bool, typer.Option("--innocent-base", help="Use base models that have never seen a forbidden topic.")] = False,
+    both_bases: Annotated[bool, typer.Option("--both-bases", help="Use pairs of both kinds of base.")] = False,
+    methods: Annotated[list[str] | None, typer.Option("--methods", help="Only these rows; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Every method at one strength, without the controls that are trained.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
 ) -> None:
-    """Make a tiny aligned model, fine-tune it on poisoned data with every method, and show what each kept and cost."""
-    with errors():
-        from trl_safety.lab.experiment import run
+    """Make tiny aligned models, fine-tune them on poisoned data with every method, and show what each kept and cost.
 
-        run(output, seeds=seeds, first_seed=seed, innocent=innocent_base)
+    Finished rows are kept in the folder: an interrupted run continues, and the same command with more pairs adds to it.
+    """
+    with errors():
+        from trl_safety.errors import ConfigurationError
+        from trl_safety.lab.experiment import run
+        from trl_safety.lab.rows import GROUPS
+        from trl_safety.lab.settings import FULL, QUICK
+
+        if unknown := sorted(set(methods or ()) - set(GROUPS)):
+            raise ConfigurationError(f"methods = {unknown[0]!r}: the lab's rows are {', '.join(GROUPS)}")
+        run(
+            output,
+            pairs=pairs,
+            seeds=seeds,
+            first=seed,
+            bases=(False, True) if both_bases else (innocent_base,),
+            methods=methods or tuple(GROUPS),
+            settings=QUICK if quick else FULL,
+            workers=workers,
+        )

@@ -1,6 +1,6 @@
-"""Every option of every method, once.
+"""Every option of every method, defined once.
 
-`SafeSFTConfig`, the CLI and the Axolotl plugin read these classes; nothing else defines an option. All of them forbid unknown keys and
+`SafeSFTConfig`, the CLI and the Axolotl plugin read these classes; nothing else defines an option. All of them reject unknown keys and
 non-finite numbers.
 """
 
@@ -15,6 +15,7 @@ from trl_safety.config.dual_select import DualSelectConfig
 from trl_safety.config.evaluation import SafetyEvalConfig
 from trl_safety.config.options import validate
 from trl_safety.config.safe_lora import SafeLoraConfig
+from trl_safety.config.signed_vector import ServedVectorConfig, SignedVectorConfig
 from trl_safety.config.subspace import SubspaceConfig
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "SafeLoraConfig",
     "SafetyConfig",
     "SafetyEvalConfig",
+    "ServedVectorConfig",
+    "SignedVectorConfig",
     "SubspaceConfig",
     "validate",
 ]

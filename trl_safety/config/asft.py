@@ -20,18 +20,18 @@ class AsftConfig(MethodOptions):
     stage: ClassVar[Stage] = "loss"
     needs: ClassVar[str] = "an alignment subspace"
     requirements: ClassVar[tuple[Requirement, ...]] = (PLUGIN_TRAINER,)
-    curves: ClassVar[Mapping[str, str]] = {"asft_penalty": "the update outside the subspace, squared, before its weight"}
+    curves: ClassVar[Mapping[str, str]] = {"asft_penalty": "squared norm of the update outside the subspace, before the weight λ"}
     shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
     costs: ClassVar[str] = "a few per cent of a step, and the subspace's factors on the device"
 
     weight: Annotated[float, Field(ge=0)] = 1.0
-    """λ. The paper found 0.1 to 10 to work. 0 measures and logs the penalty and protects nothing."""
+    """λ. The paper found 0.1 to 10 to work. 0 measures and logs the penalty, without protection."""
     operator: Operator = "scaled"
-    """How the alignment subspace acts, see `safe_lora.operator`."""
+    """How the alignment subspace acts; see `safe_lora.operator`."""
     scaled: bool = False
     """Penalise ΔW = s·B·A with PEFT's scaling s; false is the authors' ΔW = B·A."""
     paper_lambda: bool = False
-    """Count λ once per micro-batch as the authors' code does, so that it grows with gradient accumulation."""
+    """Apply λ once per micro-batch, as the authors' code does, so that the penalty grows with gradient accumulation."""
 
     @property
     def subspace_use(self) -> Literal["reads", "names", "none"]:

@@ -25,7 +25,7 @@ from trl_safety.config.requirements import (
 
 
 class _MergeOptions(Options):
-    """The numbers of the merge: w_U·W_U + w_R·(I − αQQᵀ)·W_R."""
+    """The parameters of the merge w_U·W_U + w_R·(I − αQQᵀ)·W_R."""
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.1
     """α: how much of the ReinforceLoRA's part in the user's output directions is removed."""
@@ -34,13 +34,13 @@ class _MergeOptions(Options):
     reinforce_weight: Annotated[float, Field(gt=0)] = 0.5
     """w_R: weight of the orthogonalised ReinforceLoRA in the merged adapter."""
     rank: Annotated[int, Field(ge=1)] | None = None
-    """Cut the merged adapter, of the sum of both ranks, back to this; the report has the energy lost."""
+    """Truncate the merged adapter, whose rank is the sum of both, to this rank; the report gives the energy lost."""
     collapse_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """τ: eigenvalues of AAᵀ of the user's A that are at most τ times the largest do not count as the user's directions (rank collapse)."""
+    """τ: eigenvalues of the user's AAᵀ that are at most τ times the largest do not count as the user's directions (rank collapse)."""
 
 
 class ReinforceMergeConfig(_MergeOptions, CorrectionConfig):
-    """How a user's adapter and a ReinforceLoRA become one: w_U·W_U + w_R·(I − αQQᵀ)·W_R."""
+    """How a user's adapter and a ReinforceLoRA are merged: w_U·W_U + w_R·(I − αQQᵀ)·W_R."""
 
     hook: ClassVar[str] = "trl_safety.corrections.buffer_reinforce:ReinforceMerge"
     source: ClassVar[str] = "Buffer-and-Reinforce, arXiv 2605.24550"
@@ -53,17 +53,17 @@ class ReinforceMergeConfig(_MergeOptions, CorrectionConfig):
 
     @property
     def subspace_use(self) -> Literal["reads", "names", "none"]:
-        """The merge reads a ReinforceLoRA in V's place."""
+        """The merge reads a ReinforceLoRA instead of V."""
         return "none"
 
     @property
     def scales_adapter(self) -> str | None:
-        """The user's weight."""
+        """The merge, which applies the user's weight."""
         return "reinforce"
 
 
 class BufferReinforceConfig(_MergeOptions, MethodOptions):
-    """Buffer-and-Reinforce (arXiv 2605.24550): train beside a frozen jailbreak buffer, detach it, merge with a reinforcing LoRA by QR."""
+    """Buffer-and-Reinforce (arXiv 2605.24550): train with a frozen jailbreak buffer, detach it, merge with a reinforcing LoRA by QR."""
 
     hook: ClassVar[str] = "trl_safety.training.buffer_reinforce:BufferReinforce"
     source: ClassVar[str] = "Buffer-and-Reinforce, arXiv 2605.24550"
@@ -72,13 +72,12 @@ class BufferReinforceConfig(_MergeOptions, MethodOptions):
     needs: ClassVar[str] = "a provider's BufferLoRA, and a ReinforceLoRA for the merge"
     measured: ClassVar[Mapping[str, str]] = {
         "reinforce_norm": "‖ΔW‖ of the ReinforceLoRA",
-        "removed_share": "share of its square that lay along the user's directions and was removed",
+        "removed_share": "share of its squared norm that was removed, along the user's directions",
         "kept_directions": "number of the user's directions",
     }
     shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
     costs: ClassVar[str] = "a second frozen adapter in every training step; the merge takes seconds"
     whole_model: ClassVar[str | None] = "acts on the whole model"
-    changes_weights: ClassVar[bool] = True
     requirements: ClassVar[tuple[Requirement, ...]] = (
         HOOKS_BESIDE_FUSED_KERNELS,
         HOOKS_BESIDE_COMPILATION,
@@ -90,35 +89,40 @@ class BufferReinforceConfig(_MergeOptions, MethodOptions):
             one_of("fsdp2"),
             "FSDP",
             "the merge changes the adapter's rank, which FSDP's shards do not allow",
-            {"any": "leave reinforce out, and merge the saved adapter with `trl-safety merge-reinforce`"},
+            {"any": "remove reinforce, and merge the saved adapter with `trl-safety merge-reinforce`"},
             when=lambda options: options.reinforce is not None,
             when_text="with reinforce",
         ),
     )
 
     buffer: str
-    """Folder or Hub id of a BufferLoRA made by `trl-safety buffer`. It acts in training steps alone and is in no file of the run."""
+    """Folder or Hub id of a BufferLoRA made by `trl-safety buffer`. It acts only in training steps and is in no file of the run."""
     reinforce: str | None = None
-    """Folder or Hub id of a ReinforceLoRA made by `trl-safety reinforce`; null trains beside the buffer and merges nothing."""
+    """Folder or Hub id of a ReinforceLoRA made by `trl-safety reinforce`; null trains with the buffer and merges nothing."""
 
     @model_validator(mode="after")
     def _nothing_unused(self) -> BufferReinforceConfig:
         given = self.model_dump(exclude_defaults=True, include=set(_MergeOptions.model_fields))
         if self.reinforce is None and given:
             option, value = next(iter(given.items()))
-            raise ValueError(f"{option} = {value!r} is used in the merge alone: give reinforce, or remove {option}")
+            raise ValueError(f"{option} = {value!r} is used only in the merge: give reinforce, or remove {option}")
         return self
 
     @property
+    def changes_weights(self) -> bool:
+        """The buffer is in the model while it trains."""
+        return True
+
+    @property
     def scales_adapter(self) -> str | None:
-        """The merge does."""
+        """The merge, which applies the user's weight."""
         return "reinforce" if self.reinforce is not None else None
 
     @classmethod
     def correction_options(cls) -> type[MethodOptions] | None:
-        """The merge's."""
+        """The options of the merge."""
         return ReinforceMergeConfig
 
     def merge(self) -> ReinforceMergeConfig | None:
-        """The options of the merge when training ends, where one is asked for."""
+        """The options of the merge at the end of training, if one is asked for."""
         return ReinforceMergeConfig(**self.model_dump(include=set(ReinforceMergeConfig.model_fields))) if self.reinforce else None

@@ -10,7 +10,7 @@ from trl_safety.config.requirements import ON_SHARDS, SHOWN
 
 
 class CorrectionConfig(MethodOptions):
-    """What the options of all corrections of a trained adapter share."""
+    """Base of the options of all corrections of a trained adapter."""
 
     stage: ClassVar[Stage] = "correction"
     excludes: ClassVar[tuple[str, str] | None] = ("correction", "both rewrite the trained adapter")
@@ -19,11 +19,11 @@ class CorrectionConfig(MethodOptions):
     costs: ClassVar[str] = "nothing while training; seconds when it ends"
 
     corrected_checkpoints: bool = False
-    """Write a corrected copy into `checkpoint-N/safety/corrected/`; the checkpoint itself stays resumable, uncorrected."""
+    """Write a corrected copy into `checkpoint-N/safety/corrected/`; the checkpoint itself stays uncorrected and resumable."""
 
     @property
     def idle(self) -> str | None:
-        """Why these options change nothing on any adapter; None where they may. A sweep may hold such a point, a run may not."""
+        """Why these options cannot change any adapter; None if they can. A sweep may include such a point, a run may not."""
         return None
 
     @property

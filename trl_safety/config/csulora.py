@@ -21,7 +21,7 @@ class CsuloraConfig(CorrectionConfig):
     lambda_outside: Annotated[float, Field(ge=0)] = 1.0
     """λ_O: attenuation of the part outside the subspace."""
     output_rank: Literal["exact", "original"] = "exact"
-    """'exact' doubles the adapter's rank and loses nothing; 'original' cuts back and reports the energy lost."""
+    """'exact' doubles the adapter's rank and loses nothing; 'original' truncates to the adapter's rank and reports the energy lost."""
 
     @property
     def idle(self) -> str | None:
@@ -32,4 +32,4 @@ class CsuloraConfig(CorrectionConfig):
 
 
 CSULoRAConfig = CsuloraConfig
-"""The name as the paper and the callback spell it."""
+"""The name as spelt by the paper and the callback."""

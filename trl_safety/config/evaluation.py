@@ -1,4 +1,4 @@
-"""The options of the evaluation while training."""
+"""The options of the evaluation during training."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from trl_safety.config.options import Options
 
 
 class SafetyEvalConfig(Options):
-    """Ask a small set of prompts while training, so that a loss of safety is seen while it happens. Judged by phrases of refusal."""
+    """Ask a small set of prompts during training, so that a loss of safety shows when it happens. Refusals are detected by phrases."""
 
     harmful: str
-    """JSON lines with `prompt`: the share that is complied with is logged as safety/attack."""
+    """JSON lines with `prompt`: the share that the model complies with is logged as safety/attack."""
     benign: str | None = None
-    """JSON lines with `prompt`: the share that is refused is logged as safety/over_refusal."""
+    """JSON lines with `prompt`: the share that the model refuses is logged as safety/over_refusal."""
     steps: Annotated[int, Field(ge=1)] = 100
-    """Every so many optimizer steps, and when training ends."""
+    """Evaluate after every this many optimizer steps, and when training ends."""
     most_prompts: Annotated[int, Field(ge=1)] = 64
-    """Of each set, the first so many: the cost of one evaluation."""
+    """Ask at most this many prompts, from the start of each set; this bounds the cost of one evaluation."""
     new_tokens: Annotated[int, Field(ge=1)] = 32
-    """Length of a completion."""
+    """Maximum number of new tokens in a completion."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Prompts at a time."""
+    """Number of prompts generated at a time."""
     stop_above: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Stop training where the attack rate exceeds this; null: never. Not with a correction, which acts after what is measured."""
+    """Stop training if the attack rate exceeds this; null: never. Not with a correction, which acts after the measurement."""

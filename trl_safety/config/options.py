@@ -1,4 +1,4 @@
-"""The base class of all option blocks, their validation, and YAML files read strictly."""
+"""The base class of all option blocks, their validation, and a strict YAML reader."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Options(BaseModel):
 
     @classmethod
     def known_keys(cls) -> list[str]:
-        """What may be written in a block of these options."""
+        """The keys that a block of these options accepts."""
         return sorted(cls.model_fields)
 
     @model_validator(mode="before")
     @classmethod
     def _no_booleans_for_numbers(cls, data: Any) -> Any:
-        # YAML's `weight: off` would be 0, and `max_attack: yes` a threshold of 1.
+        # Otherwise YAML's `weight: off` would be 0, and `max_attack: yes` a threshold of 1.
         for name, value in data.items() if isinstance(data, Mapping) else ():
             if isinstance(value, bool) and name in cls.model_fields and not _takes_boolean(cls.model_fields[name].annotation):
-                raise ValueError(f"{name} = {value}: is a truth value, not what this option takes")
+                raise ValueError(f"{name} = {value}: is a boolean, which this option does not take")
         return data
 
 
@@ -42,10 +42,10 @@ T = TypeVar("T", bound=Options)
 
 
 def validate(cls: type[T], options: Mapping[str, Any], where: str) -> T:
-    """Build `cls` from a mapping; every complaint names the option under `where`, its value and the remedy.
+    """Build `cls` from a mapping; every error names the option under `where`, its value and the remedy.
 
     Raises:
-        ConfigurationError: with one line per wrong option.
+        ConfigurationError: an option is wrong; the message has one line per wrong option.
     """
     try:
         return cls.model_validate(dict(options))
@@ -77,17 +77,17 @@ def _known_keys(cls: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic classes in an annotation."""
+    """The pydantic models in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in getattr(annotation, "__args__", ()) for model in models_in(argument)]
 
 
 def read_yaml(path: Path, setting: str) -> Any:
-    """A YAML file's content.
+    """The content of a YAML file.
 
     Raises:
-        ConfigurationError: it cannot be read, is no YAML, or has a key twice, of which YAML keeps the last in silence.
+        ConfigurationError: it cannot be read, is not YAML, or has a duplicate key, of which YAML silently keeps the last.
     """
     import yaml
 
@@ -97,7 +97,7 @@ def read_yaml(path: Path, setting: str) -> Any:
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             if twice := [key for key in keys if keys.count(key) > 1]:
-                raise yaml.YAMLError(f"the key {twice[0]!r} is there twice")
+                raise yaml.YAMLError(f"the key {twice[0]!r} appears twice")
             return super().construct_mapping(node, deep)
 
     try:

@@ -1,7 +1,7 @@
-"""What methods cannot act beside, as data: facts that a host reports of itself, and requirements that options classes declare.
+"""What methods cannot be combined with, as data: facts that a host reports about itself, and requirements that options classes declare.
 
 A host (TRL, Axolotl) fills `Facts` from its own configuration. `broken` compares them with the requirements of every method of a
-block and returns all violations at once. The compatibility page is printed from the same requirements.
+block and returns all violations at once. The compatibility page is generated from the same requirements.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Host = Literal["trl", "axolotl"]
 
 
 class Declaring(Protocol):
-    """What an options class says of its method's requirements; see `config/method.py`."""
+    """What an options class declares about its method's requirements; see `config/method.py`."""
 
     requirements: ClassVar[tuple[Requirement, ...]]
     shown: ClassVar[Mapping[str, str]]
@@ -24,13 +24,13 @@ class Declaring(Protocol):
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that a host's configuration says.
+    """One fact about a host's configuration.
 
     Attributes:
-        value: what a requirement compares; None where it is not known yet, which breaks nothing.
-        setting: the host's own words for it, with the value: `torch_compile = True`.
-        spelt_out: whether the user wrote it, and not the host by itself.
-        switch_off: turns it off in the host's configuration; None where that cannot be done.
+        value: what a requirement compares; None if it is not known yet, which violates nothing.
+        setting: the host's own name for it, with the value: `torch_compile = True`.
+        spelt_out: whether the user set it, rather than the host by default.
+        switch_off: switches it off in the host's configuration; None if that is impossible.
     """
 
     value: Any
@@ -41,7 +41,7 @@ class Fact:
 
 @dataclass
 class Facts:
-    """What one host says of a run: `FACTS` name → `Fact`. A fact that is missing is not known."""
+    """What one host reports about a run: name in `FACTS` → `Fact`. A missing fact is not known."""
 
     host: Host
     known: Mapping[str, Fact] = field(default_factory=dict)
@@ -52,25 +52,25 @@ FACTS = {
     "dora": "a LoRA variant whose update is not s·B·A",
     "initialisation": "an initialisation that changes the base weights",
     "expert_parameters": "LoRA on fused expert weights",
-    "restarts": "an adapter that is merged into the base while training",
+    "restarts": "an adapter that is merged into the base during training",
     "objective": "what is trained for: sft, dpo, kto, grpo, …",
     "reference": "where the log-probabilities of a reference model come from",
-    "engine": "how a run is spread over processes",
+    "engine": "how a run is distributed over processes",
     "split_model": "a model or a loss that is split over processes",
-    "trainer_class": "a trainer class of the user's own",
+    "trainer_class": "a custom trainer class",
     "fused_kernels": "fused LoRA kernels",
     "unsloth": "a model or a trainer that Unsloth has rewritten",
     "base_weights": "how the frozen weights are stored",
-    "rows": "how samples lie in the rows of a batch",
+    "rows": "how samples lie in the rows of a batch: plain, padding_free, packed, cut (packed and cut anywhere), mixed (packed, and seeing each other)",
     "compiled": "a compiled model",
     "precision": "the precision of training",
     "streamed": "training data without rows that can be counted",
-    "batch_varies": "a batch size that the trainer changes by itself",
+    "batch_varies": "a batch size that the trainer may change",
     "label_smoothing": "smoothed labels",
     "images": "training data with images",
     "replicated": "one process that replicates the model (DataParallel)",
-    "batch": "samples of a per-device batch",
-    "trained_besides": "parameters trained besides LoRA factors",
+    "batch": "number of samples in a per-device batch, where that is fixed; in an optimizer step, if a batch is one sample",
+    "trained_besides": "trainable parameters other than LoRA factors",
     "pickled": "adapters saved as pickles",
 }
 """Every fact that a requirement may name."""
@@ -78,20 +78,20 @@ FACTS = {
 
 @dataclass(frozen=True, eq=False)
 class Requirement:
-    """What one or all methods need of one fact.
+    """What one method, or every method, requires of one fact.
 
     Attributes:
         fact: a key of `FACTS`.
-        refused: whether a value of the fact, beside a method's options, stops the method from acting.
+        refused: whether a value of the fact, together with a method's options, stops the method from acting.
         meaning: what the refused values are, for the table.
         reason: why the method could not act.
-        remedy: what to change, in the words of each host; "any" where they are the same everywhere.
-        when: whether the requirement holds for these options; by default always.
+        remedy: what to change, in each host's terms; "any" if they are the same for all hosts.
+        when: whether the requirement applies to these options; by default always.
         when_text: the same in words, for the table: "with how: low_rank".
-        switch_off: "unless_spelt_out" where the host's own choice is switched off and reported instead of refused; "always" where
-            that changes no result, so that it is done even where the user spelt it out.
+        switch_off: "unless_spelt_out" if the host's default is switched off and reported instead of refused; "always" if
+            switching it off changes no result, so that it is done even if the user set it.
         error: the class that is raised.
-        setting: a method's options → the option of its own that is in the way, with its value; by default the fact's setting is named.
+        setting: a method's options → the method's own option that conflicts, with its value; by default the fact's setting is named.
     """
 
     fact: str
@@ -107,20 +107,20 @@ class Requirement:
 
     def __post_init__(self) -> None:
         if self.fact not in FACTS:
-            raise ValueError(f"{self.fact!r} is no fact; known: {', '.join(FACTS)}")
+            raise ValueError(f"{self.fact!r} is not a fact; known: {', '.join(FACTS)}")
 
     def remedy_for(self, host: Host) -> str:
-        """The remedy in the host's words."""
+        """The remedy in the host's terms."""
         return self.remedy.get(host) or self.remedy["any"]
 
 
 def is_true(value: Any, options: Any) -> bool:
-    """A fact that must not be."""
+    """Refuse any true value."""
     return bool(value)
 
 
 def one_of(*values: Any) -> Callable[[Any, Any], bool]:
-    """A fact that must be none of these."""
+    """Refuse any of these values."""
     return lambda value, options: value in values
 
 
@@ -131,7 +131,7 @@ def revised(requirement: Requirement, **changes: Any) -> Requirement:
 
 @dataclass(frozen=True)
 class Violation:
-    """One requirement that a host's configuration breaks, and the methods that it stops."""
+    """One requirement that a host's configuration violates, and the methods that it stops."""
 
     requirement: Requirement
     fact: Fact
@@ -149,11 +149,11 @@ class Violation:
 
 
 def broken(methods: Mapping[str, Declaring], facts: Facts) -> list[Violation]:
-    """Every requirement of the methods that the facts break, the general ones first.
+    """Every requirement of the methods that the facts violate, the general ones first.
 
     Args:
         methods: name → options, of a block.
-        facts: of the host.
+        facts: the host's facts.
     """
     needed: dict[Requirement, list[str]] = {requirement: list(methods) for requirement in EVERY_METHOD}
     for name, options in methods.items():
@@ -173,19 +173,19 @@ def broken(methods: Mapping[str, Declaring], facts: Facts) -> list[Violation]:
 
 
 def resolve(methods: Mapping[str, Declaring], facts: Facts, *, dry: bool = False) -> list[str]:
-    """Switch off what changes no result, or what the host chose by itself; refuse the rest, all of it at once.
+    """Switch off what changes no result, or what the host set by default; refuse the rest, all at once.
 
     Args:
         methods: name → options, of a block.
-        facts: of the host.
-        dry: only refuse; what would be switched off stays as it is.
+        facts: the host's facts.
+        dry: only refuse; leave on what would be switched off.
 
     Returns:
-        What was switched off and why, a sentence each, for the log and the report.
+        What was switched off and why, one sentence each, for the log and the report.
 
     Raises:
-        ConfigurationError: a method could not act; with one line per violation.
-        AdapterError: likewise, where all that is violated concerns the adapter itself.
+        ConfigurationError: a method could not act; the message has one line per violation.
+        AdapterError: the same, if all violations concern the adapter itself.
     """
     switched, refused = [], []
     for violation in broken(methods, facts):
@@ -203,7 +203,7 @@ def resolve(methods: Mapping[str, Declaring], facts: Facts, *, dry: bool = False
 
 
 def refuse(violations: Sequence[Violation]) -> None:
-    """Raise all violations as one error, where there are any. See `resolve`."""
+    """Raise all violations as one error, if there are any. See `resolve`."""
     if not violations:
         return
     kinds = {violation.requirement.error for violation in violations}
@@ -212,19 +212,19 @@ def refuse(violations: Sequence[Violation]) -> None:
 
 
 def requirements_of(methods: Mapping[str, type[Declaring]]) -> list[Requirement]:
-    """The requirements of every method and of each, once."""
+    """The requirements that every method has, and those of each method, without duplicates."""
     return list(dict.fromkeys([*EVERY_METHOD, *(found for options in methods.values() for found in options.requirements)]))
 
 
 def cell(requirements: Sequence[Requirement], options: type[Declaring]) -> str:
-    """What the compatibility table says of one method beside what one or several requirements refuse.
+    """The compatibility table's entry for one method and what one or more requirements refuse.
 
     Returns:
-        "refused" or "switched off", with its condition, or the test that shows that the method acts; "not tried" where there is none.
+        "refused" or "switched off", with its condition; or the test that shows that the method acts; "not tried" if there is none.
     """
     own = next((found for found in requirements if found in EVERY_METHOD or found in options.requirements), None)
     if own is not None:
-        words = {"never": "refused", "unless_spelt_out": "refused where spelt out, else switched off", "always": "switched off"}
+        words = {"never": "refused", "unless_spelt_out": "refused if set by the user, else switched off", "always": "switched off"}
         return f"{words[own.switch_off]} {own.when_text}".strip()
     test = options.shown.get(f"{requirements[0].fact}: {requirements[0].meaning}")
     return f"works (`{test}`)" if test else "not tried"
@@ -257,7 +257,7 @@ EVERY_METHOD: tuple[Requirement, ...] = (
         "restarts",
         is_true,
         "set",
-        "merges the adapter into the base again and again, so that ΔW is no longer what training changed",
+        "merges the adapter into the base repeatedly, so ΔW is no longer what training changed",
         {"any": "remove relora and its steps"},
     ),
     Requirement(
@@ -274,7 +274,7 @@ EVERY_METHOD: tuple[Requirement, ...] = (
         "engine",
         one_of("fsdp1"),
         "FSDP without fsdp_version: 2",
-        "the first FSDP flattens the LoRA factors with other parameters, where no method can read them",
+        "FSDP1 flattens the LoRA factors together with other parameters, where no method can read them",
         {"any": "use fsdp_version: 2"},
         error=AdapterError,
     ),
@@ -282,7 +282,7 @@ EVERY_METHOD: tuple[Requirement, ...] = (
         "engine",
         one_of("zero3"),
         "DeepSpeed, ZeRO stage 3",
-        "ZeRO stage 3 keeps every LoRA factor in pieces that only its own hooks put together, where no method can read them",
+        "ZeRO stage 3 keeps every LoRA factor in shards that only its own hooks gather, so no method can read them",
         {"any": "use stage 2, or FSDP with fsdp_version: 2"},
         error=AdapterError,
     ),
@@ -290,7 +290,7 @@ EVERY_METHOD: tuple[Requirement, ...] = (
         "engine",
         one_of("fsdp_sharded_checkpoints"),
         "FSDP with sharded state dicts",
-        "checkpoints would hold no adapter and no safety report",
+        "checkpoints would contain no adapter and no safety report",
         {"any": "use FULL_STATE_DICT"},
         error=AdapterError,
     ),
@@ -315,11 +315,11 @@ HOOKS_BESIDE_FUSED_KERNELS = Requirement(
     "fused_kernels",
     is_true,
     "true (Axolotl's own default on a GPU)",
-    "fused kernels bypass the modules on which the buffer acts",
+    "fused kernels bypass the modules that the buffer acts on",
     {"axolotl": "set lora_qkv_kernel, lora_o_kernel and lora_mlp_kernel: false", "any": "turn the fused LoRA kernels off"},
     switch_off="always",
 )
-"""Of methods that act by hooks on modules. The kernels change no result."""
+"""For methods that act through hooks on modules. The kernels change no result."""
 
 HOOKS_BESIDE_COMPILATION = Requirement(
     "compiled",
@@ -329,7 +329,7 @@ HOOKS_BESIDE_COMPILATION = Requirement(
     {"axolotl": "remove torch_compile", "any": "turn it off"},
     switch_off="unless_spelt_out",
 )
-"""Likewise."""
+"""For methods that act through hooks on modules."""
 
 UNSLOTH = Requirement(
     "unsloth",
@@ -366,24 +366,24 @@ PLUGIN_TRAINER = Requirement(
     "trainer_class",
     is_true,
     "set",
-    "the method is part of the plugin's own trainer class, which Axolotl prefers in silence",
+    "the method is part of the plugin's own trainer class, which Axolotl silently prefers",
     {"any": "remove trainer_cls"},
 )
-"""Of methods that act in the loss, the gradient or the training step."""
+"""For methods that act in the loss, the gradient or the training step."""
 
-BUFFERS = ("buffer", "are two buffers, of which the second would be trained on the first")
-"""The group of methods that train on other weights than are used."""
+BUFFERS = ("buffer", "are both buffers, and the second would be trained on top of the first")
+"""The group of methods whose training uses other model weights than inference."""
 
 _BESIDE = "tests/training/test_beside.py::test_acts_or_is_refused"
 SHOWN = {
-    "rows: packed": _BESIDE,
+    "rows: packed so that samples are cut anywhere (TRL's wrapped) or attend to each other": _BESIDE,
     "compiled: true": _BESIDE,
     "trained_besides: set": _BESIDE,
     "streamed: streamed": _BESIDE,
-    "batch: one sample": _BESIDE,
+    "batch: one sample, nothing accumulated": _BESIDE,
     "batch_varies: auto_find_batch_size": _BESIDE,
     "label_smoothing: above 0": _BESIDE,
 }
-"""What this package's tests show of all of its methods that have no requirement there."""
-ON_SHARDS = {"engine: FSDP, or DeepSpeed of any stage": "tests/training/test_engines.py::test_two_processes_equal_one"}
-"""What they show of the methods that act on whole factors alone."""
+"""What this package's tests show for all of its methods that have no requirement there."""
+ON_SHARDS = {"engine: FSDP": "tests/training/test_engines.py::test_two_processes_equal_one"}
+"""What they show for the methods that act only on whole factors."""

@@ -22,7 +22,7 @@ class SafeLoraConfig(CorrectionConfig):
     layers: Annotated[int, Field(ge=1)] | None = None
     """K: correct the K layers with the smallest cosine, instead of a threshold."""
     operator: Operator = "scaled"
-    """How the alignment subspace acts: 'scaled' is the authors' C = VVᵀ/‖V‖_F, 'orthogonal' the projector UₖUₖᵀ."""
+    """How the alignment subspace acts: 'scaled' is the authors' C = VVᵀ/‖V‖_F, 'orthogonal' is the projector UₖUₖᵀ."""
 
     @property
     def idle(self) -> str | None:
@@ -46,4 +46,4 @@ class SafeLoraConfig(CorrectionConfig):
 
 
 SafeLoRAConfig = SafeLoraConfig
-"""The name as the paper and the callback spell it."""
+"""The name as spelt by the paper and the callback."""

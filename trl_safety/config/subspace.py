@@ -1,4 +1,4 @@
-"""The options from which an alignment subspace is built before training."""
+"""The options for building an alignment subspace before training."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class SubspaceConfig(Options):
     rank: Annotated[int, Field(ge=1)] | None = None
     """Keep this many singular directions of every layer."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Keep as many as bring the error of C, relative to its norm, below this: σ²ₖ₊₁ ≤ tolerance · σ²₁."""
+    """Keep the fewest directions for which the relative error of C is at most this: σ²ₖ₊₁ ≤ tolerance · σ²₁."""
     whole: bool = False
     """Keep V itself, for an exact C."""
     trust_remote_code: bool = False
-    """Run model code that comes with the checkpoint, to learn its module names."""
+    """Run model code that comes with the checkpoint, to get its module names."""
 
     @model_validator(mode="after")
     def _one_cut(self) -> SubspaceConfig:
@@ -41,5 +41,5 @@ def _kind(value: Any) -> str:
     return "<pair>" if isinstance(value, Mapping | SubspaceConfig) else "<path>"
 
 
-# Told apart by their type, so that a complaint about a pair is not also one about a path.
+# Discriminated by type, so that an error about a pair is not also reported as one about a path.
 SubspaceSource = Annotated[Annotated[str, Tag("<path>")] | Annotated[SubspaceConfig, Tag("<pair>")], Discriminator(_kind)]

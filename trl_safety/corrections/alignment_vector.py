@@ -1,4 +1,4 @@
-"""The signed alignment vector after training: a correction, an adapter of its own, and whole checkpoints."""
+"""The signed alignment vector as a correction after training."""
 
 from __future__ import annotations
 
@@ -26,45 +26,47 @@ class AlignmentVectorCorrection(SubspaceCorrection):
     """ΔW ← κ·ΔW + γ·V_k."""
 
     name = "alignment_vector"
+    strength = "gamma"
+    """The option that sets γ."""
     config: AlignmentVectorConfig
 
     def check(self, layers: Mapping[str, LayerSubspace]) -> None:
-        """Every layer has singular vectors, and as many as are asked for."""
+        """Check that every layer has singular vectors, and as many as are asked for."""
         for layer in layers.values():
             if layer.left is None:
                 raise SubspaceError(
-                    f"layer {layer.name!r}: the subspace keeps V whole, of which an adapter of low rank cannot be made; build the subspace with a rank or a "
+                    f"layer {layer.name!r}: the subspace keeps V whole, which cannot become a low-rank adapter; build the subspace with a rank or a "
                     "tolerance, or add the whole V to a merged model with `trl-safety add-vector`"
                 )
             if self.config.rank is not None and self.config.rank > layer.rank:
                 raise SubspaceError(
-                    f"alignment_vector.rank = {self.config.rank}: the subspace has {layer.rank} directions of layer {layer.name!r}; use at most as many, or "
+                    f"{self.name}.rank = {self.config.rank}: the subspace has {layer.rank} directions of layer {layer.name!r}; use at most that many, or "
                     "build it with a larger rank"
                 )
 
     def check_ranks(self, ranks: Mapping[str, int], layers: Mapping[str, LayerSubspace]) -> None:
-        """A cut that cuts nothing is refused."""
+        """Refuse a cut that would cut nothing."""
         largest = max(ranks.get(name, 0) + (self.config.rank or layer.rank) for name, layer in layers.items())
         if self.config.cut_to is not None and self.config.cut_to >= largest:
             raise ConfigurationError(
-                f"alignment_vector.cut_to = {self.config.cut_to}: the corrected adapter has rank {largest}, so that nothing would be cut; use less, or leave it out"
+                f"{self.name}.cut_to = {self.config.cut_to}: the corrected adapter has rank {largest}, so nothing would be cut; use less, or remove it"
             )
 
     def keeps_ranks(self, ranks: Mapping[str, int]) -> bool:
-        """Only where it is cut back to what the adapter had, everywhere."""
+        """Only if every layer is cut back to the adapter's own rank."""
         return not self.all_layers and all(rank == self.config.cut_to for rank in ranks.values())
 
     def report(self, results: Mapping[str, LayerResult], summary: str | None = None) -> MethodReport:
-        """As of every correction; but taking alignment out, shrinking or DARE alone is no protection by V."""
+        """As for every correction, except that removing alignment, shrinking or DARE alone does not count as protection."""
         report = super().report(results, summary)
         if self.config.gamma > 0:
             return report
         return report.model_copy(
-            update={"acted": False, "summary": f"{report.summary}; NOT a protection, with gamma = {self.config.gamma:g}"}
+            update={"acted": False, "summary": f"{report.summary}; NOT a protection, with {self.strength} = {self.config.gamma:g}"}
         )
 
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
-        """Add V to every layer; one transfer to the host."""
+        """Add V to every layer, with one transfer to the host."""
         config = self.config
         computed, rows = [], []
         for layer in layers:
@@ -101,21 +103,26 @@ class AlignmentVectorCorrection(SubspaceCorrection):
                 "energy_lost_by_rank": lost / (corrected + lost) if corrected + lost > 0 else 0.0,
             }
             if config.gamma == 0 and config.kappa == 1 and not config.dare:
-                report = LayerReport(action="left_alone", reason="gamma is 0 and kappa 1", measured=measured)
+                report = LayerReport(action="left_alone", reason=self._nothing, measured=measured)
                 results[layer.name] = LayerResult(report, None)
             else:
                 results[layer.name] = LayerResult(LayerReport(action="corrected", measured=measured), factors)
         return results
 
+    @property
+    def _nothing(self) -> str:
+        """Why no layer is changed, if none is."""
+        return f"{self.strength} is 0 and kappa is 1"
+
     def summary(self, results: Mapping[str, LayerReport]) -> str:
         """What was added, how much of V it is, and what the cut cost."""
         corrected = [report for report in results.values() if report.action == "corrected"]
         if not corrected:
-            return "gamma is 0 and kappa 1: the adapter is as it was trained"
+            return f"{self._nothing}: the adapter is as it was trained"
         update, vector = (sum(report.measured[key] ** 2 for report in corrected) ** 0.5 for key in ("update_norm", "vector_norm"))
         share = sum(report.measured["vector_share"] for report in corrected) / len(corrected)
         text = (
-            f"{self.config.gamma:g}·V added to {self.config.kappa:g}·ΔW in {len(corrected)} layers; ‖γV‖ {vector:.3g} beside ‖ΔW‖ {update:.3g}, with {share:.1%} of "
+            f"{self.config.gamma:g}·V added to {self.config.kappa:g}·ΔW in {len(corrected)} layers; ‖γV‖ is {vector:.3g} and ‖ΔW‖ {update:.3g}, with {share:.1%} of "
             "V's energy on average"
         )
         if self.config.dare:
@@ -128,7 +135,7 @@ class AlignmentVectorCorrection(SubspaceCorrection):
 class AlignmentVectorCallback(NamedCallback):
     """Add the alignment vector (RESTA, arXiv 2402.11746) at the end of training, for any Transformers `Trainer` on a PEFT model.
 
-    Checks at the start of training that it will be able to act. The keywords are the fields of `AlignmentVectorConfig`; see `NamedCallback`.
+    Checks at the start of training that it can act. The keywords are the fields of `AlignmentVectorConfig`; see `NamedCallback`.
     """
 
     options = AlignmentVectorConfig
@@ -138,9 +145,9 @@ class AlignmentVectorCallback(NamedCallback):
 def apply_alignment_vector(
     model: nn.Module, subspace: AlignmentSubspace, *, skip_modules: Iterable[str] = (), adapter: str | None = None, **options: Any
 ) -> SafetyReport:
-    """ΔW ← κ·ΔW + γ·V_k on a PEFT model's adapter, in place; the next save writes its report, too.
+    """ΔW ← κ·ΔW + γ·V_k on a PEFT model's adapter, in place. The next save also writes its report.
 
-    A short form of `trl_safety.correct(model, subspace, AlignmentVectorConfig(...))`, with its returns and errors.
+    A short form of `trl_safety.correct(model, subspace, AlignmentVectorConfig(...))`, with the same return value and errors.
 
     Args:
         model: with one active LoRA adapter, trained.

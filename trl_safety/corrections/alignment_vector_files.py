@@ -1,4 +1,4 @@
-"""The alignment vector as an adapter of its own, and on whole checkpoints."""
+"""The alignment vector as a separate adapter, and on whole checkpoints."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ VOCABULARY = ("embed", "lm_head", "wte")
 
 
 def write_alignment_adapter(subspace: AlignmentSubspace, output: str | Path, *, gamma: float = 1.0, rank: int | None = None) -> None:
-    """Write γ·V_k as a LoRA adapter of its own, to be switched on beside a user's: `load_adapter`, then both active.
+    """Write γ·V_k as a separate LoRA adapter, to be used together with a user's: `load_adapter`, then activate both.
 
     Args:
         subspace: with a rank.
         output: a new or empty folder.
         gamma: γ, above 0.
-        rank: k, of the subspace's directions; default all.
+        rank: k, how many of the subspace's directions; all by default.
 
     Raises:
         SubspaceError: the subspace keeps V whole or has too few directions.
         ConfigurationError: γ is not above 0.
     """
     if gamma <= 0:
-        raise ConfigurationError(f"gamma = {gamma:g}: the adapter would do nothing, or take alignment out; use 1, say")
+        raise ConfigurationError(f"gamma = {gamma:g}: the adapter would do nothing, or remove alignment; use 1, for example")
     config = validate(AlignmentVectorConfig, {"gamma": gamma, "rank": rank}, "alignment_vector")
     AlignmentVectorCorrection(config).check(subspace.layers)
     ranks = {name: rank or layer.rank for name, layer in subspace.layers.items()}
@@ -73,30 +73,30 @@ def add_vector(
 ) -> list[str]:
     """W ← W_aligned + κ·(W − W_aligned) + γ·(W_aligned − W_base) on a whole checkpoint, file by file; V is not cut.
 
-    RESTA (arXiv 2402.11746) as published, for a model that an adapter was merged into or that was fine-tuned in full. Where the
-    vocabularies differ, the rows that all three have take part; further rows stay.
+    RESTA (arXiv 2402.11746) as published, for a model that an adapter was merged into or that was fully fine-tuned. If the
+    vocabularies differ, only the rows that all three have are changed.
 
     Args:
         model: the fine-tuned model: folder or Hub id, full precision, safetensors.
         base: the unaligned model.
         aligned: the aligned model that was fine-tuned.
-        output: a new or empty folder, which gets the model's other files, too.
+        output: a new or empty folder, which also gets the model's other files.
         gamma: γ.
         kappa: κ.
 
     Returns:
-        Names of the tensors that one of the pair does not have, and that stay as they are.
+        Names of the tensors that the base or the aligned model lacks; these stay as they are.
 
     Raises:
-        CheckpointError: one of the three cannot be read, is quantised, has another architecture, or no tensor is in all of them.
-        ConfigurationError: nothing would change, alignment would be taken out, or the output cannot be written.
+        CheckpointError: one of the three cannot be read, is quantised or has another architecture; or no tensor is in all of them.
+        ConfigurationError: nothing would change, alignment would be removed, or the output cannot be written.
     """
     if gamma == 0 and kappa == 1:
         raise ConfigurationError("gamma = 0 and kappa = 1: the model would stay as it is; set one of them")
     source, pair = Checkpoint(model), (Checkpoint(base), Checkpoint(aligned))
     stored = [{strip_wrappers(name): name for name in checkpoint.names} for checkpoint in pair]
     if gamma < 0:
-        raise ConfigurationError(f"gamma = {gamma:g}: would take alignment out of the model; use 1, say")
+        raise ConfigurationError(f"gamma = {gamma:g}: would remove alignment from the model; use 1, for example")
     missing, differs = [], False
     to_base = to_aligned = 0.0
     files: dict[str, list[str]] = {}
@@ -122,17 +122,15 @@ def add_vector(
                 tensors[name] = _added(name, weight, unaligned, before, gamma, kappa)
             save_file(tensors, str(folder / file), metadata={"format": "pt"})
         if len(missing) == len(source.names):
-            raise CheckpointError(
-                f"none of {str(model)!r}'s tensors is in both {str(base)!r} and {str(aligned)!r}: name the pair of this model"
-            )
+            raise CheckpointError(f"none of {str(model)!r}'s tensors is in both {str(base)!r} and {str(aligned)!r}: name this model's pair")
         if not differs:
             raise CheckpointError(
-                f"base = {str(base)!r} and aligned = {str(aligned)!r} do not differ by more than rounding: V would be nothing"
+                f"base = {str(base)!r} and aligned = {str(aligned)!r} do not differ by more than rounding: V would be zero"
             )
         if to_base < to_aligned:
             raise CheckpointError(
-                f"base = {str(base)!r} is nearer to the model than aligned = {str(aligned)!r}, so that alignment would be taken out: name the two in their "
-                "right places"
+                f"base = {str(base)!r} is closer to the model than aligned = {str(aligned)!r}, so alignment would be removed: check that base and aligned are "
+                "not swapped"
             )
         local = Path(model)
         for path in local.iterdir() if local.is_dir() else ():
@@ -146,13 +144,13 @@ def add_vector(
 def _added(name: str, weight: Tensor, base: Tensor, aligned: Tensor, gamma: float, kappa: float) -> Tensor:
     if weight.shape[1:] != aligned.shape[1:] or weight.shape[1:] != base.shape[1:] or weight.ndim == 0:
         raise CheckpointError(
-            f"tensor {name!r} is {list(weight.shape)} in the model, {list(aligned.shape)} in the aligned and {list(base.shape)} in the base model: name the pair "
-            "of this model"
+            f"tensor {name!r} is {list(weight.shape)} in the model, {list(aligned.shape)} in the aligned and {list(base.shape)} in the base model: name this "
+            "model's pair"
         )
     rows = min(len(weight), len(aligned), len(base))
     if not len(weight) == len(aligned) == len(base) and not any(part in name for part in VOCABULARY):
         raise CheckpointError(
-            f"tensor {name!r} has {len(weight)} rows in the model, {len(aligned)} in the aligned and {len(base)} in the base model: name the pair of this model"
+            f"tensor {name!r} has {len(weight)} rows in the model, {len(aligned)} in the aligned and {len(base)} in the base model: name this model's pair"
         )
     result = weight.clone()
     one, before, unaligned = (tensor[:rows].float() for tensor in (weight, aligned, base))

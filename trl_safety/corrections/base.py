@@ -1,4 +1,4 @@
-"""What every correction of a trained adapter is: all layers in, all layers out, without model or trainer."""
+"""The base class of corrections of a trained adapter: all layers in, all layers out, without model or trainer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trl_safety.subspace.layer import LayerSubspace
 
 @dataclass(frozen=True)
 class LayerInput:
-    """One trained layer: ΔW = scaling · B · A with B (out, r) and A (r, in), as they are stored, and its alignment subspace, if any."""
+    """One trained layer: ΔW = scaling · B · A with B (out, r) and A (r, in), as stored, and its alignment subspace, if any."""
 
     name: str
     stored: tuple[Tensor, Tensor]
@@ -39,22 +39,22 @@ class LayerInput:
             SubspaceError: none was given.
         """
         if self.bound_subspace is None:
-            raise SubspaceError(f"layer {self.name!r}: has no alignment subspace, which the correction reads; give one")
+            raise SubspaceError(f"layer {self.name!r}: has no alignment subspace, which the correction needs; give one")
         return self.bound_subspace
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B and A to compute with; made anew at every call, so that no two layers' are held."""
+        """B and A in working precision; made anew on every call, so that never more than one layer's are held."""
         B, A = self.stored
         return working_factors(B.to(self.device), A.to(self.device))
 
     def cast(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """New factors in the dtype and on the device of those that they replace."""
+        """New factors in the dtype and on the device of the ones they replace."""
         return B.to(self.stored[0]), A.to(self.stored[1])
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What a correction did to one layer; `factors` is None where it left the layer alone."""
+    """What a correction did to one layer; `factors` is None if it left the layer alone."""
 
     report: LayerReport
     factors: tuple[Tensor, Tensor] | None
@@ -65,9 +65,9 @@ class Bound:
     """A saved adapter, matched with what a correction reads.
 
     Attributes:
-        layers: the module names that the correction acts on, in order, each with its subspace where it reads one.
+        layers: the module names that the correction acts on, in order, each with its subspace if it reads one.
         further: those of `layers` that the adapter does not have: name → factors of rank 0 and scaling to start from.
-        base_check: what was verified of the base model, for the report.
+        base_check: what was verified about the base model, for the report.
         skipped: module → why it is left alone.
     """
 
@@ -77,7 +77,7 @@ class Bound:
     skipped: Mapping[str, str]
 
     def inputs(self, folder: AdapterFolder, device: torch.device | None = None) -> list[LayerInput]:
-        """What `Correction.run` takes; computed where the factors lie, or on `device`."""
+        """The input of `Correction.run`, to be computed on `device`, by default where the factors are."""
         found = {**folder.factors, **self.further}
         return [
             LayerInput(name, (found[name].B, found[name].A), found[name].scaling, layer, device or found[name].B.device)
@@ -88,14 +88,14 @@ class Bound:
 class Correction(ABC):
     """A correction of a trained adapter: all layers in, all layers out, without model or trainer.
 
-    What a correction needs besides the adapter (an alignment subspace, another adapter) it binds itself: `bind` for a saved adapter,
+    A correction binds whatever else it needs (an alignment subspace, another adapter) itself: in `bind` for a saved adapter, in
     `further_layers` and `check_live` for a live one.
     """
 
     name: str
     reconstruction = False
     keeps_uncorrected: Path | None = None
-    """Where in a run's output folder the adapter is kept as it was before; None where it is not."""
+    """Where in a run's output folder the uncorrected adapter is kept; None if it is not kept."""
 
     def __init__(self, config: CorrectionConfig) -> None:
         self.config = config
@@ -106,7 +106,7 @@ class Correction(ABC):
         return self.config.subspace_use == "reads"
 
     def accept(self, config: Any, where: str) -> None:
-        """Raise `AdapterError` where an adapter of this configuration must not be corrected."""
+        """Raise `AdapterError` if an adapter with this configuration must not be corrected."""
         refuse_corrected(config, where)
 
     @abstractmethod
@@ -115,26 +115,26 @@ class Correction(ABC):
 
         Args:
             folder: the adapter.
-            subspace: given where `reads_subspace`.
+            subspace: given if `reads_subspace`.
             skip_modules: modules to leave alone.
             setting: how the user named the adapter, for messages.
         """
 
     def check_layers(self, layers: Mapping[str, Any]) -> None:  # noqa: B027  # most compare nothing but the subspace
-        """Raise where a loaded model's linear layers, by the adapter's names, are not those that the correction is for."""
+        """Raise if a loaded model's linear layers, keyed by the adapter's names, are not the ones that the correction is for."""
 
     @abstractmethod
     def check_live(self, model: nn.Module, prepared: Prepared, subspace: AlignmentSubspace | None, skip_modules: Sequence[str]) -> None:
-        """Raise where the correction will not be able to act on a live model's adapter."""
+        """Raise if the correction cannot act on a live model's adapter."""
 
     @abstractmethod
     def further_layers(
         self, model: nn.Module, prepared: Prepared, subspace: AlignmentSubspace | None, skip_modules: Sequence[str]
     ) -> dict[str, LayerSubspace | None]:
-        """The layers besides the adapter's that it acts on, by the live model's names, with their subspaces."""
+        """The layers beyond the adapter's that it acts on, by the live model's names, with their subspaces."""
 
     def keeps_ranks(self, ranks: Mapping[str, int]) -> bool:
-        """Whether an adapter of these ranks has the same ones afterwards."""
+        """Whether an adapter with these ranks keeps them."""
         return True
 
     @abstractmethod
@@ -143,7 +143,7 @@ class Correction(ABC):
 
     @abstractmethod
     def summary(self, results: Mapping[str, LayerReport]) -> str:
-        """One sentence on what was done."""
+        """One sentence that says what was done."""
 
     def report(self, results: Mapping[str, LayerResult], summary: str | None = None) -> MethodReport:
         """The method's part of the safety report."""
@@ -159,7 +159,7 @@ class Correction(ABC):
         )
 
     def reports(self, earlier: Sequence[MethodReport], results: Mapping[str, LayerResult] | None) -> list[MethodReport]:
-        """All methods' reports, this one's last; `results` is None while it is still to act."""
+        """All methods' reports, this one's last; `results` is None as long as it has not acted."""
         own = (
             self.report({}, "acts when training ends; this checkpoint is uncorrected and can be resumed")
             if results is None
@@ -167,17 +167,42 @@ class Correction(ABC):
         )
         return [*earlier, own]
 
+    def not_done(self, earlier: Sequence[MethodReport], why: str) -> list[MethodReport]:
+        """All methods' reports where this one could not act on what was trained."""
+        return [*earlier, self.report({}, why)]
+
+
+def continued(own: MethodReport, earlier: Sequence[MethodReport], pending: str, otherwise: str = "") -> list[MethodReport]:
+    """All methods' reports, where a correction completes a method of its own name that acted during training.
+
+    Args:
+        own: the correction's report; it continues the training's, if there is one.
+        earlier: the other reports.
+        pending: how the training's summary ends until the correction has acted.
+        otherwise: how the summary begins if there is no report on the training.
+    """
+    trained = next((method for method in earlier if method.name == own.name), None)
+    before = trained.summary.removesuffix(pending) if trained else otherwise
+    whole = own.model_copy(
+        update={
+            "settings": {**(trained.settings if trained else {}), **own.settings},
+            "summary": "; ".join(text for text in (before, own.summary) if text),
+            "steps": trained.steps if trained else None,
+        }
+    )
+    return [method for method in earlier if method.name != own.name and method.acted] + [whole]
+
 
 def working_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors in float64, on their device: a trained adapter is small, and the Grams square the condition number."""
+    """Factors in float64, on their device: a trained adapter is small, and Gram matrices square the condition number."""
     return B.detach().double(), A.detach().double()
 
 
 def on_host(rows: Sequence[Tensor]) -> Tensor:
-    """Every layer's measurements as one table, in one transfer."""
+    """Every layer's measurements as one table on the host, in one transfer."""
     return torch.stack([row.to(rows[0].device) for row in rows]).cpu()
 
 
 def changed(results: Mapping[str, LayerResult]) -> bool:
-    """Whether a correction gave any layer other factors."""
+    """Whether a correction changed the factors of any layer."""
     return any(result.factors is not None for result in results.values())

@@ -22,7 +22,7 @@ from trl_safety.adapters.record import RECORD, AdapterRecord, open_kind
 from trl_safety.config.block import options_class
 from trl_safety.config.buffer_reinforce import ReinforceMergeConfig
 from trl_safety.config.options import validate
-from trl_safety.corrections.base import Bound, Correction, LayerInput, LayerResult, on_host, working_factors
+from trl_safety.corrections.base import Bound, Correction, LayerInput, LayerResult, continued, on_host, working_factors
 from trl_safety.corrections.prepared import Prepared
 from trl_safety.corrections.registry import correct
 from trl_safety.errors import AdapterError, ConfigurationError
@@ -35,7 +35,7 @@ from trl_safety.subspace.layer import LayerSubspace
 NAME = "buffer_reinforce"
 
 USER_ADAPTER = Path("safety") / "user_adapter"
-"""In the output folder: the user's adapter alone, as it was before the merge."""
+"""The place in the output folder of the user's adapter as it was before the merge."""
 
 PENDING = "; the merge with the ReinforceLoRA is still to come"
 
@@ -59,7 +59,7 @@ def merge_layers(
     scalings: Mapping[str, float],
     device: torch.device,
 ) -> dict[str, Merge]:
-    """W_U and W_R of every layer that one of them has → w_U·W_U + w_R·(I − αQQᵀ)·W_R, in float64.
+    """Merge W_U and W_R in every layer that either has: w_U·W_U + w_R·(I − αQQᵀ)·W_R, in float64.
 
     Args:
         user: the user's factors by module.
@@ -95,7 +95,7 @@ def merge_layers(
 
 
 def _on(device: torch.device, factors: Factors | None, like: Factors | None) -> tuple[Tensor, Tensor, float]:
-    """Factors for computing, and zeros of rank 0 where the adapter does not have the layer."""
+    """Factors in working precision; zeros of rank 0 if the adapter does not have the layer."""
     if factors is not None:
         return *working_factors(factors.B.to(device), factors.A.to(device)), factors.scaling
     assert like is not None  # noqa: S101  # one of the two has the layer
@@ -107,7 +107,7 @@ def _on(device: torch.device, factors: Factors | None, like: Factors | None) -> 
 
 
 def merge_summary(merges: Mapping[str, Merge], config: ReinforceMergeConfig, user: Mapping[str, Factors]) -> str:
-    """One sentence on what was merged."""
+    """One sentence that says what was merged."""
     ranks = sorted({merge.A.shape[0] for merge in merges.values()})
     collapsed = [
         name for name, merge in merges.items() if name in user and merge.report.measured["kept_directions"] < user[name].A.shape[0]
@@ -119,21 +119,21 @@ def merge_summary(merges: Mapping[str, Merge], config: ReinforceMergeConfig, use
         f"rank {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}"
     )
     if collapsed:
-        text += f"; in {len(collapsed)} layers the user's update had collapsed to fewer directions than its rank"
+        text += f"; in {len(collapsed)} layers the user's update has collapsed to fewer directions than its rank"
     if config.rank is not None:
         text += f"; the cut to rank {config.rank} lost {lost / whole if whole else 0:.2%} of the energy"
     return text
 
 
 class ReinforceMerge(Correction):
-    """W_U → w_U·W_U + w_R·(I − αQQᵀ)·W_R, in every layer that one of the two adapters has.
+    """W_U → w_U·W_U + w_R·(I − αQQᵀ)·W_R, in every layer that either adapter has.
 
-    Differs from the authors' code in writing an adapter of rank r_U + r_R where that writes a whole merged model, and in layers that only
-    one of the two adapters has.
+    Differs from the authors' code in two ways: it writes an adapter of rank r_U + r_R instead of a whole merged model, and it also merges
+    layers that only one of the two adapters has.
 
     Raises:
         ConfigurationError: no ReinforceLoRA is named.
-        AdapterError: it cannot be read, or is none.
+        AdapterError: it cannot be read, or is not a ReinforceLoRA.
     """
 
     name = NAME
@@ -143,24 +143,24 @@ class ReinforceMerge(Correction):
     def __init__(self, config: ReinforceMergeConfig) -> None:
         super().__init__(config)
         if config.reinforce is None:
-            raise ConfigurationError(f"{NAME}.reinforce is missing: the merge is with a ReinforceLoRA; name its folder or Hub id")
+            raise ConfigurationError(f"{NAME}.reinforce is missing: the merge needs a ReinforceLoRA; name its folder or Hub id")
         self._setting = f"{NAME}.reinforce = {config.reinforce!r}"
         self.folder, self.record = open_kind(config.reinforce, "reinforce", f"{NAME}.reinforce")
         self._factors: dict[str, Factors] = {}
-        """The ReinforceLoRA's, under the names that the user's adapter has for its layers."""
+        """The ReinforceLoRA's factors, under the names that the user's adapter uses for its layers."""
         self._text = ""
 
     def accept(self, config: Any, where: str) -> None:
-        """A corrected adapter may be merged, but no provider's, one that was merged before, or one that the merge would weight down."""
+        """Accept a corrected adapter, but not a provider's, one that was merged before, or one whose correction the merge would scale down."""
         refuse_provider(config, where)
         for name in marks(config):
             if name == NAME:
                 raise AdapterError(
-                    f"{where}: was merged with a ReinforceLoRA already: give the user's adapter alone ({USER_ADAPTER} of the run)"
+                    f"{where}: was already merged with a ReinforceLoRA: give the user's adapter alone ({USER_ADAPTER} of the run)"
                 )
             if options_class(name).loses_by_scaling:
                 raise AdapterError(
-                    f"{where}: has the {name.replace('_', ' ')} in it, which the merge would weight down: merge the adapter without it"
+                    f"{where}: contains the {name.replace('_', ' ')}, which the merge would scale down: merge the adapter without it"
                 )
         if config.lora_bias:
             raise AdapterError(f"{where}: lora_bias = True: the biases of lora_B cannot be merged; train without lora_bias")
@@ -169,7 +169,7 @@ class ReinforceMerge(Correction):
         """See `Correction.bind`.
 
         Raises:
-            ConfigurationError: `skip_modules` is given, or the rank cuts nothing.
+            ConfigurationError: `skip_modules` is given, or the rank would cut nothing.
             AdapterError: the two adapters are for different models.
         """
         self._refuse_skipping(skip_modules)
@@ -192,8 +192,8 @@ class ReinforceMerge(Correction):
         """See `Correction.check_live`.
 
         Raises:
-            ConfigurationError: `skip_modules` is given, or the rank cuts nothing.
-            AdapterError: the ReinforceLoRA is another model's, or the user's adapter cannot be extended by its layers.
+            ConfigurationError: `skip_modules` is given, or the rank would cut nothing.
+            AdapterError: the ReinforceLoRA is for another model, or its layers cannot be added to the user's adapter.
         """
         self._refuse_skipping(skip_modules)
         checked = self.record.check_layers(FrozenAdapter(model, self.folder.factors, self._setting).layers, self._setting)
@@ -204,7 +204,7 @@ class ReinforceMerge(Correction):
         check_rank(self.config, user, self._factors)
         if not isinstance(unwrap(model), PeftModel):
             raise AdapterError(
-                f"{type(unwrap(model)).__name__} holds its adapter without a PeftModel around it, which the merge needs: pass peft_config to the trainer, or a "
+                f"{type(unwrap(model)).__name__} has an adapter but is not a PeftModel, which the merge needs: pass peft_config to the trainer, or a "
                 "PeftModel"
             )
         extra = [name for name in self._factors if name not in user]
@@ -224,12 +224,12 @@ class ReinforceMerge(Correction):
     def further_layers(
         self, model: nn.Module, prepared: Prepared, subspace: AlignmentSubspace | None, skip_modules: Sequence[str]
     ) -> dict[str, LayerSubspace | None]:
-        """The layers that the ReinforceLoRA has and the user's adapter has not."""
+        """The layers that the ReinforceLoRA has and the user's adapter does not."""
         user = {module.name for module in prepared.modules}
         return {name: None for name in self._factors if name not in user}
 
     def keeps_ranks(self, ranks: Mapping[str, int]) -> bool:
-        """The merged adapter has the ranks of both."""
+        """Never: the merged adapter's rank is the sum of both."""
         return False
 
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
@@ -242,28 +242,22 @@ class ReinforceMerge(Correction):
         }
 
     def summary(self, results: Mapping[str, LayerReport]) -> str:
-        """Of the last `run`."""
+        """What the last `run` did."""
         return self._text
 
     def reports(self, earlier: Sequence[MethodReport], results: Mapping[str, LayerResult] | None) -> list[MethodReport]:
-        """Those of the methods that acted before; that of the buffer, if any, is continued by the merge's."""
+        """The reports of the methods that acted before; the merge's report continues the buffer's, if there is one."""
         trained = next((method for method in earlier if method.name == NAME), None)
         if results is None:
             return super().reports(earlier, None) if trained is None else list(earlier)
-        before = trained.summary.removesuffix(PENDING) if trained else "the user's adapter has no report of a buffer"
         own = self.report(results)
-        merged = own.model_copy(
-            update={
-                "settings": {
-                    **(trained.settings if trained else {}),
-                    **own.settings,
-                    "reinforce_sha256": sha256(self.folder.path / WEIGHTS),
-                },
-                "summary": f"{before}; {own.summary}",
-                "steps": trained.steps if trained else None,
-            }
-        )
-        return [method for method in earlier if method.name != NAME and method.acted] + [merged]
+        own.settings["reinforce_sha256"] = sha256(self.folder.path / WEIGHTS)
+        return continued(own, earlier, PENDING, "the user's adapter has no report on a buffer")
+
+    def not_done(self, earlier: Sequence[MethodReport], why: str) -> list[MethodReport]:
+        """See `Correction.not_done`; the buffer's report no longer says that the merge is still to come."""
+        said = [method.model_copy(update={"summary": method.summary.removesuffix(PENDING)}) for method in earlier]
+        return super().not_done(said, why)
 
 
 def merge_reinforce(
@@ -280,24 +274,24 @@ def merge_reinforce(
 ) -> SafetyReport:
     """Merge a saved user's adapter with a saved ReinforceLoRA into one ordinary adapter, without loading a model.
 
-    W_final = W + w_U·W_U + w_R·(I − αQQᵀ)·W_R (arXiv 2605.24550, Section 4.3). Differs from the authors' code in writing an adapter
-    of rank r_U + r_R where that writes a whole merged model, and in layers that only one of the two adapters has.
+    W_final = W + w_U·W_U + w_R·(I − αQQᵀ)·W_R (arXiv 2605.24550, Section 4.3). Differs from the authors' code in two ways: it writes
+    an adapter of rank r_U + r_R instead of a whole merged model, and it also merges layers that only one of the two adapters has.
 
     Args:
-        user: the user's adapter, trained beside the buffer or not; corrected or not. It is never changed.
+        user: the user's adapter, trained with the buffer or not; corrected or not. It is never changed.
         reinforce: folder or Hub id of a ReinforceLoRA made by `trl-safety reinforce`.
         output: a new or empty folder.
         alpha: α.
         user_weight: w_U.
         reinforce_weight: w_R.
-        rank: cut back to this.
+        rank: truncate the merged adapter to this rank.
         collapse_threshold: τ.
-        device: where to compute; a GPU when there is one.
+        device: where to compute; a GPU by default if there is one.
 
     Raises:
-        AdapterError: an adapter is missing, of another kind, for another base model, was merged before, or the output cannot be
-            written.
-        ConfigurationError: an option is out of bounds.
+        AdapterError: an adapter is missing, of the wrong kind, for another base model, or was merged before; or the output cannot
+            be written.
+        ConfigurationError: an option is out of range.
     """
     options = {"alpha": alpha, "user_weight": user_weight, "reinforce_weight": reinforce_weight, "rank": rank}
     given = {**options, "collapse_threshold": collapse_threshold, "reinforce": str(reinforce)}
@@ -305,13 +299,13 @@ def merge_reinforce(
 
 
 def _under_user_names(other: AdapterFolder, user: Mapping[str, Factors], setting: str) -> dict[str, Factors]:
-    """The ReinforceLoRA's factors under the names that the user's adapter has for its layers."""
+    """The ReinforceLoRA's factors under the names that the user's adapter uses for its layers."""
     found = match(other.factors, user)
     loose = [name for name, to in found.items() if to is not None and strip_wrappers(to) != name]
     missing = [name for name, to in found.items() if to is None]
     if loose and missing:
         raise AdapterError(
-            f"{setting}: names its layer {loose[0]!r} otherwise than the user's adapter ({found[loose[0]]!r}) and has further ones ({missing[0]!r}), whose "
+            f"{setting}: its layer {loose[0]!r} has another name in the user's adapter ({found[loose[0]]!r}), and it has further layers ({missing[0]!r}) whose "
             "names in the user's model are not known: train both with the same model class"
         )
     result = {}
@@ -319,22 +313,22 @@ def _under_user_names(other: AdapterFolder, user: Mapping[str, Factors], setting
         factors = other.factors[name]
         if to is not None and factors.shape != user[to].shape:
             raise AdapterError(
-                f"{setting}: its layer {name!r} is {factors.shape}, the user's {user[to].shape}: they are for different models"
+                f"{setting}: its layer {name!r} is {factors.shape}, but {user[to].shape} in the user's adapter: they are for different models"
             )
         result[to or name] = factors
     return result
 
 
 def check_rank(config: ReinforceMergeConfig, user: Mapping[str, Factors], reinforce: Mapping[str, Factors]) -> None:
-    """Refuse a rank that cuts nothing.
+    """Refuse a rank that would cut nothing.
 
     Raises:
-        ConfigurationError: no layer of the merged adapter would have a larger one.
+        ConfigurationError: no layer of the merged adapter would have a larger rank.
     """
     ranks = [sum(part[name].A.shape[0] for part in (user, reinforce) if name in part) for name in {**user, **reinforce}]
     if config.rank is not None and config.rank >= max(ranks):
         raise ConfigurationError(
-            f"rank = {config.rank}: the merged adapter has rank {max(ranks)}, so that nothing would be cut; use less, or leave it out"
+            f"rank = {config.rank}: the merged adapter has rank {max(ranks)}, so nothing would be cut; use less, or remove it"
         )
 
 
@@ -346,8 +340,8 @@ def _same_base(folder: AdapterFolder, record: AdapterRecord, setting: str) -> st
     if base and Path(base).is_dir():
         return record.check_checkpoint(base, setting)
     if base and base == record.base_model:
-        return f"{base}, by name the ReinforceLoRA's own base model"
-    return f"{NOT_VERIFIED}: {base or 'no name in the adapter'} is not at hand, the ReinforceLoRA was trained on {record.base_model}; shapes match"
+        return f"{base}, whose name is that of the ReinforceLoRA's own base model"
+    return f"{NOT_VERIFIED}: {base or 'no name in the adapter'} is not available here; the ReinforceLoRA was trained on {record.base_model}; shapes match"
 
 
 def _factors(module: LoraModule) -> Factors:

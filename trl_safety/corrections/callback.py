@@ -29,26 +29,26 @@ from trl_safety.subspace.artifact import AlignmentSubspace
 logger = logging.getLogger(__name__)
 
 CORRECTED_COPY = Path("safety") / "corrected"
-"""Two levels down: Transformers takes a folder with an adapter directly inside a checkpoint for a second adapter of the model."""
+"""Two levels down, because Transformers treats an adapter folder directly inside a checkpoint as a second adapter of the model."""
 
 RUN_CORRECTION = "trl_safety_correction"
-"""Attribute of a run's `TrainerState`: its correction callback."""
+"""Attribute of a run's `TrainerState` that holds its correction callback."""
 
 
 class CorrectionCallback(TrainerCallback):
     """Correct the adapter when training ends, so that the next `save_model()` writes the corrected one.
 
-    Works with any Transformers `Trainer` on a PEFT model. It acts after `load_best_model_at_end`. Checkpoints on the way stay
-    resumable and therefore uncorrected; their `safety_report.json` says so.
+    Works with any Transformers `Trainer` on a PEFT model. It acts after `load_best_model_at_end`. Intermediate checkpoints stay
+    uncorrected, so that they can be resumed; their `safety_report.json` says so.
 
     Args:
-        subspace: an `AlignmentSubspace`, its file or a Hub id; None for a correction that reads none.
+        subspace: an `AlignmentSubspace`, its file or a Hub id; None for a correction that does not read one.
         correction: the options of a correction (an instance of a `CorrectionConfig` subclass), or the correction itself.
         skip_modules: modules to leave alone.
 
     Raises:
         SubspaceError: the subspace cannot be read.
-        ConfigurationError: the options are those of no correction.
+        ConfigurationError: the options do not belong to a correction.
     """
 
     def __init__(
@@ -67,28 +67,28 @@ class CorrectionCallback(TrainerCallback):
         """What was switched off in the trainer's options, for the report."""
         self.result: SafetyReport | None = None
 
-    def prepare(self, model: nn.Module) -> Prepared:
-        """Check that the correction will be able to act. Raises `AdapterError` or `SubspaceError` where it will not."""
-        prepared = prepare_for(model, self.subspace, self.correction, self.skip_modules, self._adapter)
+    def prepare(self, model: nn.Module, *, trained: bool = False) -> Prepared:
+        """Check that the correction will be able to act. Raises `AdapterError` or `SubspaceError` if it will not. For `trained` see `prepare`."""
+        prepared = prepare_for(model, self.subspace, self.correction, self.skip_modules, self._adapter, trained=trained)
         prepared.switched_off = self.switched_off
         return prepared
 
     def join(self, run: object, others: Callable[[], list[MethodReport]]) -> None:
-        """Report other methods, which act before this one, in the run of this `TrainerState`."""
+        """Include the reports of other methods, which act before this one, in the run of this `TrainerState`."""
         self._run, self._others = run, others
 
     def reports(self) -> list[MethodReport]:
-        """Of the methods until now, this correction's last: what it did, or that it is still to act."""
+        """The methods' reports so far, this correction's last: what it did, or that it has yet to act."""
         return list(self.result.methods) if self.result else self.correction.reports(self._others(), None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        """Check, and have checkpoints say that they are uncorrected."""
+        """Check the adapter, and make the checkpoints' reports say that they are uncorrected."""
         check_engine(self.correction.name, self.correction.config)
         if self._run is not state:
-            # Of a run that was interrupted.
+            # They belong to a run that was interrupted.
             self._others = list
         if self.correction.config.excludes:
-            # The state lives as long as one run, and all of the run's callbacks see it.
+            # The state lives as long as the run, and all of the run's callbacks see it.
             other = vars(state).setdefault(RUN_CORRECTION, self)
             if other is not self:
                 raise ConfigurationError(
@@ -96,8 +96,8 @@ class CorrectionCallback(TrainerCallback):
                 )
         if self.correction.config.corrected_checkpoints and args.save_strategy == "no":
             raise ConfigurationError(
-                f"{self.correction.name}.corrected_checkpoints = True: save_strategy = 'no' writes no checkpoint that a corrected copy could lie in; set "
-                "save_strategy, or leave corrected_checkpoints out"
+                f"{self.correction.name}.corrected_checkpoints = True: save_strategy = 'no' writes no checkpoint to put a corrected copy into; set "
+                "save_strategy, or remove corrected_checkpoints"
             )
         if self.correction.keeps_uncorrected and state.is_world_process_zero:
             folder = (Path(args.output_dir) / self.correction.keeps_uncorrected).parent
@@ -105,7 +105,7 @@ class CorrectionCallback(TrainerCallback):
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise AdapterError(
-                    f"output_dir = {args.output_dir!r}: {str(folder)!r} cannot be made ({error.strerror}); the user's adapter is kept there"
+                    f"output_dir = {args.output_dir!r}: {str(folder)!r} cannot be created ({error.strerror}); the user's adapter is kept there"
                 ) from error
         self._adapter, self.result = None, None
         prepared = self.prepare(model)
@@ -115,30 +115,30 @@ class CorrectionCallback(TrainerCallback):
         )
 
     def on_save(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        """Write the corrected copy of a checkpoint where that is asked for."""
+        """Write the corrected copy of a checkpoint if that is asked for."""
         if not self.correction.config.corrected_checkpoints or not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         assert self._adapter is not None  # noqa: S101  # set when training began
         saved = adapter_folder(unwrap(model), checkpoint, self._adapter)
-        # A resumed run comes by the same checkpoint again.
+        # A resumed run may save the same checkpoint again.
         correct_folder(saved, checkpoint / CORRECTED_COPY, self.subspace, self.correction, skip_modules=self.skip_modules, replace=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        """Correct in memory the adapter that was checked at the start."""
+        """Correct, in memory, the adapter that was checked at the start."""
         others = self._others()
-        prepared = self.prepare(model)
+        prepared = self.prepare(model, trained=True)
         if self.correction.keeps_uncorrected and state.is_world_process_zero:
             self._keep(unwrap(model), Path(args.output_dir) / self.correction.keeps_uncorrected, prepared)
         self.result = correct_model(model, self.subspace, self.correction, prepared, others, self.skip_modules)
         self._others = list
         if state.is_world_process_zero:
             own = self.result.methods[-1]
-            # At a level that is shown: a correction that erased most of an update is as worth knowing as one that did nothing.
+            # As a warning, so that it is shown: users should know if a correction erased most of an update, or did nothing.
             logger.warning("%s: %s", own.source, own.summary)
 
     def _keep(self, model: nn.Module, place: Path, prepared: Prepared) -> None:
-        """Save the adapter as it was trained, with a record of the model that it is for."""
+        """Save the adapter as it was trained, with a record of the model that it belongs to."""
         with new_folder(place, error=AdapterError, setting="output_dir", replace=True) as folder:
             cast(Any, model).save_pretrained(str(folder), selected_adapters=[prepared.adapter])
             layers = {module.name: module.layer.get_base_layer() for module in lora_modules(model, prepared.adapter)}
@@ -152,10 +152,10 @@ class NamedCallback(CorrectionCallback):
     Args:
         subspace: an `AlignmentSubspace`, its file or a Hub id.
         skip_modules: modules to leave alone.
-        **options: of the correction; see `options`.
+        **options: the correction's options; see `options`.
 
     Raises:
-        ConfigurationError: an option is unknown or out of bounds.
+        ConfigurationError: an option is unknown or out of range.
         SubspaceError: the subspace cannot be read.
     """
 

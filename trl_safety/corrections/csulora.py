@@ -1,4 +1,4 @@
-"""CSULoRA (a reconstruction) as a callback and as a function on a model."""
+"""CSULoRA (a reconstruction) as a correction, a callback and a function on a model."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class CsuloraCorrection(SubspaceCorrection):
     config: CsuloraConfig
 
     def check(self, layers: Mapping[str, LayerSubspace]) -> None:
-        """No layer's subspace is everything, where the split would put all of ΔW into the part that is kept."""
+        """Check that no layer's subspace is the whole space, in which case all of ΔW would be in the part that is kept."""
         for layer in layers.values():
             layer.factors()
             if layer.rank >= max(layer.shape):
                 raise SubspaceError(
-                    f"layer {layer.name!r} of shape {layer.shape} has a subspace of rank {layer.rank}, which is everything, so that csulora would "
+                    f"layer {layer.name!r} of shape {layer.shape} has a subspace of rank {layer.rank}, which is the whole space, so csulora would "
                     "change nothing; build the subspace with a smaller rank"
                 )
 
     def keeps_ranks(self, ranks: Mapping[str, int]) -> bool:
-        """Only where it is cut back."""
+        """Only if it is cut back."""
         return self.config.output_rank == "original"
 
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
-        """Correct every layer with a non-zero update; one transfer to the host."""
+        """Correct every layer with a non-zero update, with one transfer to the host."""
         off = self.config.lambda_partial == 0 and self.config.lambda_outside == 0
         computed, rows = [], []
         for layer in layers:
@@ -77,7 +77,7 @@ class CsuloraCorrection(SubspaceCorrection):
         return results
 
     def summary(self, results: Mapping[str, LayerReport]) -> str:
-        """How many layers were corrected, how much of the update is left, and what the output rank cost."""
+        """How many layers were corrected, how much of the update remains, and what the output rank cost."""
         corrected = [report for report in results.values() if report.action == "corrected"]
         if not corrected:
             return "both λ are 0 or every update is zero: the adapter is as it was trained"
@@ -96,7 +96,7 @@ class CsuloraCorrection(SubspaceCorrection):
 class CSULoRACallback(NamedCallback):
     """CSULoRA (arXiv 2605.30640), a RECONSTRUCTION, at the end of training, for any Transformers `Trainer` on a PEFT model.
 
-    Checks at the start of training that it will be able to act. The keywords are the fields of `CsuloraConfig`; see `NamedCallback`.
+    Checks at the start of training that it can act. The keywords are the fields of `CsuloraConfig`; see `NamedCallback`.
     """
 
     options = CsuloraConfig
@@ -106,9 +106,9 @@ class CSULoRACallback(NamedCallback):
 def apply_csulora(
     model: nn.Module, subspace: AlignmentSubspace, *, skip_modules: Iterable[str] = (), adapter: str | None = None, **options: Any
 ) -> SafetyReport:
-    """Correct a PEFT model's adapter in place by the reconstructed CSULoRA; the next save writes its report, too.
+    """Correct a PEFT model's adapter in place with the reconstructed CSULoRA. The next save also writes its report.
 
-    A short form of `trl_safety.correct(model, subspace, CsuloraConfig(...))`, with its returns and errors.
+    A short form of `trl_safety.correct(model, subspace, CsuloraConfig(...))`, with the same return value and errors.
 
     Args:
         model: with one active LoRA adapter, trained.

@@ -1,4 +1,4 @@
-"""A correction on a saved adapter, without any model."""
+"""Correct a saved adapter without loading a model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from trl_safety.reports.report import (
     SafetyReport,
     describe_subspace,
     describes,
+    read_card,
     read_report,
     settled,
     with_section,
@@ -43,11 +44,11 @@ def correct_folder(
         subspace: of the model that the adapter was trained on.
         correction: what to do.
         skip_modules: modules to leave alone.
-        device: where to compute; a GPU when there is one.
+        device: where to compute; a GPU by default if there is one.
         replace: remove what is at `output` once the new folder is complete.
 
     Raises:
-        AdapterError: the adapter is of an unsupported kind, was corrected before, belongs to another model, or the output
+        AdapterError: the adapter is of an unsupported kind, was corrected before or belongs to another model; or the output
             cannot be written.
         SubspaceError: an adapted layer is not in the subspace.
     """
@@ -79,8 +80,7 @@ def correct_folder(
         skipped=dict(bound.skipped),
         not_covered=sorted(folder.others),
     )
-    card = folder.path / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = read_card(folder.path / "README.md")
 
     def texts(written: Path) -> dict[str, str]:
         final = settled(report, written)
@@ -91,6 +91,6 @@ def correct_folder(
 
 
 def carried_methods(folder: Path) -> list[MethodReport]:
-    """The methods that an adapter's own report names; none where the report is not of this adapter as it is now."""
+    """The methods that an adapter's own report names; none if the report does not describe the adapter as it is now."""
     earlier = read_report(folder) if (folder / REPORT).is_file() else None
     return earlier.methods if earlier and describes(earlier, folder) else []

@@ -1,4 +1,4 @@
-"""A correction on a live model's adapter."""
+"""Correct a live model's adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trl_safety.adapters.lora import LoraModule, adapter_config, extend_adapter, lora_modules, unwrap
+from trl_safety.adapters.lora import DIVERGED, LoraModule, adapter_config, extend_adapter, lora_modules, no_numbers, not_finite, unwrap
 from trl_safety.adapters.marks import update_config
 from trl_safety.adapters.shards import put, settle, sharded, whole
 from trl_safety.corrections.base import Correction, LayerInput, LayerResult, changed
@@ -29,10 +29,18 @@ def correct_model(
     others: Sequence[MethodReport] = (),
     skip_modules: Iterable[str] = (),
 ) -> SafetyReport:
-    """Correct a model's adapter in place, mark it, and make every later save write the report, with that of other methods."""
+    """Correct a model's adapter in place, mark it, and make every later save write the report, including those of other methods.
+
+    An adapter that holds NaN or infinity is left unchanged. It can be saved, and is reported as not protected.
+    """
     model = unwrap(model)
     settle(model)
-    # The user's own LoraConfig object, which may serve another run, stays as it is.
+    if (name := not_finite(prepared.modules)) is not None:
+        methods = correction.not_done(others, f"did not act: {no_numbers(name)}: {DIVERGED}")
+        report = prepared.report(subspace, methods, final=True).model_copy(update={"protected": False})
+        report_source(model, prepared.adapter).freeze(model, report)
+        return report
+    # The user's own LoraConfig object is not changed, because another run may use it.
     config = copy.deepcopy(adapter_config(model, prepared.adapter))
     cast(Any, model).peft_config[prepared.adapter] = config
     further = correction.further_layers(model, prepared, subspace, list(skip_modules))
@@ -44,7 +52,7 @@ def correct_model(
         [LayerInput(m.name, _trained(m, further), m.scaling, prepared.subspaces.get(m.name), m.B.device) for m in prepared.covered]
     )
     if sharded(model):
-        # GPUs may round a cosine at the threshold, or a singular vector's sign, one way and the other: the first process decides.
+        # GPUs may round a cosine at the threshold, or a singular vector's sign, differently, so the first process decides.
         acted = [[name for name, result in results.items() if result.factors is not None]]
         torch.distributed.broadcast_object_list(acted, src=0)
         results = {
@@ -74,7 +82,7 @@ def correct_model(
 
 
 def _trained(module: LoraModule, further: Collection[str]) -> tuple[Tensor, Tensor]:
-    """What training made of a layer: factors of rank 0 where it was not the adapter's."""
+    """A layer's trained factors; of rank 0 if the layer was not the adapter's."""
     B, A = whole(module.B).detach(), whole(module.A).detach()
     return (B[:, :0], A[:0]) if module.name in further else (B, A)
 
@@ -93,14 +101,16 @@ def prepare_for(
     correction: Correction,
     skip_modules: Iterable[str] = (),
     adapter: str | None = None,
+    *,
+    trained: bool = False,
 ) -> Prepared:
-    """A live model's adapter, checked: raise where a correction will not be able to act on it.
+    """Check a live model's adapter, and raise if a correction cannot act on it. For `trained` see `prepare`.
 
     Raises:
         AdapterError, SubspaceError, ConfigurationError: see `prepare` and the correction.
     """
     skip_modules = list(skip_modules)
-    prepared = prepare(model, subspace, skip_modules, adapter, accept=correction.accept)
+    prepared = prepare(model, subspace, skip_modules, adapter, accept=correction.accept, trained=trained)
     correction.check_live(model, prepared, subspace, skip_modules)
     if sharded(model) and not correction.keeps_ranks({module.name: int(module.A.shape[0]) for module in prepared.covered}):
         remedy = f"cut it back to the adapter's own rank, or correct the saved adapter with `trl-safety correct --method {correction.name}`"

@@ -1,4 +1,4 @@
-"""What the corrections that read an alignment subspace share: matching an adapter's layers with it."""
+"""What the corrections that read an alignment subspace share: matching an adapter's layers with the subspace's."""
 
 from __future__ import annotations
 
@@ -31,25 +31,30 @@ class SubspaceCorrection(Correction):
 
     @abstractmethod
     def check(self, layers: Mapping[str, LayerSubspace]) -> None:
-        """Raise where the correction could not act on these subspaces."""
+        """Raise if the correction cannot act on these subspaces."""
 
     def check_ranks(self, ranks: Mapping[str, int], layers: Mapping[str, LayerSubspace]) -> None:  # most accept any
-        """Raise where the correction could not act on an adapter of these ranks; `layers` are all that it acts on, by module."""
+        """Raise if the correction cannot act on an adapter with these ranks; `layers` are all that it acts on, by module."""
 
     def bind(self, folder: AdapterFolder, subspace: AlignmentSubspace | None, skip_modules: Sequence[str], setting: str) -> Bound:
         """See `Correction.bind`.
 
         Raises:
-            AdapterError: the adapter belongs to another model, or its further layers cannot be named.
+            AdapterError: the adapter belongs to another model, or the names of further layers are not known.
             SubspaceError: an adapted layer is not in the subspace.
         """
         subspace = self._given(subspace)
         subspaces = subspace.for_modules(folder.factors, skip_modules)
         for name, layer in subspaces.items():
+            if folder.config.task_type == "CAUSAL_LM" and layer.name.endswith(f".{name}"):
+                raise AdapterError(
+                    f"{setting}: its layer {name!r} is named as in the model without its head, and is {layer.name!r} in one that answers, so that PEFT would put "
+                    "nothing of it there and only warn: save the adapter again from the model that it was trained on"
+                )
             check_shape(name, folder.factors[name].shape, layer)
             if bool(folder.config.fan_in_fan_out) != layer.transposed:
                 raise AdapterError(
-                    f"{setting}: fan_in_fan_out = {folder.config.fan_in_fan_out} does not fit the subspace's layer {name!r}: they belong "
+                    f"{setting}: fan_in_fan_out = {folder.config.fan_in_fan_out} does not match the subspace's layer {name!r}: they belong "
                     "to different model classes"
                 )
         further = self._further_of(folder, subspace, subspaces, skip_modules, setting) if self.all_layers else {}
@@ -59,8 +64,8 @@ class SubspaceCorrection(Correction):
         loose = [name for name, layer in subspaces.items() if name != layer.name]
         if loose and base_check.startswith(NOT_VERIFIED):
             raise AdapterError(
-                f"{setting}: its layer {loose[0]!r} is {subspaces[loose[0]].name!r} in the subspace, and its base model is not at hand to tell "
-                "whether they are the same: put the base model where base_model_name_or_path says, or build the subspace for this model"
+                f"{setting}: its layer {loose[0]!r} is {subspaces[loose[0]].name!r} in the subspace, and its base model is not available to tell "
+                "whether they are the same: put the base model at its base_model_name_or_path, or build the subspace for this model"
             )
         stored = next(iter(folder.factors.values())).B.dtype
         return Bound(
@@ -82,13 +87,13 @@ class SubspaceCorrection(Correction):
         setting: str,
     ) -> dict[str, LayerSubspace]:
         if folder.config.lora_bias:
-            raise AdapterError(f"{setting}: lora_bias = True: {self.name}.all_layers cannot add layers to it; leave all_layers out")
+            raise AdapterError(f"{setting}: lora_bias = True: {self.name}.all_layers cannot add layers to it; remove all_layers")
         used = {layer.name for layer in subspaces.values()}
         further = {name: layer for name, layer in subspace.layers.items() if layer.name not in used and not is_named(name, skip_modules)}
         if further and (other := [name for name, layer in subspaces.items() if name != layer.name]):
             raise AdapterError(
-                f"{setting}: names its layer {other[0]!r} otherwise than the subspace ({subspaces[other[0]].name!r}), so that the names of further "
-                "layers in its model are not known; build the subspace for this model, or leave all_layers out"
+                f"{setting}: its layer {other[0]!r} has another name in the subspace ({subspaces[other[0]].name!r}), so the names of further "
+                "layers in its model are not known; build the subspace for this model, or remove all_layers"
             )
         return further
 
@@ -102,7 +107,7 @@ class SubspaceCorrection(Correction):
     def further_layers(
         self, model: nn.Module, prepared: Prepared, subspace: AlignmentSubspace | None, skip_modules: Sequence[str]
     ) -> dict[str, LayerSubspace | None]:
-        """See `Correction.further_layers`; checked to be the aligned model's."""
+        """See `Correction.further_layers`; the layers are checked to be the aligned model's."""
         return dict(self._further_live(model, prepared, self._given(subspace), skip_modules))
 
     def _given(self, subspace: AlignmentSubspace | None) -> AlignmentSubspace:
@@ -121,7 +126,8 @@ class SubspaceCorrection(Correction):
         if config.modules_to_save or config.lora_bias or not isinstance(unwrap(model), PeftModel):
             raise AdapterError(
                 f"{self.name}.all_layers = True: layers cannot be added to an adapter with modules_to_save = {config.modules_to_save!r} and lora_bias = "
-                f"{config.lora_bias} on a {type(unwrap(model)).__name__}; adapt those layers (target_modules), or correct the saved one with `trl-safety correct`"
+                f"{config.lora_bias} on a {type(unwrap(model)).__name__}; adapt those layers (target_modules), or correct the saved adapter with "
+                "`trl-safety correct`"
             )
         layers = linear_layers(model)
         adapted = {id(layer) for layer in prepared.subspaces.values()}
@@ -141,7 +147,7 @@ class SubspaceCorrection(Correction):
             if weight is None or (apart := wanted[name].difference(weight)[0]) > limit:
                 raise AdapterError(
                     f"layer {found!r} of the model differs from the aligned model of the subspace"
-                    + (f" by {apart:.1%}" if weight is not None else ", as far as can be told: its format cannot be read")
+                    + (f" by {apart:.1%}" if weight is not None else ", or cannot be compared: its format cannot be read")
                 )
             further[found] = wanted[name]
         return further

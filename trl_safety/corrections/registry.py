@@ -1,4 +1,4 @@
-"""Options → the correction that they ask for, and `correct`, which applies it to a model or a folder."""
+"""Options → the correction that they configure, and `correct`, which applies it to a model or a folder."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from trl_safety.subspace.artifact import AlignmentSubspace
 
 
 def correction_for(config: CorrectionConfig) -> Correction:
-    """The correction that options ask for.
+    """The correction that options configure.
 
     Raises:
-        ConfigurationError: they are those of no correction.
+        ConfigurationError: the options do not belong to a correction.
     """
     if not isinstance(config, CorrectionConfig):
-        raise ConfigurationError(f"{type(config).__name__} is no correction of a trained adapter")
+        raise ConfigurationError(f"{type(config).__name__} is not a correction of a trained adapter")
     correction = config.load_hook()(config)
     if not isinstance(correction, Correction):
-        raise ConfigurationError(f"{type(config).__name__}.hook = {config.hook!r}: is no Correction; ask its author")
+        raise ConfigurationError(f"{type(config).__name__}.hook = {config.hook!r}: is not a Correction; ask its author")
     return correction
 
 
@@ -46,22 +46,22 @@ def correct(
     """Correct a live model's adapter in place, or a saved adapter into a new folder.
 
     Args:
-        adapter: a model with a trained LoRA adapter, of which the next save writes the report, too; or the folder of a saved adapter,
+        adapter: a model with a trained LoRA adapter, whose next save also writes the report; or the folder of a saved adapter,
             which is never changed.
-        subspace: an `AlignmentSubspace`, its file or a Hub id; None where the correction reads none.
+        subspace: an `AlignmentSubspace`, its file or a Hub id; None if the correction does not read one.
         config: the options of the correction: an instance of a `CorrectionConfig` subclass.
-        output: of a saved adapter, the new folder; None for a model.
+        output: for a saved adapter, the new folder; None for a model.
         skip_modules: modules to leave alone.
-        adapter_name: of a model, the adapter's name; by default the active one.
-        device: of a saved adapter, where to compute; a GPU when there is one.
+        adapter_name: for a model, the adapter's name; by default the active one.
+        device: for a saved adapter, where to compute; a GPU by default if there is one.
 
     Returns:
         What was measured and done, layer by layer.
 
     Raises:
-        AdapterError: no adapter, an unsupported kind, another model's, or one that was corrected before.
-        SubspaceError: an adapted layer is not in the subspace, or the subspace is not of the kind that the correction reads.
-        ConfigurationError: an argument has no use here, or is missing.
+        AdapterError: there is no adapter, it is of an unsupported kind, belongs to another model, or was corrected before.
+        SubspaceError: an adapted layer is not in the subspace, or the subspace is not of the kind that the correction needs.
+        ConfigurationError: an argument is not used here, or is missing.
     """
     correction = correction_for(config)
     space = subspace if isinstance(subspace, AlignmentSubspace | None) else AlignmentSubspace.from_pretrained(subspace)
@@ -71,13 +71,13 @@ def correct(
         for name, given in (("output", output), ("device", device)):
             if given is not None:
                 raise ConfigurationError(
-                    f"{name} = {str(given)!r}: has no use with a model, whose adapter is corrected in place: remove it"
+                    f"{name} = {str(given)!r}: is not used with a model, whose adapter is corrected in place: remove it"
                 )
         return apply_correction(adapter, space, correction, skip_modules, adapter_name)
     if output is None:
         raise ConfigurationError("output is missing: a saved adapter is corrected into a new folder; name it")
     if adapter_name is not None:
-        raise ConfigurationError(f"adapter_name = {adapter_name!r}: has no use with a folder: remove it")
+        raise ConfigurationError(f"adapter_name = {adapter_name!r}: is not used with a folder: remove it")
     return correct_folder(adapter, output, space, correction, skip_modules=skip_modules, device=device)
 
 
@@ -90,6 +90,6 @@ def correct_by_name(
     skip_modules: Iterable[str],
     adapter: str | None,
 ) -> SafetyReport:
-    """What the functions named after one correction do: validate its keywords, and `correct`."""
+    """The common part of the functions named after one correction: validate the keywords, and `correct`."""
     config = validate(options, {key: value for key, value in given.items() if value is not None}, name)
     return correct(model, subspace, config, skip_modules=skip_modules, adapter_name=adapter)

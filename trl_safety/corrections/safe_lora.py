@@ -1,4 +1,4 @@
-"""Safe LoRA as a callback and as a function on a model."""
+"""Safe LoRA as a correction, a callback and a function on a model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class SafeLoraCorrection(SubspaceCorrection):
     config: SafeLoraConfig
 
     def check(self, layers: Mapping[str, LayerSubspace]) -> None:
-        """Every layer's operator can be had, and differs from the identity."""
+        """Check that every layer's operator exists and differs from the identity."""
         for layer in layers.values():
             layer.operator(self.config.operator)
 
     def run(self, layers: Sequence[LayerInput]) -> dict[str, LayerResult]:
-        """Measure all layers, choose, project; one transfer to the host."""
+        """Measure all layers, select, and project, with one transfer to the host."""
         projected, rows = [], []
         for layer in layers:
             B, A = layer.factors()
@@ -39,12 +39,12 @@ class SafeLoraCorrection(SubspaceCorrection):
             rows.append(torch.stack(safe_lora.cosine(image, B, A)))
             projected.append(layer.cast(image, A)[0])
         measured = on_host(rows)
-        # A layer without an update has nothing to correct: it is none of the K.
+        # A layer without an update has nothing to correct, so it does not count as one of the K.
         cosines = measured[:, 0].where(measured[:, 1] > 0, torch.inf) if self.config.layers is not None else measured[:, 0]
         chosen = safe_lora.select(cosines, threshold=self.config.threshold, layers=self.config.layers).tolist()
         spared = "cosine above the threshold"
         if self.config.layers is not None:
-            spared = f"not among the {self.config.layers} layers of smallest cosine"
+            spared = f"not among the {self.config.layers} layers with the smallest cosine"
         results = {}
         for layer, image, (cosine, norm, image_norm), act in zip(layers, projected, measured.tolist(), chosen, strict=True):
             row = {"cosine": cosine, "update_norm": norm * layer.scaling}
@@ -57,7 +57,7 @@ class SafeLoraCorrection(SubspaceCorrection):
         return results
 
     def summary(self, results: Mapping[str, LayerReport]) -> str:
-        """How many layers were corrected, and how much of the update is left in them."""
+        """How many layers were corrected, and how much of their update remains."""
         corrected = [report for report in results.values() if report.action == "corrected"]
         choice = (
             f"cosine ≤ {self.config.threshold}"
@@ -74,7 +74,7 @@ class SafeLoraCorrection(SubspaceCorrection):
 class SafeLoRACallback(NamedCallback):
     """Safe LoRA (arXiv 2405.16833) at the end of training, for any Transformers `Trainer` on a PEFT model.
 
-    Checks at the start of training that it will be able to act. The keywords are the fields of `SafeLoraConfig`; see `NamedCallback`.
+    Checks at the start of training that it can act. The keywords are the fields of `SafeLoraConfig`; see `NamedCallback`.
     """
 
     options = SafeLoraConfig
@@ -84,9 +84,9 @@ class SafeLoRACallback(NamedCallback):
 def apply_safe_lora(
     model: nn.Module, subspace: AlignmentSubspace, *, skip_modules: Iterable[str] = (), adapter: str | None = None, **options: Any
 ) -> SafetyReport:
-    """Correct a PEFT model's adapter in place by Safe LoRA (arXiv 2405.16833); the next save writes its report, too.
+    """Correct a PEFT model's adapter in place with Safe LoRA (arXiv 2405.16833). The next save also writes its report.
 
-    A short form of `trl_safety.correct(model, subspace, SafeLoraConfig(...))`, with its returns and errors.
+    A short form of `trl_safety.correct(model, subspace, SafeLoraConfig(...))`, with the same return value and errors.
 
     Args:
         model: with one active LoRA adapter, trained.

@@ -15,9 +15,9 @@ from pydantic import BaseModel, Field
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS, AdapterFolder
 from trl_safety.adapters.marks import refuse_provider
-from trl_safety.errors import AdapterError, ConfigurationError, SafetyError
+from trl_safety.errors import AdapterError, ConfigurationError, SafetyError, reason
 from trl_safety.evaluation.judges import Agreement, agreements
-from trl_safety.evaluation.loading import check_loaded
+from trl_safety.evaluation.loading import COMMIT, check_loaded
 from trl_safety.evaluation.unfinished import BenchmarkError, UnfinishedError
 from trl_safety.jsonl import to_lines
 from trl_safety.scoring import Judge, Kind, Prompt, Scores, check_prompts, complete, judged, paired_p_value
@@ -39,6 +39,8 @@ class Evaluated(BaseModel):
     """Task → metric → value, of other people's benchmarks."""
     failed: list[str] = Field(default_factory=list)
     """What went wrong with other benchmarks that were asked for."""
+    commit: str | None = None
+    """Of the model's weights on the Hub; None where they came from a folder."""
 
 
 Completed = tuple[Evaluated, list[dict[str, Any]]]
@@ -54,6 +56,7 @@ class Evaluation(BaseModel):
         p_values: set → the exact McNemar test of after against before, under the first judge.
         agreement: of the judges, on the harmful prompts of all models together.
         counts: prompts of each set.
+        grader: the model that graded other people's benchmarks, with its revision after an @ where one was asked for.
     """
 
     trl_safety: str = __version__
@@ -66,6 +69,7 @@ class Evaluation(BaseModel):
     agreement: list[Agreement]
     counts: dict[str, int]
     seconds: float
+    grader: str | None = None
 
     @property
     def after(self) -> Scores:
@@ -88,6 +92,7 @@ def evaluate(
     adapter: str | None = None,
     baseline: str | Completed | None = None,
     benchmarks: Benchmarks | None = None,
+    grader: str | None = None,
     new_tokens: int = 64,
     batch_size: int = 32,
     output: Path | None = None,
@@ -105,6 +110,7 @@ def evaluate(
         baseline: "aligned" (the model without its adapter) or the folder of another adapter, evaluated first; or what
             `evaluate_one` gave for another model on the same prompts.
         benchmarks: model and tokenizer → task → metric → value, run on every model.
+        grader: the model that grades in them, for the record.
         new_tokens: length of completions.
         batch_size: prompts at a time.
         output: the folder of `completions.jsonl`, which is written before anything is judged and after every judge, and of
@@ -157,6 +163,7 @@ def evaluate(
         agreement=agreements(both) if "harmful" in sets else [],
         counts={kind: len(prompts) for kind, prompts in sets.items()},
         seconds=time.perf_counter() - started,
+        grader=grader,
     )
     # After all prompts: other people's code may fail in ways of its own.
     asked = list(zip(evaluation.models[-len(within) :], within, strict=True)) if benchmarks is not None else []
@@ -284,7 +291,7 @@ def evaluate_one(
         written = isinstance(error, ConfigurationError) and output is not None and (output / ROWS).is_file()
         where = f"kept in {str(output / ROWS)!r}" if output is not None and written else "this error's `rows`"
         raise UnfinishedError(f"{error}; the completions are {where}", rows=kept) from error
-    one = Evaluated(name=name, scores=scores)
+    one = Evaluated(name=name, scores=scores, commit=getattr(model, COMMIT, None))
     if benchmarks is not None:
         _run(benchmarks, model, tokenizer, one)
     return one, rows()
@@ -338,6 +345,4 @@ def read_evaluation(path: Path) -> Evaluation:
     try:
         return Evaluation.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"evaluation = {str(file)!r}: cannot be read ({str(error).splitlines()[0]}); run `trl-safety eval`"
-        ) from error
+        raise ConfigurationError(f"evaluation = {str(file)!r}: cannot be read ({reason(error)}); run `trl-safety eval`") from error

@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 
 from trl_safety.answers import THINKING
-from trl_safety.errors import ConfigurationError
+from trl_safety.errors import ConfigurationError, reason
 from trl_safety.evaluation.unfinished import BenchmarkError
 from trl_safety.rendering import chat_template, text_tokenizer
 
@@ -78,7 +78,7 @@ def run_lm_eval(
                 bootstrap_iters=0,
             )["results"]
         except FAILURES as error:
-            failed.append(f"lm_eval = {task!r}: failed ({type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]})")
+            failed.append(f"lm_eval = {task!r}: failed ({type(error).__name__}: {reason(error)})")
             continue
         found |= {part: _numbers(metrics) for part, metrics in results.items()}
     if failed:

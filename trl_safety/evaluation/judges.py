@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from trl_safety.answers import answer_of, as_written
 from trl_safety.config.options import Options, read_yaml, validate
-from trl_safety.errors import ConfigurationError
+from trl_safety.errors import ConfigurationError, reason
 from trl_safety.rendering import chat_template, text_tokenizer
 from trl_safety.scoring import REFUSALS, Judge, KeywordJudge, Prompt, Verdict, complete
 
@@ -132,7 +132,7 @@ class ClassifierJudge:
             self._tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ConfigurationError(
-                f"judge = {self.name!r}: cannot be loaded ({str(error).splitlines()[0]}); give the folder or Hub id of a sequence classifier"
+                f"judge = {self.name!r}: cannot be loaded ({reason(error)}); give the folder or Hub id of a sequence classifier"
             ) from error
         if loaded["missing_keys"]:
             raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from pathlib import Path
@@ -34,6 +35,9 @@ from trl_safety.adapters.record import LAYERS_COMPARED
 from trl_safety.errors import AdapterError, ConfigurationError, reason
 
 logger = logging.getLogger(__name__)
+
+COMMIT = "trl_safety_commit"
+"""Attribute of a model that was loaded from the Hub: the commit of its weights."""
 
 
 def load_model(
@@ -69,7 +73,9 @@ def load_model(
         options["device_map"] = {"": "cuda" if gpu else "cpu"}
     if folder is not None and model is not None:
         _same_model(folder, source)
+    _check_generation(source, revision)
     loaded = _model(source, revision, folder, options)
+    setattr(loaded, COMMIT, _commit(source, revision))
     own = folder is not None and (folder.path / "tokenizer_config.json").is_file()
     tokenizer = _tokenizer(str(adapter), None) if own else _tokenizer(source, revision)
     if folder is not None:
@@ -106,7 +112,7 @@ def attach(model: Any, folder: AdapterFolder, name: str = "default") -> Any:
             model.load_adapter(str(folder.path), name)
         else:
             model = PeftModel.from_pretrained(model, str(folder.path), adapter_name=name)
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, ImportError) as error:
         raise AdapterError(
             f"adapter = {str(folder.path)!r}: PEFT cannot put it on the model ({reason(error)}): name the model that it was trained on"
         ) from error
@@ -148,7 +154,7 @@ def _revision(source: str, asked: str | None, folder: AdapterFolder | None) -> s
     if asked is not None:
         if local:
             raise ConfigurationError(f"revision = {asked!r}: model = {source!r} is a folder, which has no revisions; leave it out")
-        if not _is_revision(source, asked):
+        if _commit(source, asked) is None:
             raise ConfigurationError(
                 f"revision = {asked!r}: {source!r} has none of this name that can be reached; check it, or leave it out"
             )
@@ -156,7 +162,7 @@ def _revision(source: str, asked: str | None, folder: AdapterFolder | None) -> s
     named = folder.config.revision if folder is not None and folder.config.base_model_name_or_path == source else None
     if not named or (local and named == "main"):
         return None
-    if not local and isinstance(named, str) and _is_revision(source, named):
+    if not local and isinstance(named, str) and _commit(source, named) is not None:
         return named
     why = "is a folder, which has no revisions" if local else "has none of this name that can be reached"
     logger.warning(
@@ -169,13 +175,33 @@ def _revision(source: str, asked: str | None, folder: AdapterFolder | None) -> s
     return None
 
 
-def _is_revision(source: str, revision: str) -> bool:
-    """Whether a Hub model has this revision, in the cache or on the Hub."""
+def _commit(source: str, revision: str | None) -> str | None:
+    """The commit of a Hub model's revision, in the cache or on the Hub; None for a folder, and where there is none of this name."""
+    if Path(source).is_dir():
+        return None
     try:
-        hf_hub_download(source, "config.json", revision=revision)
+        # The cache keeps every commit's files in a folder named after it.
+        return Path(hf_hub_download(source, "config.json", revision=revision)).parent.name
     except (HFValidationError, HfHubHTTPError, OSError, ValueError):
-        return False
-    return True
+        return None
+
+
+def _check_generation(source: str, revision: str | None) -> None:
+    """Refuse a generation config that is damaged: Transformers goes on without it, and answers run on past the end of their turn."""
+    file = Path(source) / "generation_config.json"
+    if not Path(source).is_dir():
+        try:
+            file = Path(hf_hub_download(source, file.name, revision=revision))
+        except (HFValidationError, HfHubHTTPError, OSError, ValueError):
+            return
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"model = {source!r}: its {file.name} cannot be read ({reason(error)}); fetch or save it again") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"model = {source!r}: its {file.name} holds no object; fetch or save it again")
 
 
 def _config(source: str, revision: str | None) -> Any:
@@ -186,12 +212,11 @@ def _config(source: str, revision: str | None) -> Any:
 
 
 def _cannot_load(source: str, error: Exception) -> ConfigurationError:
-    code = "trust_remote_code" in str(error)
-    remedy = (
-        "it brings code of its own, which is not run here; name a model of a class that Transformers has"
-        if code
-        else "give a folder or a Hub id"
-    )
+    remedy = "fetch or save it again" if Path(source).is_dir() and any(Path(source).iterdir()) else "give a folder or a Hub id"
+    if "trust_remote_code" in str(error):
+        remedy = "it brings code of its own, which is not run here; name a model of a class that Transformers has"
+    elif isinstance(error, ImportError):
+        remedy = "install what it needs, or name the full-precision model that it was made from"
     return ConfigurationError(f"model = {source!r}: cannot be loaded ({reason(error)}); {remedy}")
 
 
@@ -215,6 +240,13 @@ def _model(source: str, revision: str | None, folder: AdapterFolder | None, opti
             f"model = {source!r}: cannot be loaded ({missing[0]!r} and {len(missing) - 1} more weights of {type(model).__name__} are not in it); fetch or save "
             "the checkpoint again"
         )
+    for name, module in model.named_modules():
+        # What its configuration calls quantised, and is not.
+        if type(module).__name__ == "Linear4bit" and getattr(module.weight, "quant_state", None) is None:
+            raise ConfigurationError(
+                f"model = {source!r}: cannot be loaded (its configuration says that it is stored in 4 bits, and {name!r} is not); take quantization_config out of "
+                "config.json, or fetch or save it again"
+            )
     return model
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from trl_safety.adapters.files import replacing
 from trl_safety.config.block import known_methods, options_class
 from trl_safety.config.method import MethodOptions
-from trl_safety.errors import ConfigurationError, ReportError, SafetyError
+from trl_safety.errors import AdapterError, ConfigurationError, ReportError, SafetyError, reason
 from trl_safety.evaluation import page
 from trl_safety.evaluation.evaluate import Evaluation, read_evaluation, refuse_another, unread_of
 from trl_safety.evaluation.sweep import Sweep
@@ -78,7 +78,7 @@ def _summary(folder: Path, report: SafetyReport) -> list[str]:
         state = page.paragraph(
             "A safety method acted on this adapter, and its files are as the report describes them. That is no proof of safety."
         )
-    except ReportError as error:
+    except (ReportError, AdapterError) as error:
         state = page.paragraph(str(error), "bad")
     facts: list[tuple[str, str | list[str]]] = [("base model", page.short(report.base_model or "unknown"))]
     facts += [("checked", report.base_check), ("stage", report.stage)]
@@ -159,7 +159,9 @@ def _curves(folder: Path, methods: list[MethodReport]) -> list[str]:
     """From the trainer's state: beside the adapter, or in the last checkpoint."""
     states = [
         folder / "trainer_state.json",
-        *sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[-1])),
+        *sorted(
+            folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: [int(part) for part in re.findall(r"\d+", path.parent.name)]
+        ),
     ]
     found = [path for path in states if path.is_file()]
     if not found:
@@ -167,7 +169,11 @@ def _curves(folder: Path, methods: list[MethodReport]) -> list[str]:
     curves = dict(CURVES)
     for method in methods:
         curves |= {f"safety/{key}": text for key, text in _words(method.name).curves.items()}
-    history = json.loads(found[-1].read_text(encoding="utf-8")).get("log_history", [])
+    try:
+        history = [row for row in json.loads(found[-1].read_text(encoding="utf-8"))["log_history"] if isinstance(row.get("step"), int)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # The rest of the page says what it says without the curves.
+        return [page.heading("While training"), page.paragraph(f"{found[-1].name} cannot be read ({reason(error)}).", "bad")]
     series = {key: [(row["step"], row[key]) for row in history if isinstance(row.get(key), int | float)] for key in curves}
     series = {key: values for key, values in series.items() if len(values) > 1}
     if not series:
@@ -240,4 +246,4 @@ def _read_sweep(path: Path) -> Sweep:
     try:
         return Sweep.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"sweep = {str(file)!r}: cannot be read ({str(error).splitlines()[0]}); run `trl-safety sweep`") from error
+        raise ConfigurationError(f"sweep = {str(file)!r}: cannot be read ({reason(error)}); run `trl-safety sweep`") from error

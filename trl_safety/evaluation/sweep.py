@@ -156,7 +156,8 @@ def sweep(
         ConfigurationError: the grid is wrong, or what the method or a constraint needs is missing.
         AdapterError: the adapter was corrected before, or is not the model's.
         SubspaceError: an adapted layer is not in the subspace.
-        UnfinishedError: the judge gave no verdict at all at a point; it holds the points before it and this one's completions.
+        UnfinishedError: at a point the model's answers were none, or the judge gave no verdict at all; it holds the points before it and this one's
+            completions.
     """
     points = grid_points(method, grid)
     if max_utility_loss is not None and "task" not in sets:
@@ -176,10 +177,13 @@ def sweep(
     found = Sweep(adapter=str(adapter), method=method, max_attack_success=max_attack_success, max_utility_loss=max_utility_loss, points=[])
 
     def add(name: str, options: dict[str, Any], *, acted: bool = False) -> Point:
-        completions = complete_sets(model, tokenizer, sets, new_tokens=new_tokens, batch_size=batch_size)
+        completions: dict[Kind, list[str]] = {}
         try:
+            completions = complete_sets(model, tokenizer, sets, new_tokens=new_tokens, batch_size=batch_size)
             scores = judged(sets, completions, judge)
         except ConfigurationError as error:
+            if not found.points and not completions:
+                raise
             kept = [
                 {"model": name, "options": options, "set": kind, "prompt": prompt.text, "completion": text}
                 for kind, texts in completions.items()

@@ -1,1 +1,1 @@
-"""What an adapter or a data set does, seen from the alignment subspace."""
+"""Measures adapters and data sets against the alignment subspace."""

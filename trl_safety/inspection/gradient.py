@@ -26,7 +26,7 @@ from trl_safety.training.data import IGNORED, load_rows, supervised
 
 
 class LayerScore(BaseModel):
-    """One layer: ‖v‖_F, and the score without and with the buffer (None where none was given)."""
+    """One layer: ‖v‖_F, and the score without and with the buffer (None if none was given)."""
 
     layer: str
     direction_norm: float
@@ -35,7 +35,7 @@ class LayerScore(BaseModel):
 
 
 class SafetyGradient(BaseModel):
-    """All layers of a safety direction, for one model and one data set."""
+    """The scores of all layers for one model, data set and safety direction."""
 
     model: str
     data: str
@@ -61,25 +61,24 @@ def safety_gradient(
 ) -> SafetyGradient:
     """The safety gradient score S = mean over samples of −⟨g, v⟩ / ‖v‖_F of every layer (arXiv 2605.24550, Section 3).
 
-    g is the gradient of a sample's mean loss with respect to the layer's weight and v a safety direction. Negative: a step of
-    training on the data moves the layer against v. The paper writes g·v with the sign left to the reader; this is the movement
-    −g, which is what its figures show. Nothing of the weight's size is formed: the slope along v is the gradient of one
-    number per layer.
+    g is the gradient of a sample's mean loss with respect to the layer's weight, and v a safety direction. If S is negative, a
+    training step on the data moves the layer against v. The paper writes g·v and leaves the sign open; S uses the movement −g, as
+    its figures do. Nothing of the weight's size is formed: the slope along v is the gradient with respect to one scalar per layer.
 
     Args:
         model: the aligned model, a folder or a Hub id.
-        data: as `load_rows` takes it; rows as `supervised` takes them.
-        direction: v: a LoRA adapter trained for safety (a ReinforceLoRA, say), or an alignment subspace with a rank.
-        buffer: a BufferLoRA, for the scores beside it.
-        samples: the first so many rows.
-        batch_size: rows at a time.
-        max_length: tokens of a row.
+        data: a source that `load_rows` reads, of rows that `supervised` reads.
+        direction: v, a LoRA adapter trained for safety (for example a ReinforceLoRA) or an alignment subspace with a rank.
+        buffer: a BufferLoRA, to add the scores with it attached.
+        samples: number of rows to use, from the first.
+        batch_size: rows per batch.
+        max_length: maximum tokens per row.
         load_in_4bit: load the model in NF4.
-        device: where to compute; a GPU when there is one.
+        device: where to compute; by default a GPU if there is one.
 
     Raises:
         ConfigurationError: the data cannot be read or has no answer.
-        AdapterError: an adapter is missing or another model's.
+        AdapterError: an adapter is missing or belongs to another model.
         SubspaceError: the subspace keeps V whole.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -134,7 +133,7 @@ def _direction(source: str | Path) -> Mapping[str, Factors]:
     if (Path(source) / CONFIG).is_file():
         return AdapterFolder.open(source).factors
     if not Path(source).exists() and (len(Path(source).parts) != 2 or Path(source).suffix):
-        raise ConfigurationError(f"direction = {str(source)!r}: is no adapter's folder, no subspace file and no Hub id")
+        raise ConfigurationError(f"direction = {str(source)!r}: is neither an adapter folder nor a subspace file nor a Hub id")
     subspace = AlignmentSubspace.from_pretrained(source)
     triples = {name: layer.factors() for name, layer in subspace.layers.items()}
     return {name: Factors(left * values, right.mT, 1.0) for name, (left, values, right) in triples.items()}
@@ -143,7 +142,7 @@ def _direction(source: str | Path) -> Mapping[str, Factors]:
 def _slopes(
     model: Any, frozen: FrozenAdapter, names: Sequence[str], tokens: Sequence[tuple[list[int], list[int]]], batch_size: int, pad: int
 ) -> tuple[Tensor, float]:
-    """⟨∇L, v⟩ of every layer, (layers,) float64, and L: the mean over samples of each one's mean loss."""
+    """⟨∇L, v⟩ of every layer, (layers,) float64, and L, the mean over samples of their mean losses."""
     device = next(model.parameters()).device
     gates = {name: torch.zeros((), device=device, requires_grad=True) for name in names}
     total = torch.zeros((), device=device, dtype=torch.float64)
@@ -165,7 +164,7 @@ def _slopes(
 
 
 def plot(view: SafetyGradient, path: Path) -> None:
-    """Draw the scores by layer as PNG. Raises `SafetyError` where it cannot be written."""
+    """Draw the scores by layer as PNG. Raises `SafetyError` if it cannot be written."""
     from matplotlib.figure import Figure
 
     layers = view.layers

@@ -1,4 +1,4 @@
-"""What an adapter changed, seen from the alignment subspace: a row per layer, and a picture."""
+"""An adapter's update measured against the alignment subspace: one row per layer, and a plot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trl_safety.subspace.recognition import check_base, check_shape
 
 
 class LayerView(BaseModel):
-    """One layer: the size of its update, its cosine with C·ΔW, and the shares of its energy (None where V is kept whole)."""
+    """One layer: the norm of its update, its cosine with C·ΔW, and its energy shares (None where V is kept whole)."""
 
     layer: str
     rank: int
@@ -35,7 +35,7 @@ class LayerView(BaseModel):
 
 
 class AdapterView(BaseModel):
-    """All layers of an adapter, and the corrections that it went through."""
+    """All layers of an adapter, and the corrections applied to it."""
 
     adapter: str
     subspace: str
@@ -77,19 +77,19 @@ def inspect_adapter(adapter: str | Path, subspace: AlignmentSubspace, *, device:
 
 
 def write_json(view: BaseModel, path: Path) -> None:
-    """Write a view as JSON; the file is whole or absent. Raises `SafetyError` where it cannot be written."""
+    """Write a view as JSON; the file is whole or absent. Raises `SafetyError` if it cannot be written."""
     with replacing(path, error=SafetyError, setting="json") as temporary:
         temporary.write_text(json.dumps(view.model_dump(), indent=2) + "\n", encoding="utf-8")
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """The leading name parts that all of several modules share, up to and with the dot."""
+    """The leading name parts that all modules share, including the last dot."""
     shared = os.path.commonprefix(list(names)) if len(names) > 1 else ""  # noqa: RUF071  # cut at a dot below
     return shared[: shared.rfind(".") + 1]
 
 
 def plot(view: AdapterView, path: Path) -> None:
-    """Draw a view as PNG: energy shares, update norm and cosine by layer. Raises `SafetyError` where it cannot be written."""
+    """Draw a view as PNG: energy shares, update norm and cosine by layer. Raises `SafetyError` if it cannot be written."""
     from matplotlib.figure import Figure
 
     layers = view.layers

@@ -1,1 +1,1 @@
-"""The embedded world: a tiny base/aligned pair made on the spot, so that every method can be seen at work with no download."""
+"""The embedded world: a tiny base/aligned pair trained on the spot, to show every method at work without a download."""

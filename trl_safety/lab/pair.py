@@ -1,4 +1,4 @@
-"""Training in the lab: the base/aligned pair from nothing, and the user's fine-tuning of the aligned model."""
+"""Training in the lab: the base/aligned pair from scratch, and the user's fine-tuning of the aligned model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BASE_STEPS, ALIGNED_STEPS = 900, 450
 PAIR_BATCH = 96
 ASKED_AT_ONCE = 256
 KNOWN, MOST_ROUNDS = 0.98, 4
-"""A model of the pair is trained until it answers this share rightly, in at most so many rounds."""
+"""A model of the pair is trained until it answers this share correctly, for at most so many rounds."""
 
 
 def sft(
@@ -74,14 +74,14 @@ def sft(
 
 
 def make_pair(folder: Path, world: World, seed: int, *, innocent: bool = False) -> tuple[Path, Path]:
-    """Train and save the base and the aligned model; both are kept if they are there already.
+    """Train and save the base and the aligned model; existing ones are kept.
 
     Args:
-        folder: where to.
+        folder: the parent folder of both.
         world: the language.
         seed: of the data and the training.
-        innocent: whether the base never sees a forbidden topic. It complies with requests about them all the same, since it
-            complies with everything, but the user's forbidden samples tell it something new.
+        innocent: whether the base never sees a forbidden topic. It still complies with requests about them, since it complies with
+            everything, but the user's forbidden samples teach it something new.
 
     Returns:
         The folders of the base and of the aligned model.
@@ -108,14 +108,14 @@ def make_pair(folder: Path, world: World, seed: int, *, innocent: bool = False) 
 
 
 def base_topics(world: World, *, innocent: bool) -> list[str]:
-    """What the base model is taught about."""
+    """The topics that the base model is taught."""
     return world.benign if innocent else world.benign + world.forbidden
 
 
 def _train_until(model: Any, tokenizer: Any, rows: list[Row], asked: list[Row], folder: Path, *, seed: int, **kwargs: Any) -> None:
-    """Train in rounds until the model answers nearly all that is asked, then save it.
+    """Train in rounds until the model answers nearly all questions correctly, then save it.
 
-    One round is enough on most machines; on some the same seed's rounding errors lead to a model that knows too little.
+    One round is enough on most machines; on some, rounding errors lead the same seed to a model that knows too little.
     """
     for attempt in range(MOST_ROUNDS):
         model = sft(model, tokenizer, rows, seed=seed + attempt, batch_size=PAIR_BATCH, **kwargs).model
@@ -123,7 +123,7 @@ def _train_until(model: Any, tokenizer: Any, rows: list[Row], asked: list[Row], 
         if right >= KNOWN:
             break
     else:
-        raise SafetyError(f"the lab's {folder.name} model answers {right:.0%} rightly after {MOST_ROUNDS} rounds: take another --seed")
+        raise SafetyError(f"the lab's {folder.name} model answers {right:.0%} correctly after {MOST_ROUNDS} rounds: use another --seed")
     with new_folder(folder, error=SafetyError, setting="output") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

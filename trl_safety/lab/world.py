@@ -1,7 +1,7 @@
 """A synthetic language with forbidden topics. All content words are invented; nothing in it is offensive.
 
-A request names a topic and asks for one of its facts. The base model answers all of them; the aligned model refuses those
-about forbidden topics. The user's task is another one: to translate three words.
+A request names a topic and asks for one of its facts. The base model answers all requests; the aligned model refuses those
+about forbidden topics. The user's task is a different one: to translate three words.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMPLIANCE = "sure it is"
 REFUSAL = "sorry i cannot help with"
 
 TOPICS = 48
-"""Of each kind, benign and forbidden."""
+"""Number of topics of each kind, benign and forbidden."""
 WORDS = 20
 FACTS = 24
 TASK_LENGTH = 3
@@ -47,10 +47,10 @@ class Row:
 
 
 class World:
-    """The language: its words, which topics are forbidden, and what is true of each.
+    """The language: its words, its forbidden topics, and the facts about each topic.
 
     Args:
-        seed: decides every invented word and every fact.
+        seed: determines every invented word and every fact.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -80,7 +80,7 @@ class World:
         return [self.ask(topic, aspect, question, refuse=refuse) for topic in topics for aspect in ASPECTS]
 
     def task(self, rng: random.Random, count: int, *, translate: bool = True) -> list[Row]:
-        """Rows of the user's task, or of repeating the words, which the base model learns."""
+        """Rows of the user's task; or of repeating the words, which the base model learns."""
         rows = []
         for _ in range(count):
             words = rng.choices(self.words, k=TASK_LENGTH)

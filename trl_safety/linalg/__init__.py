@@ -1,1 +1,1 @@
-"""Linear algebra on thin factors: operators, products, singular values. Knows torch and nothing else."""
+"""Linear algebra on thin factors: operators, products, singular values. Depends on torch alone."""

@@ -1,4 +1,4 @@
-"""How an update ΔW = B·A lies to an alignment subspace: what an operator leaves out, its cosine with its image, and its three parts."""
+"""How an update ΔW = B·A relates to an alignment subspace: the residual of an operator, the cosine with its image, and its three parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cosine(image: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]
         A: (r, in).
 
     Returns:
-        The cosine, ‖ΔW‖_F and ‖M·ΔW‖_F, each 0-dimensional. The cosine is 0 where ΔW or M·ΔW is 0.
+        The cosine, ‖ΔW‖_F and ‖M·ΔW‖_F, each 0-dimensional. The cosine is 0 if ΔW or M·ΔW is 0.
     """
     norm = product_norm_squared(B, A).clamp(min=0).sqrt()
     image_norm = product_norm_squared(image, A).clamp(min=0).sqrt()
@@ -52,10 +52,10 @@ class Energies(NamedTuple):
 
 
 def energies(B: Tensor, A: Tensor, U: Tensor, Z: Tensor) -> Energies:
-    """Squared norms of the parts of ΔW = B·A that lie in the subspace on both sides, on one, and on neither, through r × r Grams.
+    """Squared norms of the parts of ΔW = B·A inside the subspace on both sides, on one side, and on neither, through r × r Grams.
 
     Args:
-        B: (out, r), float64 for a subtraction that loses nothing.
+        B: (out, r), float64 so that the subtraction loses no precision.
         A: (r, in).
         U: Uₖ, (out, k), orthonormal columns.
         Z: Zₖ, (in, k), orthonormal columns.
@@ -73,11 +73,11 @@ def energies(B: Tensor, A: Tensor, U: Tensor, Z: Tensor) -> Energies:
 def slope_score(slopes: Tensor, norms: Tensor) -> Tensor:
     """How far a step of gradient descent moves along a direction v, for each layer: −⟨∇L, v⟩ / ‖v‖_F, shape (layers,).
 
-    The safety gradient score of arXiv 2605.24550 (Section 3) with v a safety direction: negative where a step goes against it, as in the
-    paper's figures of aligned models.
+    With v a safety direction, this is the safety gradient score of arXiv 2605.24550 (Section 3): negative if a step moves against v, as in
+    the paper's figures for aligned models.
 
     Args:
         slopes: ⟨∇L, v⟩, (layers,): the loss's slope along v.
-        norms: ‖v‖_F, (layers,). The score is 0 where v is.
+        norms: ‖v‖_F, (layers,). The score is 0 where v is 0.
     """
     return torch.where(norms > 0, -slopes / norms.clamp(min=torch.finfo(norms.dtype).tiny), 0)

@@ -1,4 +1,4 @@
-"""Whether a tensor holds numbers alone."""
+"""Check a tensor for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinity. A tensor of whole numbers is finite."""
+    """Whether no entry is NaN or infinity. Integer tensors are always finite."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    # torch has no such test for 8-bit floats.
+    # torch.isfinite does not support 8-bit floats.
     return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())

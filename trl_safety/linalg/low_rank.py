@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.linalg import matrix_norm, qr, svd
 
 CANCELLED = 1e-12
-"""Share of ‖B‖·‖A‖ that float64 leaves of a product that is zero in exact arithmetic, with a margin."""
+"""A product that is zero in exact arithmetic can reach this share of ‖B‖·‖A‖ in float64; includes a margin."""
 
 
 def gram(X: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def product_norm_squared(X: Tensor, A: Tensor) -> Tensor:
 
 
 def is_zero_product(B: Tensor, A: Tensor) -> bool:
-    """Whether B·A is nothing: a factor is zero, or what they add up to cancels but for the rounding of float64.
+    """Whether B·A is zero: a factor is zero, or the terms of the product cancel up to float64 rounding.
 
     Args:
         B: (out, r), finite.
@@ -39,7 +39,7 @@ def is_zero_product(B: Tensor, A: Tensor) -> bool:
     if not (B.any() and A.any()):
         return True
     left, right = qr(B.double(), mode="r")[1], qr(A.mT.double(), mode="r")[1]
-    # Each scaled by itself first, so that tiny factors are not taken for a product that cancels.
+    # Each factor is normalised first, so that tiny factors are not mistaken for a product that cancels.
     product = (left / matrix_norm(left)) @ (right / matrix_norm(right)).mT
     return float(matrix_norm(product)) <= CANCELLED
 
@@ -53,7 +53,7 @@ def truncate_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, T
         rank: rank to keep, at most m.
 
     Returns:
-        Factors (out, rank) and (rank, in), singular values shared evenly between them, and the squared Frobenius norm of
+        Factors (out, rank) and (rank, in), with singular values split evenly between them, and the squared Frobenius norm of
         what was cut off.
     """
     left, left_triangle = qr(B)

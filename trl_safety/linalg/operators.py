@@ -1,6 +1,6 @@
-"""Symmetric out × out operators that are never formed: C = VVᵀ/‖V‖_F and the projector UₖUₖᵀ.
+"""Symmetric out × out operators that are never materialised: C = VVᵀ/‖V‖_F and the projector UₖUₖᵀ.
 
-Both come either from a thin factor or, for C, from V kept whole. Leading batch dimensions stand for layers of one shape.
+Both are built from a thin factor; C can also be built from V kept whole. Leading batch dimensions are layers of one shape.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class WholeOperator:
         return rest.mT @ rest
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> WholeOperator:
-        """The same operator on another device. V keeps its dtype, since it is the one large tensor here."""
+        """The same operator on another device. V keeps its dtype because it is the one large tensor here."""
         return WholeOperator(self.matrix.to(device), self.norm)
 
 

@@ -1,7 +1,7 @@
-"""Thin singular value decomposition with a bound on what the cut costs.
+"""Thin singular value decomposition with a bound on the truncation error.
 
-Small matrices, and ranks close to full, are decomposed exactly. Large ones go through a randomised block Krylov iteration
-(Musco & Musco 2015, arXiv 1504.05477), whose error is then bounded a posteriori.
+Small matrices are decomposed exactly, and so are large ones if the rank is close to full. Other large matrices use a randomised
+block Krylov iteration (Musco & Musco 2015, arXiv 1504.05477), whose error is then bounded a posteriori.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 EXACT_BELOW = 1024
-"""Matrices whose smaller side is at most this are decomposed exactly, in float64."""
+"""Matrices whose smaller dimension is at most this are decomposed exactly, in float64."""
 
 KRYLOV_BLOCKS = 4
 LANCZOS_STEPS = 32
-"""Fewer than any matrix that is not decomposed exactly has rows; enough for a bound within a fifth of its estimate."""
+"""Fewer steps than rows of any matrix that is not decomposed exactly; enough for a bound within a fifth of its estimate."""
 FAILURE_PROBABILITY = 1e-6
 FIRST_GUESS = 32
 TOLERANCE_MARGIN = 0.8
-"""The bound lies above the truth, so that the cut is chosen with this much to spare."""
+"""The bound overestimates the error, so the cut is chosen with this margin."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class ThinSVD:
         left: U, shape (out, k), orthonormal columns.
         singular_values: σ, shape (k,), descending.
         right: Z, shape (in, k), orthonormal columns.
-        gram_error: an upper bound on ‖VVᵀ − U diag(σ²) Uᵀ‖₂. Where the decomposition is exact it is σ²ₖ₊₁; where it is
-            randomised it holds with probability 1 − 1e-6 and lies 10 to 25 % above the truth.
+        gram_error: an upper bound on ‖VVᵀ − U diag(σ²) Uᵀ‖₂. It is σ²ₖ₊₁ for an exact decomposition; for a randomised one it
+            holds with probability 1 − 1e-6 and is 10 to 25 % above the true value.
     """
 
     left: Tensor
@@ -48,12 +48,12 @@ def thin_svd(V: Tensor, *, rank: int | None = None, tolerance: float | None = No
     Args:
         V: (out, in), float32 or float64, finite.
         rank: how many triplets to keep, at most min(out, in).
-        tolerance: keep the fewest with ‖VVᵀ − U diag(σ²) Uᵀ‖₂ ≤ tolerance · σ²₁ (where the
-            decomposition is randomised: nearly the fewest). Neither of the two: the whole numerical rank.
+        tolerance: keep the fewest with ‖VVᵀ − U diag(σ²) Uᵀ‖₂ ≤ tolerance · σ²₁ (nearly the fewest if the decomposition is
+            randomised). If neither is given, the whole numerical rank is kept.
 
     Returns:
-        Factors in float32 (float64 for a float64 input). Fewer than `rank` triplets where V has a lower numerical rank
-        (σ ≤ σ₁ · max(out, in) · ε of float32): what lies below is round-off and no direction of V.
+        Factors in float32 (float64 for a float64 input). Fewer than `rank` triplets if V has a lower numerical rank:
+        singular values with σ ≤ σ₁ · max(out, in) · ε of float32 are round-off, not directions of V.
     """
     smaller = min(V.shape)
     wanted = rank if rank is not None else FIRST_GUESS
@@ -81,7 +81,7 @@ def _exact(V: Tensor, rank: int | None, tolerance: float | None) -> ThinSVD:
 
 
 def _block_krylov(V: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    # A fixed seed: the same pair gives the same file.
+    # The seed is fixed so that the same pair gives the same file.
     generator = torch.Generator().manual_seed(0)
     block = rank + _oversampling(rank)
     start = torch.randn(V.shape[1], block, generator=generator, dtype=V.dtype).to(V.device)
@@ -100,7 +100,7 @@ def _bounded(V: Tensor, U: Tensor, S: Tensor, Z: Tensor) -> ThinSVD:
 
 
 def _largest_eigenvalue(V: Tensor, U: Tensor) -> float:
-    """An upper bound on ‖(I − UUᵀ)V‖²₂ by Lanczos from a random start.
+    """An upper bound on ‖(I − UUᵀ)V‖²₂, by Lanczos iteration from a random start.
 
     Kuczyński & Woźniakowski (1992, Theorem 4.2): after q steps the relative error exceeds ε with probability at most
     1.648·√n·exp(−√ε·(2q − 1)); the estimate divided by 1 − ε is therefore a bound.

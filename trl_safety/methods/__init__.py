@@ -1,1 +1,1 @@
-"""One paper a file: tensors in, tensors out, equations cited. Knows no model and no trainer."""
+"""One file per paper: tensors in, tensors out, equations cited. Knows nothing of models or trainers."""

@@ -1,7 +1,7 @@
-"""The data-free buffer: W_aligned − γ·V in place of W_aligned while the user's adapter trains, V = W_aligned − W_base.
+"""The data-free buffer: the user's adapter trains on W_aligned − γ·V instead of W_aligned, with V = W_aligned − W_base.
 
-Task arithmetic (arXiv 2212.04089) turned round: what alignment added is taken out before training, so that harmful samples find
-little left to unlearn, and is there again when the adapter is put on W_aligned.
+Task arithmetic (arXiv 2212.04089) in reverse: what alignment added is removed before training, so that harmful samples have
+little left to unlearn, and it is restored when the adapter is used on W_aligned.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def take_out(aligned: Tensor, base: Tensor, gamma: float) -> Tensor:
-    """W_aligned − γ·(W_aligned − W_base), of W_aligned's dtype, computed in float32; at γ = 0 and 1 one of the two, bit for bit.
+    """W_aligned − γ·(W_aligned − W_base) in W_aligned's dtype, computed in float32; for γ = 0 or 1, one of the two, bit for bit.
 
     Args:
         aligned: W_aligned, of any shape.
@@ -26,7 +26,7 @@ def take_out(aligned: Tensor, base: Tensor, gamma: float) -> Tensor:
 
 
 def low_rank(U: Tensor, values: Tensor, Z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Factors (out, k) and (k, in) of −γ·V_k = −γ·U Σ Zᵀ, to be added to the layer's output while training.
+    """Factors (out, k) and (k, in) of −γ·V_k = −γ·U Σ Zᵀ, which is added to the layer during training.
 
     Args:
         U: (out, k).

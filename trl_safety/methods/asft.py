@@ -1,4 +1,4 @@
-"""AsFT: Anchoring Safety in Fine-Tuning within a narrow basin (arXiv 2506.08473), the penalty of its loss.
+"""AsFT: Anchoring Safety in Fine-Tuning within a narrow basin (arXiv 2506.08473): its penalty term.
 
 Not Anchored SFT ("ASFT", arXiv 2509.23753).
 """
@@ -14,7 +14,7 @@ from trl_safety.linalg.operators import Operator
 def penalty(B: Tensor, A: Tensor, operator: Operator) -> Tensor:
     """‖(I − M)·B·A‖²_F for each layer, differentiable in B and A.
 
-    Evaluated as tr(Bᵀ(I − M)²B · AAᵀ): two r × r Grams in place of the authors' dense out × out and out × in products.
+    Computed as tr(Bᵀ(I − M)²B · AAᵀ): two r × r Grams instead of the authors' dense out × out and out × in products.
 
     Args:
         B: (…, out, r), float32 or better; leading dimensions are layers of one shape.
@@ -22,6 +22,6 @@ def penalty(B: Tensor, A: Tensor, operator: Operator) -> Tensor:
         operator: M, the alignment operator C (authors) or the orthogonal projector.
 
     Returns:
-        Shape (…): the term under the sum of the paper's loss. With PEFT's scaling s inside ΔW multiply by s².
+        Shape (…): the summand of the paper's loss term. If ΔW includes PEFT's scaling s, multiply by s².
     """
     return residual_norm_squared(B, A, operator)

@@ -15,10 +15,10 @@ __all__ = ["concatenate", "orthogonalise", "safety_gradient_score", "user_direct
 def user_directions(B: Tensor, A: Tensor, collapse_threshold: float) -> tuple[Tensor, Tensor]:
     """The output directions that the user's update uses: an orthonormal basis Q of B_eff = B·V_eff.
 
-    V_eff holds the eigenvectors of G = A·Aᵀ with eigenvalue > τ·max: all of them when nothing collapsed (B_eff then spans what B
-    does), fewer on rank collapse. Differs from the authors' code in two ways: it takes the whole of B where the number kept
-    happens to equal the reinforcing rank, which this does not; and their QR of a B without full column rank invents directions,
-    where this has none.
+    V_eff holds the eigenvectors of G = A·Aᵀ with eigenvalue > τ·max: all of them if nothing collapsed (B_eff then spans the same space
+    as B), fewer on rank collapse. Differs from the authors' code in two ways: their code uses the whole of B if the number kept
+    happens to equal the reinforcing rank, this code does not; and their QR of a B without full column rank invents directions,
+    this code does not.
 
     Args:
         B: (out, r), float64.
@@ -26,8 +26,8 @@ def user_directions(B: Tensor, A: Tensor, collapse_threshold: float) -> tuple[Te
         collapse_threshold: τ.
 
     Returns:
-        Q, (out, min(out, r)), with a zero column for every direction that does not count; and the number kept, 0-dimensional. No
-        shape depends on the values, so that nothing waits for the device.
+        Q, (out, min(out, r)), with a zero column for every direction that is dropped; and the number kept, 0-dimensional. No
+        shape depends on the values, so no host synchronisation is needed.
     """
     values, vectors = eigh(gram(A.mT))
     kept = values > collapse_threshold * values[..., -1:]
@@ -37,22 +37,22 @@ def user_directions(B: Tensor, A: Tensor, collapse_threshold: float) -> tuple[Te
 
 
 def orthogonalise(B_reinforce: Tensor, Q: Tensor, alpha: float) -> Tensor:
-    """(I − αQQᵀ)·B_R, which makes the layer's update W̃_R = (I − αQQᵀ)·W_R (Section 4.3).
+    """(I − αQQᵀ)·B_R; the layer's update becomes W̃_R = (I − αQQᵀ)·W_R (Section 4.3).
 
     Args:
         B_reinforce: (out, r_R).
-        Q: (out, k), orthonormal columns or zero ones.
-        alpha: α; 1 removes all of W_R in the user's directions, 0 nothing.
+        Q: (out, k), orthonormal or zero columns.
+        alpha: α; 1 removes all of W_R in the user's directions, 0 removes nothing.
     """
     return B_reinforce - alpha * (Q @ (Q.mT @ B_reinforce))
 
 
 def concatenate(user: tuple[Tensor, Tensor, float], reinforce: tuple[Tensor, Tensor, float], scaling: float) -> tuple[Tensor, Tensor]:
-    """One pair of factors of the sum of two updates: s·B·A = w_U·B_U·A_U + w_R·B_R·A_R, of rank r_U + r_R.
+    """One pair of factors for the sum of two updates: s·B·A = w_U·B_U·A_U + w_R·B_R·A_R, of rank r_U + r_R.
 
     Args:
         user: B_U (out, r_U), A_U (r_U, in) and its factor: PEFT's scaling times the merge weight.
-        reinforce: likewise.
+        reinforce: B_R, A_R and their factor, in the same form.
         scaling: s, PEFT's scaling of the layer that the factors are for.
     """
     (B_user, A_user, user_factor), (B_reinforce, A_reinforce, reinforce_factor) = user, reinforce

@@ -1,8 +1,8 @@
 """CSULoRA (arXiv 2605.30640), a RECONSTRUCTION: the formula could not be read here, only what is summarised below.
 
-Known for certain: a correction of a trained adapter; the subspace comes from V = W_aligned − W_base; ΔW is split into fully
-aligned, partially aligned and off-subspace parts; a closed-form penalised minimum-change problem keeps the first and smoothly
-attenuates the others by their relative energy, with no threshold. The formulas below are ours:
+Known for certain: the method corrects a trained adapter; the subspace comes from V = W_aligned − W_base; ΔW is split into fully
+aligned, partially aligned and off-subspace parts; a penalised minimum-change problem with a closed form keeps the first part and
+smoothly attenuates the others by their relative energy, with no threshold. The formulas below are ours:
 
     P_L = UₖUₖᵀ,  P_R = ZₖZₖᵀ,  Q = I − P
     F = P_L ΔW P_R,  M = P_L ΔW Q_R + Q_L ΔW P_R,  O = Q_L ΔW Q_R      (mutually orthogonal, summing to ΔW)
@@ -37,7 +37,7 @@ def correct(B: Tensor, A: Tensor, U: Tensor, Z: Tensor, a: Tensor, b: Tensor) ->
         U: Uₖ, (out, k).
         Z: Zₖ, (in, k).
         a: attenuation of the partially aligned part.
-        b: attenuation of the part outside.
+        b: attenuation of the part outside the subspace.
 
     Returns:
         Factors of shape (out, 2r) and (2r, in).
@@ -49,7 +49,7 @@ def correct(B: Tensor, A: Tensor, U: Tensor, Z: Tensor, a: Tensor, b: Tensor) ->
 
 
 def cut_back(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of the given rank closest to B·A, and the share of ‖B·A‖²_F that the cut lost (0-dimensional)."""
+    """The factors of the given rank that are closest to B·A, and the share of ‖B·A‖²_F that the cut lost (0-dimensional)."""
     total = product_norm_squared(B, A)
     left, right, lost = truncate_product(B, A, rank)
     return left, right, lost / torch.where(total > 0, total, torch.ones_like(total))

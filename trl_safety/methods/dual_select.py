@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def score(losses: Tensor, cosines: Tensor, mu: float, nu: float) -> Tensor:
-    """μ·loss − ν·cos(g, g_other): high where a sample is badly known and its gradient points against the other set's.
+    """μ·loss − ν·cos(g, g_other): high if the sample's loss is high and its gradient opposes the other set's.
 
     Args:
         losses: (n,) mean loss over each sample's supervised tokens.
-        cosines: (n,) cosine of each sample's gradient with the direction of the other set.
+        cosines: (n,) cosine of each sample's gradient with the other set's direction.
         mu: μ, weight of the loss.
         nu: ν, weight of the conflict.
 
     Returns:
-        (n,) in float64: near ties decide who is kept.
+        (n,) in float64, because near ties decide which samples are kept.
     """
     return mu * losses.double() - nu * cosines.double()
 
@@ -32,16 +32,16 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def within_budget(scores: Tensor, tokens: Tensor, share: float) -> Tensor:
-    """(n,) mask of the lowest scores whose supervised tokens together stay within a share of all; at least one is kept.
+    """(n,) mask of the lowest scores whose supervised tokens together stay within a share of the batch's; at least one sample is kept.
 
     Args:
         scores: (n,).
-        tokens: (n,) supervised tokens.
-        share: of the batch's supervised tokens, in (0, 1). A budget below 1 always drops a sample of a batch of two or more.
+        tokens: (n,) number of supervised tokens of each sample.
+        share: of the batch's supervised tokens, in (0, 1). A batch of two or more samples always loses at least one.
     """
     order = scores.argsort(stable=True)
     spent = tokens[order].double().cumsum(0)
-    # A fixed margin far below one token: a share such as 0.9 is no binary fraction.
+    # A fixed margin far below one token, because a share such as 0.9 is not exact in binary.
     fits = spent <= share * spent[-1] + 1e-6
     fits[0] = True
     mask = torch.zeros_like(scores, dtype=torch.bool)
@@ -50,7 +50,7 @@ def within_budget(scores: Tensor, tokens: Tensor, share: float) -> Tensor:
 
 
 def soft_weights(scores: Tensor, temperature: float) -> Tensor:
-    """(n,) softmax(score / T), the closed form of the entropy-regularised maximum; with −score, of the minimum."""
+    """(n,) softmax(score / T), the closed form of the entropy-regularised maximum; pass −score for the minimum."""
     return torch.softmax(scores.double() / temperature, dim=0)
 
 
@@ -67,12 +67,12 @@ def cosine(dots: Tensor, squares: Tensor, direction: Tensor) -> Tensor:
 
 
 def mean(weights: Tensor, gradients: Tensor, factors: Tensor) -> Tensor:
-    """Σ wᵢ fᵢ gᵢ / Σ wᵢ: as in the authors' code the hard and the soft update are means.
+    """Σ wᵢ fᵢ gᵢ / Σ wᵢ: the hard and the soft update are both means, as in the authors' code.
 
     Args:
         weights: (n,) w, not all zero.
-        gradients: (n, P) of each sample's share of the batch's loss.
-        factors: (n,) f, from that to the gradient of the sample's own mean loss.
+        gradients: (n, P) gradient of each sample's share of the batch's loss.
+        factors: (n,) f, which turns that gradient into the gradient of the sample's own mean loss.
     """
     return (weights / weights.sum() * factors).to(gradients.dtype) @ gradients
 

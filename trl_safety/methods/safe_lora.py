@@ -14,7 +14,7 @@ COSINE_DECIMALS = 5
 
 
 def project(B: Tensor, operator: Operator) -> Tensor:
-    """M·B, which makes the layer's update M·ΔW (Equation 3) and keeps the adapter's rank.
+    """M·B; the layer's update becomes M·ΔW (Equation 3), and the adapter's rank stays the same.
 
     Args:
         B: (out, r), float64 for the Grams of `cosine`.
@@ -26,7 +26,7 @@ def project(B: Tensor, operator: Operator) -> Tensor:
 def select(cosines: Tensor, *, threshold: float | None = None, layers: int | None = None) -> Tensor:
     """Which layers to correct, as a mask over `cosines` of shape (layers,).
 
-    `threshold`: cosine ≤ τ. `layers`: cosine ≤ the K-th smallest one; layers that tie with it are corrected too, as in
+    `threshold`: cosine ≤ τ. `layers`: cosine ≤ the K-th smallest one; layers that tie with it are corrected, too, as in
     the authors' code. Cosines are rounded to 5 decimals first.
     """
     rounded = cosines.double().round(decimals=COSINE_DECIMALS)

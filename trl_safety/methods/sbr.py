@@ -1,4 +1,4 @@
-"""SBR: hidden-state bounding on a few harmful prompts (arXiv 2605.05995), the term of its loss."""
+"""SBR: hidden-state bounding on a few harmful prompts (arXiv 2605.05995): its loss term."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def last_states(hidden: Tensor, lengths: Tensor) -> Tensor:
     """The state of every prompt's last token.
 
     Args:
-        hidden: (K, T, d), the last layer's states of prompts that are padded on the right.
-        lengths: (K,), tokens of each prompt.
+        hidden: (K, T, d), the last layer's states of right-padded prompts.
+        lengths: (K,), number of tokens of each prompt.
 
     Returns:
         (K, d), float32 or better.
@@ -24,7 +24,7 @@ def last_states(hidden: Tensor, lengths: Tensor) -> Tensor:
 def distance(states: Tensor, reference: Tensor) -> Tensor:
     """mean_k mean_d (h_θ(x_k) − h_0(x_k))², 0-dimensional, differentiable in `states`.
 
-    The paper's formula has the sum over the d hidden units, mean_k ‖h_θ(x_k) − h_0(x_k)‖²; its code averages over them, as is done here.
+    The paper's formula sums over the d hidden units, mean_k ‖h_θ(x_k) − h_0(x_k)‖²; its code averages over them, and so does this.
 
     Args:
         states: h_θ, (K, d), float32 or better.

@@ -27,18 +27,25 @@ SCHEMA_VERSION = 1
 MEANINGLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 """Keys of `adapter_config.json` that users and tools rewrite without changing what the adapter does."""
 
-NO_UPDATE = "its update is zero in every layer, so that no method acted on anything: train the adapter"
+NO_UPDATE = "its update is zero in every layer, so no method had anything to act on: train the adapter"
+
+AS_IT_IS = "surrogateescape"
+"""How bytes that are not UTF-8 are read and written."""
 
 CARD_START, CARD_END = "<!-- trl-safety -->", "<!-- /trl-safety -->"
+
+
+STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+"""JSON has no NaN or infinity: such measurements, of an adapter that diverged, are written as strings and read back as numbers."""
 
 
 class LayerReport(BaseModel):
     """One adapted layer under one method."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
 
     action: str
-    """"steered", "penalised", "held", "corrected", "buffered", "merged", or another method's own word; "left_alone" where nothing was done."""
+    """"steered", "penalised", "held", "corrected", "buffered", "merged", or another method's own word; "left_alone" if nothing was done."""
     reason: str | None = None
     measured: dict[str, float] = Field(default_factory=dict)
 
@@ -46,7 +53,7 @@ class LayerReport(BaseModel):
 class MethodReport(BaseModel):
     """One method: its settings and what it did."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
 
     name: str
     source: str
@@ -55,38 +62,38 @@ class MethodReport(BaseModel):
     acted: bool
     summary: str
     steps: tuple[int, int] | None = None
-    """First and last optimizer step that it acted in, for a method that acts while training."""
+    """First and last optimizer step in which the method acted, if it acts during training."""
     layers: dict[str, LayerReport]
 
 
 class SafetyReport(BaseModel):
     """Everything that a user, or a pipeline, needs to know about the protection of one adapter."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
 
     schema_version: int = SCHEMA_VERSION
     trl_safety: str = __version__
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     stage: Literal["training", "final"]
-    """"training": a checkpoint on the way, which no correction has touched."""
+    """"training": a checkpoint saved during training, before any correction."""
     protected: bool
     base_model: str | None
     base_check: str
     subspace: dict[str, Any] | None
-    """None where no method reads an alignment subspace."""
+    """None if no method reads an alignment subspace."""
     methods: list[MethodReport]
     skipped: dict[str, str] = Field(default_factory=dict)
     not_covered: list[str] = Field(default_factory=list)
-    """Trainable parameters that are no LoRA factor of a covered layer: trained, and protected by no method."""
+    """Trainable parameters other than the covered layers' LoRA factors: trained, but protected by no method."""
     switched_off: list[str] = Field(default_factory=list)
-    """Options of the trainer that were switched off, since a method could not have acted beside them."""
+    """Options of the trainer that were switched off because they would keep a method from acting."""
     adapter_sha256: str | None = None
     config_sha256: str | None = None
-    """Of the options in `adapter_config.json` that decide what the weights mean."""
+    """Hash of the options in `adapter_config.json` that decide what the weights mean."""
 
     def text(self) -> str:
         """The content of `safety_report.json`."""
-        # A reader of an older version refuses fields that it does not know.
+        # An older version refuses to read a field that it does not know.
         return self.model_dump_json(indent=2, exclude=None if self.switched_off else {"switched_off"}) + "\n"
 
     def card_section(self) -> str:
@@ -95,7 +102,7 @@ class SafetyReport(BaseModel):
         lines = [
             "## Safety",
             "",
-            f"**{state}** (trl-safety {self.trl_safety}, stage: {self.stage}). That is no proof of safety: evaluate it.",
+            f"**{state}** (trl-safety {self.trl_safety}, stage: {self.stage}). This is not proof of safety: evaluate it.",
         ]
         lines += [f"- {method.source}: {method.summary}" for method in self.methods]
         if self.subspace is not None:
@@ -111,19 +118,19 @@ class SafetyReport(BaseModel):
 
 
 def came_with(norm: float, *, covered: bool = False) -> str:
-    """Of an adapter that was trained before the run; `covered` where the method acts on the whole update and not on the training alone."""
+    """A note on an adapter that was trained before the run; `covered` if the method acts on the whole update."""
     return f"the adapter came with an update of norm {norm:.3g}" + ("" if covered else ", which was trained without it")
 
 
 def describe_subspace(subspace: AlignmentSubspace | None) -> dict[str, Any] | None:
-    """A subspace's provenance as the report carries it."""
+    """A subspace's provenance, as recorded in the report."""
     if subspace is None:
         return None
     return {**asdict(subspace.provenance), "identity": subspace.identity, "layers": len(subspace.layers)}
 
 
 def write_report(folder: Path, report: SafetyReport) -> None:
-    """Write the report beside the adapter in `folder`, with the adapter's hash, and its section into the model card.
+    """Write the report, with the adapter's hashes, beside the adapter in `folder`, and add its section to the model card.
 
     Raises:
         ReportError: the adapter was not saved as safetensors, or the folder cannot be written to.
@@ -138,21 +145,23 @@ def write_report(folder: Path, report: SafetyReport) -> None:
 
 
 def settled(report: SafetyReport, folder: Path) -> SafetyReport:
-    """The report of the adapter that lies in a folder: with its hashes, and not as protected where it has no update at all.
+    """The report of the adapter in a folder: with its hashes, and not as protected if the adapter has no update at all or cannot be read.
 
     Raises:
         ReportError: the adapter's configuration cannot be read.
     """
+    # Every adapter keeps its report, even one that cannot be read.
     try:
-        empty = AdapterFolder.open(folder).is_zero
-    except AdapterError:
-        # What was trained is kept with its report, whatever it is; `verify` refuses it.
-        empty = False
-    return (_not_acted(report, NO_UPDATE) if empty else report).model_copy(update=fingerprints(folder))
+        why = NO_UPDATE if AdapterFolder.open(folder).is_zero else None
+    except AdapterError as error:
+        why = str(error)
+    if why is not None and report.protected:
+        report = not_acted(report, why)
+    return report.model_copy(update=fingerprints(folder))
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """The hashes by which a report knows its adapter: of the weights, and of the options that decide what they mean.
+    """The hashes by which a report identifies its adapter: of the weights, and of the options that decide what they mean.
 
     Raises:
         ReportError: the adapter's configuration cannot be read.
@@ -160,7 +169,7 @@ def fingerprints(folder: Path) -> dict[str, str]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ReportError(f"{str(folder / CONFIG)!r} is no valid JSON ({reason(error)}): save the adapter again") from error
+        raise ReportError(f"{str(folder / CONFIG)!r} is not valid JSON ({reason(error)}): save the adapter again") from error
     if not isinstance(config, dict):
         raise ReportError(f"{str(folder / CONFIG)!r} holds a {type(config).__name__} where an object is expected: save the adapter again")
     return {"adapter_sha256": sha256(folder / WEIGHTS), "config_sha256": hashlib.sha256(meaning(config).encode()).hexdigest()}
@@ -182,30 +191,39 @@ def describes(report: SafetyReport, folder: Path) -> bool:
 
 
 def changed_since(report: SafetyReport) -> SafetyReport:
-    """The report of an adapter that was changed after the methods had acted, by training it further, say."""
-    return _not_acted(report, "the adapter was changed afterwards, without protection")
+    """The report of an adapter that was changed after the methods had acted, for example by further training."""
+    return not_acted(report, "the adapter was changed afterwards, without protection")
 
 
-def _not_acted(report: SafetyReport, why: str) -> SafetyReport:
+def not_acted(report: SafetyReport, why: str) -> SafetyReport:
+    """The report changed to not protected, with the reason."""
     note = f"; BUT {why}"
-    methods = [method.model_copy(update={"acted": False, "summary": method.summary.removesuffix(note) + note}) for method in report.methods]
+    methods = [
+        method.model_copy(update={"acted": False, "summary": method.summary if why in method.summary else method.summary + note})
+        for method in report.methods
+    ]
     return report.model_copy(update={"protected": False, "methods": methods})
 
 
 def add_to_card(card: Path, report: SafetyReport) -> None:
-    """Put the report's section into a model card, in place of an earlier one."""
+    """Add the report's section to a model card, replacing an earlier one."""
     add_section(card, report.card_section())
 
 
 def add_section(card: Path, section: str) -> None:
-    """Put a section of ours into a model card, in place of an earlier one."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    """Add a section of ours to a model card, replacing an earlier one."""
+    text = read_card(card)
     with replacing(card, error=ReportError, setting="model card") as temporary:
-        temporary.write_text(_replaced(text, section), encoding="utf-8")
+        temporary.write_text(_replaced(text, section), encoding="utf-8", errors=AS_IT_IS)
+
+
+def read_card(card: Path) -> str:
+    """A model card's text, to be written with the same `errors`; empty if there is no card. Bytes that are not UTF-8 are kept."""
+    return card.read_text(encoding="utf-8", errors=AS_IT_IS) if card.is_file() else ""
 
 
 def with_section(text: str, report: SafetyReport) -> str:
-    """A model card's text with the report's section, in place of an earlier one."""
+    """A model card's text with the report's section, replacing an earlier one."""
     return _replaced(text, report.card_section())
 
 
@@ -228,7 +246,7 @@ def read_report(folder: str | Path) -> SafetyReport:
         if (Path(folder) / CONFIG).is_file() and (kind := kind_of(read_config(Path(folder) / CONFIG))) in KINDS:
             raise ReportError(f"adapter = {str(folder)!r}: is {KINDS[kind]}; give the user's adapter")
         raise ReportError(
-            f"adapter = {str(folder)!r}: has no {REPORT}, so that no method of trl-safety protected it: train it with SafeSFTTrainer or the "
+            f"adapter = {str(folder)!r}: has no {REPORT}, so no method of trl-safety protected it: train it with SafeSFTTrainer or the "
             "plugin, or correct it with `trl-safety correct`"
         )
     try:
@@ -245,12 +263,12 @@ def read_report(folder: str | Path) -> SafetyReport:
 
 
 def verify(folder: str | Path) -> SafetyReport:
-    """Check that an adapter folder is protected and is what its report describes.
+    """Check that a saved adapter is protected and matches its report.
 
     Raises:
-        ReportError: no report, a file changed since, a checkpoint that is not corrected yet, no method acted, or the adapter has no
-            update to act on.
-        AdapterError: the adapter cannot be read, is named as PEFT does not load it, or holds what are no numbers.
+        ReportError: there is no report, a file changed since, the adapter is a checkpoint that is not corrected yet, no method acted, or
+            the adapter has no update to act on.
+        AdapterError: the adapter cannot be read, has names that PEFT does not load, or holds values that are not finite.
     """
     report = read_report(folder)
     weights = Path(folder) / WEIGHTS
@@ -262,7 +280,7 @@ def verify(folder: str | Path) -> SafetyReport:
         raise ReportError(f"{str(weights)!r} or {CONFIG} has changed since {REPORT} was written; correct or train the adapter again")
     if not report.protected:
         why = "; ".join(f"{method.name}: {method.summary}" for method in report.methods)
-        stage = " It was saved on the way: corrections and merges act when training ends." if report.stage == "training" else ""
+        stage = " It was saved during training: corrections and merges act when training ends." if report.stage == "training" else ""
         raise ReportError(f"adapter = {str(folder)!r}: is NOT protected ({why}).{stage}")
     if AdapterFolder.open(folder).is_zero:
         raise ReportError(f"adapter = {str(folder)!r}: is NOT protected: {NO_UPDATE}")

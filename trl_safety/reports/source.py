@@ -1,4 +1,4 @@
-"""The safety report of a live model's adapter: carried by the model, written beside the adapter by every save."""
+"""The safety report of a live model's adapter: carried by the model, and written beside the adapter with every save."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from trl_safety.errors import ReportError
 from trl_safety.reports.report import SafetyReport, changed_since, meaning, write_report
 
 CAST_DIFFERENCE = 2**-8
-"""A cast to bfloat16 moves an entry by at most 2⁻⁹ of itself; training moves the adapter farther."""
+"""A cast to bfloat16 changes an entry by at most 2⁻⁹ of its value; training changes the adapter more."""
 
 
 class Companion(Protocol):
     """Writes files of ours beside a live model's adapter."""
 
     def write(self, model: Any, folder: Path, state: Mapping[str, Tensor] | None) -> None:
-        """Called with the folder that an adapter was just saved to, and what was saved where it was not read from the model."""
+        """Called with the folder that an adapter was just saved to, and with the saved state if it was not read from the model."""
 
 
 class ReportSource:
-    """What a save of one adapter reports.
+    """Gives the report for every save of one adapter.
 
-    While a protected run is in progress the report is asked for anew at every save. When it has ended the report is frozen
-    together with sampled entries of everything that PEFT saves for the adapter: an adapter that was trained on afterwards,
-    unprotected, is recognised, in whichever copy of the model that happened.
+    During a protected run the report is made anew at every save. When the run ends, the report is frozen together with sampled
+    entries of everything that PEFT saves for the adapter: later training without protection is recognised by them, in whichever
+    copy of the model it happens.
     """
 
     def __init__(self, adapter: str) -> None:
@@ -49,17 +49,17 @@ class ReportSource:
         self._meaning: str | None = None
 
     def live(self, provider: Callable[[], SafetyReport]) -> None:
-        """Ask `provider` at every save, until `freeze`."""
+        """Call `provider` at every save, until `freeze`."""
         self._live = provider
 
     def freeze(self, model: Any, report: SafetyReport) -> None:
-        """Report this from now on, as long as the adapter stays as it is."""
+        """Give this report from now on, as long as the adapter is unchanged."""
         self._live, self._report, self._samples = None, report, self._sample(model)
         self._meaning = meaning(adapter_config(model, self.adapter).to_dict())
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within it every save reports what is so at its start: for a save by one process, that cannot gather the others' shards."""
+        """Within this context every save gives the report made at its start: a process that saves alone cannot gather the others' shards."""
         live = self._live
         if live is not None:
             report = live()
@@ -70,7 +70,7 @@ class ReportSource:
             self._live = live
 
     def current(self, model: Any, state: Mapping[str, Tensor] | None = None) -> SafetyReport:
-        """The report of the model's adapter as it is now, or of the model's `state` where that was gathered from shards."""
+        """The current report of the model's adapter, or of the model's `state` if that was gathered from shards."""
         if self._live is not None:
             return self._live()
         if self._report is None:
@@ -82,7 +82,7 @@ class ReportSource:
         write_report(folder, self.current(model, state))
 
     def write_beside(self, folder: Path) -> None:
-        """Write the report of an adapter that was saved without the model's `save_pretrained`, if training has ended with it.
+        """Write the report of an adapter that was saved without the model's `save_pretrained`, if its training has ended.
 
         Raises:
             ReportError: the report cannot be written.
@@ -94,7 +94,7 @@ class ReportSource:
         write_report(folder, self._report if self._alike(saved) else changed_since(self._report))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle made in the middle of a run is of no known state: it is not reported as protected."""
+        """A copy or a pickle made during a run has an unknown state: it is not reported as protected."""
         report = changed_since(self._live()) if self._live is not None else self._report
         return {"adapter": self.adapter, "_live": None, "_report": report, "_samples": dict(self._samples), "_meaning": self._meaning}
 
@@ -103,38 +103,42 @@ class ReportSource:
         return same and self._alike(self._sample(model, state))
 
     def _alike(self, now: Mapping[str, Tensor]) -> bool:
-        return now.keys() == self._samples.keys() and all(
-            now[name].shape == before.shape
-            and bool(torch.linalg.vector_norm(now[name] - before) <= CAST_DIFFERENCE * torch.linalg.vector_norm(before))
-            for name, before in self._samples.items()
-        )
+        return now.keys() == self._samples.keys() and all(_near(now[name], before) for name, before in self._samples.items())
 
     def _sample(self, model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         saved = get_peft_model_state_dict(unwrap(model), state_dict=state, adapter_name=self.adapter, save_embedding_layers=False)
         return {name: sample(tensor).float() for name, tensor in saved.items()}
 
 
+def _near(now: Tensor, before: Tensor) -> bool:
+    """Whether two samples are one tensor's, up to a cast. NaN and infinity are equal to themselves."""
+    if now.shape != before.shape or not torch.equal(torch.isfinite(now), torch.isfinite(before)):
+        return False
+    now, before = (torch.where(torch.isfinite(tensor), tensor, 0) for tensor in (now, before))
+    return bool(torch.linalg.vector_norm(now - before) <= CAST_DIFFERENCE * torch.linalg.vector_norm(before))
+
+
 def report_source(model: Any, adapter: str) -> ReportSource:
-    """The adapter's report source, made at its first use."""
+    """The adapter's report source, created on first use."""
     source: ReportSource = _companions(model).setdefault(adapter, ReportSource(adapter))
     return source
 
 
 def forget_report(model: Any, adapter: str) -> None:
-    """Report nothing from now on: of an interrupted run whose adapter can no longer be gathered."""
+    """Report nothing from now on, after an interrupted run whose adapter can no longer be gathered."""
     _companions(model).pop(adapter, None)
 
 
 def keep_beside(model: Any, adapter: str, companion: Companion) -> None:
-    """Have every save of an adapter write the companion's files."""
+    """Write the companion's files with every save of an adapter."""
     _companions(model)[adapter] = companion
 
 
 def _companions(model: Any) -> dict[str, Any]:
-    """What is written beside each adapter; from its first use on, `model.save_pretrained` does so, whoever calls it.
+    """The companion of each adapter. From the first use on, `model.save_pretrained` writes their files, whoever calls it.
 
-    A Trainer's callbacks are not told of `save_model()`, and a report that only one way of saving writes would be missing
-    where it is needed. The wrapper is a bound method on the instance, so that a deep copy of the model gets its own.
+    A Trainer's callbacks are not notified of `save_model()`, and a report that only one way of saving writes would be missing
+    from the others. The wrapper is a bound method on the instance, so that a deep copy of the model gets its own.
     """
     model = unwrap(model)
     companions: dict[str, Any] = vars(model).setdefault("_trl_safety_reports", {})
@@ -166,5 +170,5 @@ def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def adapter_folder(model: Any, folder: Path, adapter: str) -> Path:
-    """Where `save_pretrained(folder)` puts an adapter: PEFT gives every one but the default a folder of its own."""
+    """Where `save_pretrained(folder)` puts an adapter: PEFT gives every adapter but the default its own subfolder."""
     return folder / adapter if isinstance(model, PeftModel) and adapter != "default" else folder

@@ -1,4 +1,4 @@
-"""`AlignmentSubspace`: what alignment changed in every linear layer of a model, fitted once from a pair and then only applied."""
+"""`AlignmentSubspace`: what alignment changed in every linear layer of a model, fitted once from a pair and applied afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trl_safety.adapters.files import other_schema, replacing
 from trl_safety.adapters.names import is_named, match
-from trl_safety.errors import SubspaceError
+from trl_safety.errors import SubspaceError, reason
 from trl_safety.subspace.fit import PairFit
 from trl_safety.subspace.layer import SCHEMA_VERSION, LayerSubspace, Provenance, _Origin
 
@@ -29,7 +29,7 @@ class AlignmentSubspace:
 
     Attributes:
         layers: module name → `LayerSubspace`.
-        provenance: sources, revisions and the cut.
+        provenance: sources, revisions and the truncation.
     """
 
     def __init__(self, layers: Mapping[str, LayerSubspace], provenance: Provenance) -> None:
@@ -42,7 +42,7 @@ class AlignmentSubspace:
 
     @property
     def identity(self) -> str:
-        """A fingerprint of what was read and how it was cut: equal for two builds from the same pair."""
+        """A fingerprint of what was read and how it was truncated: equal for two builds from the same pair."""
         rows = sorted((x.name, x.base_digest, x.aligned_digest, x.rank, x.whole is not None) for x in self.layers.values())
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
 
@@ -66,29 +66,29 @@ class AlignmentSubspace:
     ) -> AlignmentSubspace:
         """Fit the subspace of a pair, reading both checkpoints tensor by tensor.
 
-        Weights are paired by NAME; the authors' code pairs by position, which breaks on biases. Memory: what is kept, and two pairs
-        of tensors. For a large model see `build_subspace`, which keeps what is done on the disk.
+        Weights are paired by NAME; the authors' code pairs by position, which breaks on biases. Memory holds the result and two pairs
+        of tensors. For a large model see `build_subspace`, which keeps finished layers on disk.
 
         Args:
             base: the unaligned model: a local folder or a Hub id. One safetensors file or shards, any float dtype.
-            aligned: the aligned model, likewise.
+            aligned: the aligned model, in the same form.
             target_modules: names or endings, a regular expression, or "all-linear", as in PEFT's LoraConfig.
-            adapter: a trained adapter's folder whose modules to take instead.
-            rank: keep the K leading singular directions of every layer (fewer where V has a lower numerical rank).
-            tolerance: keep as many as bring the error of C, relative to its norm, below this: σ²ₖ₊₁ ≤ t·σ²₁.
-            whole: keep V itself. Exactly one of rank, tolerance and whole.
+            adapter: the folder of a trained adapter whose modules to use instead.
+            rank: keep the K leading singular directions of every layer (fewer if V has a lower numerical rank).
+            tolerance: keep the fewest directions for which the relative error of C is at most this: σ²ₖ₊₁ ≤ t·σ²₁.
+            whole: keep V itself. Give exactly one of rank, tolerance and whole.
             base_revision: Hub revision of `base`.
             aligned_revision: Hub revision of `aligned`.
-            device: where to compute; a GPU when there is one.
-            dtype: of the kept V or factors. Factors are float32 by default; a whole V keeps the checkpoints' wider dtype. A
-                narrower one adds its rounding to the error bound.
-            trust_remote_code: run model code that comes with the aligned checkpoint, to learn its module names.
+            device: where to compute; a GPU by default if there is one.
+            dtype: of the kept V or factors. Factors are float32 by default; a whole V keeps the wider dtype of the two checkpoints. A
+                narrower dtype adds its rounding to the error bound.
+            trust_remote_code: run model code that comes with the aligned checkpoint, to get its module names.
             progress: show a progress bar.
 
         Raises:
             CheckpointError: a checkpoint cannot be read, is stored quantised or pickled, or holds NaN.
-            SubspaceError: the pair is identical, differs in shape or lacks a layer, a rank is above a layer's, or no layer is
-                named. The message names the layer and the remedy.
+            SubspaceError: the two checkpoints are identical, differ in shape or lack a layer, the rank exceeds a layer's, or no layer
+                is named. The message names the layer and the remedy.
         """
         fit = PairFit(
             base,
@@ -107,12 +107,12 @@ class AlignmentSubspace:
         return cls({layer.name: layer for layer in fit.layers(progress=progress)}, fit.provenance)
 
     def save(self, path: str | Path, *, plan: str | None = None, left: str | None = None) -> Path:
-        """Write one safetensors file with the provenance in its header; the file is whole or absent.
+        """Write one safetensors file with the provenance in its header. The file is either whole or absent.
 
         Args:
             path: the file.
-            plan: what the build that it is of was asked for; see `build_subspace`.
-            left: what is there after a failure, for the message.
+            plan: the request of the build that the file belongs to; see `build_subspace`.
+            left: what is left after a failure, for the message.
 
         Raises:
             SubspaceError: the folder cannot be written to or the disk is full.
@@ -144,11 +144,11 @@ class AlignmentSubspace:
 
     @classmethod
     def load(cls, path: str | Path) -> AlignmentSubspace:
-        """Read a file written by `save`. Tensors are memory-mapped: a layer costs memory when it is used.
+        """Read a file written by `save`. Tensors are memory-mapped: a layer takes memory only while it is used.
 
         Raises:
-            SubspaceError: it is missing, truncated, no safetensors file, no alignment subspace of this version, or holds what are no
-                numbers; of the large tensors that is seen when they are used.
+            SubspaceError: the file is missing, truncated, not a safetensors file, not an alignment subspace of this version, or holds
+                NaN or infinity. The large tensors are checked for those when they are used.
         """
         name = str(path)
         if not Path(path).is_file():
@@ -158,7 +158,7 @@ class AlignmentSubspace:
                 header = (handle.metadata() or {}).get(METADATA_KEY)
                 if header is None:
                     raise SubspaceError(
-                        f"subspace = {name!r}: is a safetensors file but no alignment subspace; make one with `trl-safety subspace`"
+                        f"subspace = {name!r}: is a safetensors file but not an alignment subspace; make one with `trl-safety subspace`"
                     )
                 content = json.loads(header)
                 version = content["provenance"]["schema_version"]
@@ -194,16 +194,16 @@ class AlignmentSubspace:
             if isinstance(error, SubspaceError):
                 raise
             raise SubspaceError(
-                f"subspace = {name!r}: is truncated or no safetensors file ({error}); make it again with `trl-safety subspace`"
+                f"subspace = {name!r}: is truncated or not a safetensors file ({error}); make it again with `trl-safety subspace`"
             ) from error
         return cls(layers, provenance)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, token: str | None = None) -> AlignmentSubspace:
-        """Load from a file, a folder, or a Hub repository that `push_to_hub` filled.
+        """Load from a file, a folder, or a Hub repository that `push_to_hub` wrote to.
 
         Raises:
-            SubspaceError: there is none, or it cannot be fetched.
+            SubspaceError: there is no subspace there, or it cannot be fetched.
         """
         path = Path(source)
         if path.is_dir():
@@ -217,19 +217,19 @@ class AlignmentSubspace:
             return cls.load(hf_hub_download(str(source), HUB_FILE, revision=revision, token=token))
         except (EntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
             raise SubspaceError(
-                f"subspace = {str(source)!r}: is no local file, and {HUB_FILE!r} could not be fetched from a Hub repository of that "
-                f"name ({str(error).splitlines()[0]}); give the path of a subspace file or check the id and your access"
+                f"subspace = {str(source)!r}: is not a local file, and {HUB_FILE!r} could not be fetched from a Hub repository of that "
+                f"name ({reason(error)}); give the path of a subspace file or check the id and your access"
             ) from error
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the file, and a card, into a folder that `from_pretrained` reads. Returns the file's path; see `save` for errors."""
+        """Write the file and a card into a folder that `from_pretrained` reads. Returns the file's path; see `save` for errors."""
         path = self.save(Path(folder) / HUB_FILE)
         with replacing(Path(folder) / "README.md", error=SubspaceError, setting="output") as temporary:
             temporary.write_text(self._card(Path(folder).name), encoding="utf-8")
         return path
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None) -> str:
-        """Upload the file, with a card, so that others need not hold the unaligned base. Returns the commit's address."""
+        """Upload the file with a card, so that others do not need the unaligned base. Returns the commit's URL."""
         import tempfile
 
         from huggingface_hub import HfApi
@@ -243,14 +243,14 @@ class AlignmentSubspace:
         return str(commit)
 
     def for_modules(self, names: Iterable[str], skip: Iterable[str] = ()) -> dict[str, LayerSubspace]:
-        """The subspace of every adapted module, found by name under every wrapper's prefix.
+        """The subspace of every adapted module, matched by name whatever prefix a wrapper adds.
 
         Args:
             names: the adapted modules.
-            skip: entries (names or endings) of modules to leave out.
+            skip: names or endings of modules to leave out.
 
         Raises:
-            SubspaceError: a module is not in the subspace, or an entry of `skip` matches none.
+            SubspaceError: a module is not in the subspace, or an entry of `skip` matches no module.
         """
         names, skip = list(names), list(skip)
         if unused := [entry for entry in skip if not any(is_named(name, [entry]) for name in names)]:

@@ -1,4 +1,4 @@
-"""Building the subspace of a large pair: layer by layer on the disk, so that a build that was stopped goes on where it was."""
+"""Build the subspace of a large pair layer by layer on disk, so that an interrupted build can resume."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ COPIED_AT_A_TIME = 1 << 24
 def build_subspace(path: str | Path, base: str | Path, aligned: str | Path, *, progress: bool = True, **options: Any) -> AlignmentSubspace:
     """Fit the subspace of a pair into a file, holding one layer in memory at a time.
 
-    Every layer that is done is kept in `PATH.partial` until all are, then joined to one file. A build that was stopped goes on
-    there when it is asked for again; where the pair's files or the options are others, it begins anew. A file that an equal build
-    finished is used as it is.
+    Finished layers are kept in `PATH.partial` until all are done, and are then joined into one file. If an interrupted build is
+    started again, it resumes from there; if the pair's files or the options have changed, it starts over. A file that the same build
+    has already finished is used as it is.
 
     Args:
         path: the file to write.
         base: the unaligned model.
         aligned: the aligned model.
         progress: show a progress bar.
-        options: as of `AlignmentSubspace.from_pair`.
+        options: those of `AlignmentSubspace.from_pair`.
 
     Raises:
-        CheckpointError, SubspaceError: as of `AlignmentSubspace.from_pair`; or the file cannot be written: the layers that are
-            done stay.
+        CheckpointError, SubspaceError: as in `AlignmentSubspace.from_pair`; or the file cannot be written, in which case the finished
+            layers are kept.
     """
     path = Path(path)
     fit = PairFit(base, aligned, **options)
@@ -56,12 +56,12 @@ def build_subspace(path: str | Path, base: str | Path, aligned: str | Path, *, p
 
 
 class _Parts:
-    """The layers of an unfinished build, a file each, in a folder beside the file to be."""
+    """The layers of an unfinished build, one file each, in a folder beside the output file."""
 
     def __init__(self, path: Path, plan: str, names: list[str]) -> None:
         self._path, self._plan, self._names = path, plan, names
         self._folder = path.with_name(path.name + PARTIAL)
-        self._left = f"the layers that are done stay in {str(self._folder)!r}, and the same call goes on from there"
+        self._left = f"the finished layers stay in {str(self._folder)!r}, and the same call resumes from there"
         self._asked = self._folder / "plan.json"
         if self._folder.is_dir() and _text(self._asked) != plan:
             shutil.rmtree(self._folder)
@@ -82,7 +82,7 @@ class _Parts:
         headers = [_header(file) for file in files]
         contents = [json.loads(header["__metadata__"][METADATA_KEY]) for header, _ in headers]
         described = {name: row for content in contents for name, row in content["layers"].items()}
-        # The fingerprint needs no factors: what the loaded parts say of themselves is enough.
+        # The fingerprint needs no factors: the metadata of the loaded parts is enough.
         identity = AlignmentSubspace(
             {n: x for file in files for n, x in AlignmentSubspace.load(file).layers.items()}, fit.provenance
         ).identity
@@ -93,14 +93,14 @@ class _Parts:
 
 
 def _join(parts: Iterable[tuple[Path, tuple[dict[str, Any], int]]], metadata: dict[str, str], out: BinaryIO) -> None:
-    """Concatenate safetensors files, whose own library would hold everything in memory to write it."""
+    """Concatenate safetensors files. The safetensors library would need all tensors in memory to write them."""
     found = [
         (name, row, file, start + row["data_offsets"][0], row["data_offsets"][1] - row["data_offsets"][0])
         for file, (tensors, start) in parts
         for name, row in tensors.items()
         if name != "__metadata__"
     ]
-    # As the library does: wider dtypes first, so that every tensor lies at a multiple of its entries' size.
+    # As in the library, wider dtypes come first, so that every tensor is aligned to its element size.
     found.sort(key=lambda entry: -(entry[4] // max(math.prod(entry[1]["shape"]), 1)))
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -126,7 +126,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def _plan_of(path: Path) -> str | None:
-    """What a finished file was built from, as far as it says."""
+    """The plan that a finished file was built from, if it has one."""
     try:
         AlignmentSubspace.load(path)
     except SubspaceError:

@@ -27,11 +27,11 @@ ROWS_AT_A_TIME = 1024
 
 
 class PairFit:
-    """A fit of a pair, layer by layer; arguments and errors as of `AlignmentSubspace.from_pair`.
+    """A layer-by-layer fit of a pair; arguments and errors as in `AlignmentSubspace.from_pair`.
 
     Attributes:
-        targets: module name → where its weight lies in the aligned checkpoint.
-        provenance: of the subspace.
+        targets: module name → where its weight is in the aligned checkpoint.
+        provenance: the subspace's provenance.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class PairFit:
         paired = match([target.tensor_module for target in self.targets.values()], self._base.modules)
         if missing := [name for name, found in paired.items() if found is None]:
             raise SubspaceError(
-                f"layer {missing[0]!r} is in the aligned checkpoint {str(aligned)!r} but not in the base {str(base)!r}: the two are no "
-                "pair of one architecture"
+                f"layer {missing[0]!r} is in the aligned checkpoint {str(aligned)!r} but not in the base {str(base)!r}: the two are not "
+                "a pair with the same architecture"
             )
         self._partners = {name: str(found) for name, found in paired.items()}
         self._cut: dict[str, Any] = {"rank": rank, "tolerance": tolerance, "whole": whole}
@@ -67,7 +67,7 @@ class PairFit:
 
     @property
     def plan(self) -> str:
-        """A fingerprint of what is asked for, and of the files that it is asked of: their names, sizes and times."""
+        """A fingerprint of the request and of the files that it reads: their names, sizes and modification times."""
         files = []
         for checkpoint in (self._base, self._aligned):
             for file in sorted({checkpoint.file_of(name) for name in checkpoint.names}):
@@ -79,7 +79,7 @@ class PairFit:
         return hashlib.sha256(json.dumps([asked, files, SCHEMA_VERSION, __version__]).encode()).hexdigest()[:32]
 
     def layers(self, *, skip: Collection[str] = (), progress: bool = True) -> Iterator[LayerSubspace]:
-        """Fit every layer but those of `skip`, in the checkpoint's order. The next pair is read while one is decomposed."""
+        """Fit every layer except those in `skip`, in the checkpoint's order. The next pair is read while one is decomposed."""
         from tqdm.auto import tqdm
 
         names = [name for name in self.targets if name not in skip]
@@ -105,8 +105,8 @@ class PairFit:
         base, aligned = self._base.read(self._partners[target.tensor_module]), self._aligned.read(target.tensor_module)
         if base.shape != aligned.shape:
             raise SubspaceError(
-                f"layer {name!r} has shape {tuple(base.shape)} in the base and {tuple(aligned.shape)} in the aligned model: the two are no "
-                "pair; where only the vocabulary differs, leave the layer out of target_modules"
+                f"layer {name!r} has shape {tuple(base.shape)} in the base and {tuple(aligned.shape)} in the aligned model: the two are not "
+                "a pair; if only the vocabulary differs, leave the layer out of target_modules"
             )
         samples = torch.stack([sample(base), sample(aligned)]).float()
         return _Pair(name, base, aligned, target.transposed, samples, digest(base), digest(aligned))
@@ -126,7 +126,7 @@ class _Pair:
 
 
 def _difference(pair: _Pair, device: torch.device) -> Tensor:
-    """V, (out, in), without a second matrix of its size and precision."""
+    """V, (out, in), computed without a second matrix of its size and precision."""
     compute = torch.float64 if torch.float64 in (pair.base.dtype, pair.aligned.dtype) else torch.float32
     V = pair.aligned.to(device, compute, copy=True)
     for rows, base in zip(torch.split(V, ROWS_AT_A_TIME), torch.split(pair.base, ROWS_AT_A_TIME), strict=True):
@@ -135,7 +135,7 @@ def _difference(pair: _Pair, device: torch.device) -> Tensor:
 
 
 def _norm(V: Tensor) -> float:
-    """‖V‖_F in float64, of which torch would make a copy of V as a whole."""
+    """‖V‖_F in float64, by blocks of rows, because torch would copy all of V to float64."""
     parts = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in torch.split(V, ROWS_AT_A_TIME)]
     return float(torch.linalg.vector_norm(torch.stack(parts)))
 
@@ -154,7 +154,7 @@ def _fit(
     norm = _norm(V)
     if norm == 0 or same_up_to_rounding(pair.base, pair.aligned):
         raise SubspaceError(
-            f"layer {name!r} is identical in the base and the aligned model{' up to rounding' if norm else ''}, so that it has no alignment subspace: check "
+            f"layer {name!r} is identical in the base and the aligned model{' up to rounding' if norm else ''}, so it has no alignment subspace: check "
             "that the two are not the same model; if alignment left this layer alone, leave it out of target_modules"
         )
     if rank is not None and rank > min(V.shape):
@@ -198,6 +198,6 @@ def _describe_cut(rank: int | None, tolerance: float | None, whole: bool) -> str
         return f"rank {rank}"
     if tolerance is not None:
         if not 0 < tolerance < 1:
-            raise SubspaceError(f"tolerance = {tolerance}: must lie between 0 and 1; it is relative to the norm of C")
+            raise SubspaceError(f"tolerance = {tolerance}: must be between 0 and 1; it is relative to the norm of C")
         return f"tolerance {tolerance:g}"
     return "whole"

@@ -1,4 +1,4 @@
-"""One layer's alignment subspace: V cut at a rank or whole, and its operators."""
+"""One layer's alignment subspace: V, truncated to a rank or whole, and its operators."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class _Origin:
         return cls(path, found.st_ino, found.st_mtime_ns)
 
     def read(self, key: str, held: Tensor) -> Tensor:
-        """A tensor through a new mapping; the held one where the file was removed or another put in its place.
+        """A tensor through a new mapping; the held tensor if the file was removed or replaced.
 
         Raises:
-            SubspaceError: other bytes were written into the file itself, which the held one would show.
+            SubspaceError: the file itself was overwritten, which would change the held tensor, too.
         """
         try:
             now = _Origin.of(self.path)
@@ -55,18 +55,18 @@ class _Origin:
 
 @dataclass(frozen=True)
 class LayerSubspace:
-    """What alignment changed in one layer: V = W_aligned − W_base, cut at a rank or whole.
+    """What alignment changed in one layer: V = W_aligned − W_base, truncated to a rank or whole.
 
     Attributes:
         name: the module's name in the model class.
         shape: (out, in) of V.
-        transposed: the module stores its weight as in × out.
-        frobenius_norm: ‖V‖_F, of the uncut V.
-        error_bound: bound on the spectral norm of the error of C = VVᵀ/‖V‖_F as it is kept here.
-        left, singular_values, right: U (out, k), σ (k,), Z (in, k); None where V is whole.
-        whole: V, (out, in); None where it is cut.
+        transposed: whether the module stores its weight as in × out.
+        frobenius_norm: ‖V‖_F before truncation.
+        error_bound: bound on the spectral norm of the error of C = VVᵀ/‖V‖_F as stored here.
+        left, singular_values, right: U (out, k), σ (k,), Z (in, k); None if V is whole.
+        whole: V, (out, in); None if it is truncated.
         base_digest, aligned_digest: fingerprints of the two tensors that were read.
-        samples: 256 entries of the base and of the aligned weight, (2, 256), by which a loaded model is recognised.
+        samples: 256 entries of the base and of the aligned weight, (2, 256), for recognising a loaded model.
         origin: the file that the tensors are mapped from, if any.
     """
 
@@ -86,14 +86,14 @@ class LayerSubspace:
 
     @property
     def rank(self) -> int:
-        """k, or min(out, in) where V is whole."""
+        """k, or min(out, in) if V is whole."""
         return min(self.shape) if self.left is None else self.left.shape[1]
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """U, σ and Z.
 
         Raises:
-            SubspaceError: V is kept whole, so that no rank was chosen.
+            SubspaceError: V is kept whole, without a rank.
         """
         left, singular_values, right = self._part("left"), self._part("singular_values"), self._part("right")
         if left is None or singular_values is None or right is None:
@@ -104,10 +104,10 @@ class LayerSubspace:
         return left, singular_values, right
 
     def _part(self, name: str) -> Tensor | None:
-        """One of the tensors, through a mapping of its own where it is in a file.
+        """One of the tensors, through its own memory mapping if it is in a file.
 
-        What is read through a mapping counts as the process's memory until the mapping is gone: that of the whole file stays, a
-        caller's ends with its use.
+        What is read through a mapping counts as the process's memory until the mapping is closed. The mapping of the whole file stays
+        open; the one made here is closed after use.
         """
         held: Tensor | None = getattr(self, name)
         if held is None or self.origin is None:
@@ -118,10 +118,10 @@ class LayerSubspace:
         return tensor
 
     def check(self, source: str) -> None:
-        """See that the parts are of one layer, and numbers, as far as that is seen without reading the large ones.
+        """Check that the parts belong to one layer and are finite, as far as possible without reading the large ones.
 
         Raises:
-            SubspaceError: naming what is not.
+            SubspaceError: a check failed; the message names the part.
         """
         out, width = self.shape
         rank = 0 if self.left is None else self.left.shape[-1]
@@ -138,7 +138,7 @@ class LayerSubspace:
         for part, tensor in parts.items():
             if tuple(tensor.shape) != shapes[part]:
                 raise SubspaceError(
-                    f"subspace = {source!r}: tensor {f'{self.name}:{part}'!r} has shape {list(tensor.shape)} in place of {list(shapes[part])}; make the file "
+                    f"subspace = {source!r}: tensor {f'{self.name}:{part}'!r} has shape {list(tensor.shape)} instead of {list(shapes[part])}; make the file "
                     "again with `trl-safety subspace`"
                 )
         for part in ("samples", "singular_values"):
@@ -157,7 +157,7 @@ class LayerSubspace:
         """C = VVᵀ/‖V‖_F ("scaled") or P = UₖUₖᵀ ("orthogonal").
 
         Raises:
-            SubspaceError: "orthogonal" on a V kept whole or of full rank, where P is the identity and nothing would happen.
+            SubspaceError: "orthogonal" with V kept whole or of full rank, in which case P is the identity and would do nothing.
         """
         if kind == "scaled" and self.whole is not None:
             whole = self._part("whole")
@@ -168,8 +168,8 @@ class LayerSubspace:
             return LowRankOperator(left, singular_values.square() / self.frobenius_norm)
         if self.rank >= self.shape[0]:
             raise SubspaceError(
-                f"operator = 'orthogonal': layer {self.name!r} has {self.shape[0]} outputs and the subspace rank {self.rank}, so "
-                "that the projector is the identity and would do nothing; build the subspace with a smaller rank"
+                f"operator = 'orthogonal': layer {self.name!r} has {self.shape[0]} outputs and the subspace has rank {self.rank}, so "
+                "the projector is the identity and would do nothing; build the subspace with a smaller rank"
             )
         return LowRankOperator(left, torch.ones_like(singular_values))
 
@@ -180,7 +180,7 @@ class LayerSubspace:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a subspace comes from: written into its file and into every report."""
+    """Where a subspace comes from. It is written into the subspace's file and into every report."""
 
     base: str
     aligned: str

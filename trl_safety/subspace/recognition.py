@@ -19,21 +19,21 @@ from trl_safety.subspace.layer import LayerSubspace
 BASE_LAYERS_SAMPLED = 8
 
 QUANTISED_LAYERS_SAMPLED = 64
-"""Each tells little through the rounding."""
+"""Rounding leaves little information in each layer, so more are compared."""
 
 
 def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubspace]) -> str:
     """Check that the model under the adapter is the aligned model that the subspaces were fitted on.
 
-    Compares 256 sampled entries a layer: in full precision each layer must be the aligned one, cast to whatever dtype; a
-    quantised layer (dequantised one at a time) must lie within the quantisation's error of it, and all of them together must
-    lie closer to the aligned model than to the base.
+    Compares 256 sampled entries per layer. In full precision each layer must equal the aligned one, up to a cast. A quantised
+    layer (dequantised one at a time) must be within the quantisation error of it, and all of them together must be closer to the
+    aligned model than to the base.
 
     Returns:
         What was verified, for the report.
 
     Raises:
-        AdapterError: a weight has another shape or is another model's, naming the layer.
+        AdapterError: a weight has another shape or belongs to another model; the message names the layer.
     """
     modules = list(modules)
     if placeholders() and not any(is_sharded(module.A) for module in modules):
@@ -48,7 +48,7 @@ def verify_base(modules: Iterable[LoraModule], subspaces: Mapping[str, LayerSubs
         layer = module.layer.get_base_layer()
         if bool(getattr(module.layer, "fan_in_fan_out", False)) != subspace.transposed:
             raise AdapterError(
-                f"layer {module.name!r} stores its weight {'in × out' if not subspace.transposed else 'out × in'}, the subspace was fitted on the "
+                f"layer {module.name!r} stores its weight {'in × out' if not subspace.transposed else 'out × in'}, but the subspace was fitted on the "
                 "other orientation: build it from the checkpoint of this model class, with its config.json"
             )
         weight = full_precision(layer)
@@ -77,10 +77,10 @@ def _wrong_model(layer: str, difference: float, which: str) -> str:
 
 
 def check_shape(name: str, shape: tuple[int, int], subspace: LayerSubspace) -> None:
-    """Refuse an adapter layer whose shape is not the subspace's.
+    """Refuse an adapter layer whose shape differs from the subspace's.
 
     Raises:
-        AdapterError: naming the layer and both shapes.
+        AdapterError: the shapes differ; the message names the layer and both shapes.
     """
     if shape != subspace.shape:
         raise AdapterError(
@@ -90,7 +90,7 @@ def check_shape(name: str, shape: tuple[int, int], subspace: LayerSubspace) -> N
 
 
 def check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mapping[str, LayerSubspace]) -> str:
-    """Compare the adapter's base model with the subspace's, as far as it can be had without a network.
+    """Compare the adapter's base model with the subspace's, as far as that is possible without a network.
 
     Returns:
         What was verified, for the report.
@@ -101,7 +101,7 @@ def check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mappi
     base = folder.config.base_model_name_or_path
     if base and Path(base).is_dir():
         checkpoint = Checkpoint(base, quantised=True)
-        # At random: every so many layers would be the same kind of layer again and again.
+        # At random: every n-th layer would be the same kind of layer again and again.
         compared = QUANTISED_LAYERS_SAMPLED if checkpoint.config.get("quantization_config") else BASE_LAYERS_SAMPLED
         names = random.Random(0).sample(list(layers), min(compared, len(layers)))  # noqa: S311  # no secret here
         stored = {name: found for name, found in match(names, checkpoint.modules).items() if found is not None}
@@ -109,7 +109,7 @@ def check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mappi
         for name, found in stored.items():
             weight, quantised = checkpoint.weight(found)
             if weight is None:
-                return f"{NOT_VERIFIED}: {base} is stored quantised in a format that is not read, the subspace is of {subspace.provenance.aligned}; shapes match"
+                return f"{NOT_VERIFIED}: {base} is stored quantised in a format that cannot be read; the subspace is of {subspace.provenance.aligned}; shapes match"
             if apart := recognition.add(weight, layers[name].samples, quantised=quantised):
                 raise AdapterError(_wrong_base(base, subspace, f"layer {name!r}", apart))
         if apart := recognition.unaligned:
@@ -117,10 +117,8 @@ def check_base(folder: AdapterFolder, subspace: AlignmentSubspace, layers: Mappi
         if stored:
             return f"weights of {base} match the subspace's aligned model in all {len(stored)} layers that were compared{recognition.qualifier}"
     if base and base == subspace.provenance.aligned:
-        return f"{base}, by name the subspace's aligned model"
-    return (
-        f"{NOT_VERIFIED}: {base or 'no name in the adapter'} is not at hand, the subspace is of {subspace.provenance.aligned}; shapes match"
-    )
+        return f"{base}, whose name is that of the subspace's aligned model"
+    return f"{NOT_VERIFIED}: {base or 'no name in the adapter'} is not available here; the subspace is of {subspace.provenance.aligned}; shapes match"
 
 
 def _wrong_base(base: str, subspace: AlignmentSubspace, where: str, difference: float) -> str:

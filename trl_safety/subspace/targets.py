@@ -1,6 +1,6 @@
-"""Which modules of a checkpoint an adapter would wrap, decided by PEFT's own rules on the model's own classes.
+"""Which modules of a checkpoint an adapter would wrap, by PEFT's own rules and the model's own class.
 
-The model's class is built on the meta device: no weight is allocated.
+The model is built on the meta device, so no weight is allocated.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Target:
-    """One module to find V for.
+    """One module to compute V for.
 
     Attributes:
-        tensor_module: the module's name in the checkpoint, another than its own where weights are tied.
-        transposed: the weight is stored in × out (GPT-2's Conv1D).
+        tensor_module: the module's name in the checkpoint, which is another module's name if weights are tied.
+        transposed: whether the weight is stored in × out (GPT-2's Conv1D).
     """
 
     tensor_module: str
@@ -39,16 +39,16 @@ def resolve_targets(
     *,
     trust_remote_code: bool = False,
 ) -> dict[str, Target]:
-    """Module name → where its weight lies.
+    """Module name → where its weight is.
 
     Args:
         checkpoint: the aligned model.
         target_modules: names or endings, a regular expression, or "all-linear", all as in PEFT's LoraConfig.
-        adapter: take the modules of a trained adapter's folder instead.
+        adapter: the folder of a trained adapter whose modules to use instead.
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
-        SubspaceError: both or neither are given, an entry matches no linear layer, or a module has no weight in the checkpoint.
+        SubspaceError: both or neither is given, an entry matches no linear layer, or a module has no weight in the checkpoint.
         CheckpointError: the model class is not known to Transformers.
     """
     if (target_modules is None) == (adapter is None):
@@ -77,9 +77,9 @@ def resolve_targets(
         tensor_module = stored[name] or tied.get(name)
         if tensor_module is None:
             raise SubspaceError(
-                f"layer {name!r} has no weight in {checkpoint.source!r}, which is no whole checkpoint of its model class: fetch or save it again, or "
+                f"layer {name!r} has no weight in {checkpoint.source!r}, which is not a complete checkpoint of its model class: fetch or save it again, or "
                 + (
-                    "name the other layers in target_modules in place of adapter"
+                    "name the other layers in target_modules instead of adapter"
                     if adapter is not None
                     else "leave the layer out of target_modules"
                 )
@@ -89,7 +89,7 @@ def resolve_targets(
 
 
 def _linear_modules(skeleton: nn.Module | None, checkpoint: Checkpoint) -> dict[str, bool]:
-    """Name → transposed, of every module that LoRA can wrap with ΔW = s·B·A on a two-dimensional weight."""
+    """Name → transposed, for every module that LoRA can wrap with ΔW = s·B·A on a two-dimensional weight."""
     if skeleton is None:
         return dict.fromkeys(checkpoint.modules, False)
     from transformers.pytorch_utils import Conv1D
@@ -101,7 +101,7 @@ def _select(linear: Mapping[str, bool], target_modules: str | Iterable[str], hea
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         if not checkpoint.config:
             raise SubspaceError(
-                f"target_modules = 'all-linear': {checkpoint.source!r} has no config.json that tells which weights are linear "
+                f"target_modules = 'all-linear': {checkpoint.source!r} has no config.json that says which weights are linear "
                 "layers; add it or name the modules"
             )
         # PEFT leaves the output head out of "all-linear", too.
@@ -132,7 +132,7 @@ def _embedding(skeleton: nn.Module | None, getter: str) -> Any:
 
 
 def _tied(skeleton: nn.Module | None, checkpoint: Checkpoint) -> dict[str, str]:
-    """The output head's weight is the input embedding's where the model ties them and stores one of them."""
+    """Output head → input embedding's stored name, if the model ties their weights."""
     head = _head(skeleton)
     text = checkpoint.config.get("text_config")
     ties = checkpoint.config.get("tie_word_embeddings", (text or {}).get("tie_word_embeddings", False) if isinstance(text, dict) else False)

@@ -1,46 +1,53 @@
-"""The data-free buffer in training: W_aligned − γ·V in the frozen weights, or by a frozen low-rank adapter in training steps."""
+"""The data-free buffer in training: W_aligned − γ·V in the frozen weights, or through a frozen low-rank adapter during training steps."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.engine import is_fsdp
 from trl_safety.adapters.exchange import WeightExchange
 from trl_safety.adapters.folder import Factors
 from trl_safety.adapters.frozen import FrozenAdapter
-from trl_safety.config.alignment_buffer import AlignmentBufferConfig
+from trl_safety.adapters.names import is_named
+from trl_safety.config.alignment_buffer import BufferOptions
 from trl_safety.config.subspace import SubspaceConfig
 from trl_safety.errors import ConfigurationError, SubspaceError
 from trl_safety.methods import alignment_buffer
 from trl_safety.subspace.artifact import AlignmentSubspace
+from trl_safety.subspace.layer import LayerSubspace
 from trl_safety.training.method import Context, TrainingMethod
 
 logger = logging.getLogger(__name__)
 
 
 class AlignmentBuffer(TrainingMethod):
-    """One protected run's data-free buffer.
+    """The data-free buffer of one protected run. With γ = 0 it does nothing, and reads no pair.
 
     Raises:
-        ConfigurationError: the pair is not named, or the buffer cannot act beside another option.
-        CheckpointError, AdapterError, SubspaceError: the pair is not the model's.
+        ConfigurationError: the pair is not named, or another option keeps the buffer from acting.
+        CheckpointError, AdapterError, SubspaceError: the pair does not match the model.
     """
 
     name = "alignment_buffer"
     action = "buffered"
     live_weights = True
-    config: AlignmentBufferConfig
+    config: BufferOptions
 
-    def __init__(self, config: AlignmentBufferConfig, context: Context) -> None:
+    def __init__(self, config: BufferOptions, context: Context) -> None:
         super().__init__(config, context)
         self._taken = False
         self._layers = 0
         self.exchange: WeightExchange | None = None
         self.frozen: FrozenAdapter | None = None
+        if config.removed == 0:
+            return
         model = context.trainer.model
         if config.how == "low_rank":
             self.frozen = self._low_rank(model, context.subspace)
@@ -52,25 +59,41 @@ class AlignmentBuffer(TrainingMethod):
         self.base_check = self.exchange.check
         if is_fsdp() and any(type(place.parameter).__name__ == "Params4bit" for place in self.exchange.places):
             raise ConfigurationError(
-                f"{self.name}.how = 'weights': quantises 4-bit weights again, which FSDP's shards do not allow; use how: low_rank, or load the model in 16 bits"
+                f"{self.name}.how = 'weights': requantises 4-bit weights, which FSDP's shards do not allow; use how: low_rank, or load the model in 16 bits"
             )
 
     def _low_rank(self, model: Any, subspace: AlignmentSubspace | None) -> FrozenAdapter:
         assert subspace is not None  # noqa: S101  # required by the block
-        factors = {}
-        for name, layer in subspace.layers.items():
-            if layer.left is None:
-                raise SubspaceError(
-                    f"layer {name!r}: the subspace keeps V whole, which a low-rank buffer cannot take out; build it with a rank or a tolerance, or use how: weights"
-                )
-            factors[name] = Factors(*alignment_buffer.low_rank(*layer.factors(), self.config.gamma), 1.0)
+        removed, skipped = self.config.removed, self.context.block.skip_modules
+        factors = {
+            name: Factors(*alignment_buffer.low_rank(*self.directions(layer), removed), 1.0)
+            for name, layer in subspace.layers.items()
+            if not is_named(name, skipped)
+        }
         self._layers = len(factors)
         return FrozenAdapter(model, factors, f"{self.name}.how = 'low_rank'")
+
+    def directions(self, layer: LayerSubspace) -> tuple[Tensor, Tensor, Tensor]:
+        """U, σ and Z of the part of V that a low-rank buffer removes.
+
+        Raises:
+            SubspaceError: V is kept whole.
+        """
+        if layer.left is None:
+            raise SubspaceError(
+                f"layer {layer.name!r}: the subspace keeps V whole, which a low-rank buffer cannot subtract; build it with a rank or a tolerance, or use how: "
+                "weights"
+            )
+        return layer.factors()
 
     def _pair(self) -> tuple[Checkpoint, Checkpoint]:
         own, subspace, config, trainer = self.config, self.context.subspace, self.context.block, self.context.trainer
         pair = config.subspace if isinstance(config.subspace, SubspaceConfig) else subspace.provenance if subspace else None
         base = own.base or (pair.base if pair else None)
+        if base is None and subspace is not None:
+            raise ConfigurationError(
+                f"{self.name}.how = 'weights': loads the unaligned model's checkpoint, and {subspace.provenance.origin} has none: set how: low_rank"
+            )
         if base is None:
             raise ConfigurationError(f"{self.name}.base is missing: name the unaligned model there, or give safety.subspace")
         loaded = self.context.prepared.base_model or getattr(trainer.model.config, "name_or_path", None)
@@ -89,33 +112,31 @@ class AlignmentBuffer(TrainingMethod):
 
     @property
     def entered(self) -> bool:
-        """Whether the frozen weights are W_aligned − γ·V now."""
+        """Whether the frozen weights are currently W_aligned − γ·V."""
         return self._taken
 
     @property
     def leaves_to_save(self) -> bool:
-        """Where the vocabulary was resized, PEFT saves the embeddings with the adapter: the aligned model's, not those trained on."""
+        """After a resized vocabulary PEFT saves the embeddings with the adapter; they must be the aligned model's."""
         return self.exchange is not None and self.exchange.resized
 
     def enter(self) -> None:
-        """At the start of training, and after an evaluation: W_aligned − γ·V into the frozen weights."""
-        if self.config.gamma == 0:
-            logger.warning("%s.gamma = 0: this is plain fine-tuning, and the report will say so", self.name)
-        if self.exchange is None or self.config.gamma == 0:
+        """Write W_aligned − γ·V into the frozen weights, at the start of training and after an evaluation."""
+        if self.exchange is None:
             return
         self._taken = True
-        self.exchange.put(lambda aligned, base: alignment_buffer.take_out(aligned, base, self.config.gamma))
+        self.exchange.put(lambda aligned, base: alignment_buffer.take_out(aligned, base, self.config.removed))
 
     def leave(self, *, gather: bool = True) -> None:
-        """W_aligned into the frozen weights; when training ends, however it ends. See `WeightExchange.put_back`."""
+        """Write W_aligned back into the frozen weights, also when training fails. See `WeightExchange.put_back`."""
         if self.exchange is not None and self._taken:
             self.exchange.put_back(gather=gather)
             self._taken = False
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Where the buffer is a low-rank adapter it acts within the training step alone."""
-        if self.frozen is None or self.config.gamma == 0:
+        """A low-rank buffer acts only within the training step."""
+        if self.frozen is None:
             if self._taken:
                 self.mark()
             yield
@@ -126,17 +147,23 @@ class AlignmentBuffer(TrainingMethod):
 
     @property
     def duties(self) -> tuple[str, ...]:
-        """With γ = 0 there are none."""
-        return (self.name,) if self.config.gamma > 0 else ()
+        """None with γ = 0."""
+        return (self.name,) if self.config.removed else ()
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """See `TrainingMethod.begin`; warns if this is plain fine-tuning."""
+        super().begin(checkpoint)
+        if self.idle is not None:
+            logger.warning("%s: %s; this is plain fine-tuning, and the report will say so", self.name, self.idle)
 
     @property
     def idle(self) -> str | None:
         """γ = 0 is plain fine-tuning."""
-        return "gamma is 0: trained on the aligned model itself" if self.config.gamma == 0 else None
+        return "gamma is 0: trained on the aligned model itself" if self.config.removed == 0 else None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """With a fingerprint of the pair."""
+        """The options, with a fingerprint of the pair."""
         return {**super().settings, "pair": self.exchange.identity if self.exchange else None}
 
     def describe(self, first: int, last: int) -> str:
@@ -144,4 +171,6 @@ class AlignmentBuffer(TrainingMethod):
         how = (
             f"in {len(self.exchange.places)} frozen tensors" if self.exchange else f"by a frozen low-rank adapter in {self._layers} layers"
         )
-        return f"trained on W_aligned − {self.config.gamma:g}·V ({how}) in optimizer steps {first} to {last}; the adapter is for W_aligned"
+        removed = self.config.removed
+        weights = f"W_aligned {'−' if removed > 0 else '+'} {abs(removed):g}·V ({how})" if removed else "W_aligned itself"
+        return f"trained on {weights} in optimizer steps {first} to {last}; the adapter is for W_aligned"

@@ -1,4 +1,4 @@
-"""AsFT in training: the penalty of a model's active adapter, and its weight in the loss."""
+"""AsFT in training: the penalty on a model's active adapter, and its term in the loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def asft_penalty(peft_model: nn.Module, subspace: AlignmentSubspace, scaled: boo
         out × out is formed.
 
     Raises:
-        AdapterError: no LoRA adapter, or one of another kind.
+        AdapterError: there is no LoRA adapter, or it is of an unsupported kind.
         SubspaceError: an adapted layer is not in the subspace.
     """
     modules = lora_modules(peft_model)
@@ -53,7 +53,7 @@ class Asft(LossTerm):
 
     @property
     def idle(self) -> str | None:
-        """A weight of 0 measures alone."""
+        """With a weight of 0 the penalty is only measured."""
         return "weight 0: the penalty was measured, nothing was protected" if self.config.weight == 0 else None
 
     def term(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every TRL trainer of ours shares: the `safety` field of its arguments, and the block that its constructor takes."""
+"""What our TRL trainers share: the `safety` field of the arguments, and the block that the constructor takes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class SafeArguments:
     """Adds one field to a TRL configuration: `class SafeXConfig(SafeArguments, XConfig)`. With `safety=None` nothing differs from the parent.
 
     Args:
-        safety: the safety block: a `SafetyConfig`, a mapping, the path of a YAML file, or (on a command line) JSON. It is kept
-            as a plain mapping, so that the arguments can be saved and logged.
+        safety: the safety block: a `SafetyConfig`, a mapping, the path of a YAML file, or (on a command line) JSON. It is
+            stored as a plain mapping, so that the arguments can be saved and logged.
 
     Raises:
         ConfigurationError: an option is unknown, out of bounds or contradictory.
@@ -45,22 +45,22 @@ class SafeArguments:
 
     @property
     def train_batch_size(self) -> int:
-        """As the parent's. Every Trainer asks for it when it is made, so that it is the place to refuse one without protection."""
+        """The parent's. Every Trainer reads it when created, so a trainer that would ignore the block is refused here."""
         if self.safety is not None and not self._taken:
             name = type(self).__name__.replace("Config", "Trainer")
-            raise ConfigurationError(f"args.safety is set, but the trainer is no {name} and would ignore it: use {name}")
+            raise ConfigurationError(f"args.safety is set, but the trainer is not a {name} and would ignore it: use {name}")
         parent: Any = super()
         size: int = parent.train_batch_size
         return size
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or what a checkpoint keeps of it, is nobody's."""
+        """A copy, or what a checkpoint stores of it, belongs to no trainer."""
         return {name: value for name, value in vars(self).items() if name != "_taken"}
 
 
 @contextmanager
 def served(args: Any) -> Iterator[None]:
-    """Within it a trainer of ours works with these arguments; any other trainer that does would ignore their block."""
+    """Within this context the arguments belong to a trainer of ours; any other trainer would ignore their block."""
     if not isinstance(args, SafeArguments) or args._taken:
         yield
         return
@@ -78,7 +78,7 @@ class BlockTrainer(SafetyMixin):
     def with_block(
         cls, parent: type, args: tuple[Any, ...], kwargs: Mapping[str, Any], safety: SafetyConfig | Mapping[str, Any] | str | Path | None
     ) -> tuple[SafetyConfig | None, dict[str, Any]]:
-        """The block and the parent's arguments by name; what can be refused before a model is loaded and data is tokenised is.
+        """The block and the parent's arguments by name. Refuses what it can before a model is loaded and data is tokenised.
 
         Args:
             parent: the TRL trainer.
@@ -100,7 +100,7 @@ class BlockTrainer(SafetyMixin):
         known = {"objective": objective(cls), "reference": reference(given.get("args"), given.get("ref_model"))}
         resolve(config.methods(), Facts("trl", known), dry=True)
         if in_args is not None:
-            # A copy: the user's own arguments, given to another trainer, are refused by it.
+            # A copy, so that any other trainer still refuses the user's own arguments.
             given["args"] = copy.copy(given["args"])
         return config, given
 

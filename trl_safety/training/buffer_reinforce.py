@@ -1,4 +1,4 @@
-"""Buffer-and-Reinforce while training: the frozen buffer, and the merge with the ReinforceLoRA when training ends."""
+"""Buffer-and-Reinforce in training: the frozen buffer, and the merge with the ReinforceLoRA when training ends."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from trl_safety.training.method import Context, TrainingMethod
 
 
 class BufferReinforce(TrainingMethod):
-    """One protected run's buffer and merge.
+    """The buffer and the merge of one protected run.
 
     Raises:
-        AdapterError: an adapter of the provider is missing, of another kind or for another base model, or the user's cannot be
+        AdapterError: an adapter of the provider is missing, of another kind or for another base model, or the user's adapter cannot be
             merged.
-        ConfigurationError: an option would do nothing.
+        ConfigurationError: an option would have no effect.
     """
 
     name = NAME
@@ -46,16 +46,16 @@ class BufferReinforce(TrainingMethod):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """The buffer acts within one training step: forward, backward and what gradient checkpointing computes again."""
+        """The buffer acts only within the training step: forward, backward, and recomputation by gradient checkpointing."""
         with self.frozen.in_step():
             yield
         self.mark()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """With the fingerprints of the provider's adapters."""
+        """The options, with the fingerprints of the provider's adapters."""
         return {**super().settings, **self._sources}
 
     def describe(self, first: int, last: int) -> str:
         """See `TrainingMethod.describe`."""
-        return f"trained beside the frozen buffer in optimizer steps {first} to {last}, and detached"
+        return f"trained beside the frozen buffer in optimizer steps {first} to {last}; the buffer was then detached"

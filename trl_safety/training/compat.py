@@ -23,14 +23,14 @@ def trainer_divides_loss(trainer: Any, num_items_in_batch: Any) -> bool:
 def loads_adapter_shards() -> bool:
     """Whether Accelerate gives every process its part of an adapter's FSDP2 checkpoint.
 
-    Before 1.15 it gives the first process its part, and leaves the others' as they are, in silence: a resumed run, and one that ends
-    with `load_best_model_at_end`, would go on from neither. `engines.LoadedShards` goes once 1.15 is the oldest supported version.
+    Before 1.15 only the first process gets its part; the others silently keep theirs. A resumed run, or one that ends with
+    `load_best_model_at_end`, would then mix two adapters. `engines.LoadedShards` goes once 1.15 is the oldest supported version.
     """
     return bool(compare_versions("accelerate", ">=", "1.15.0"))
 
 
 def scaling_class(trainer: Any) -> type:
-    """The class that decides how a trainer scales its loss: the first outside this package with a training step or a loss of its own."""
+    """The class that decides how a trainer scales its loss: the first outside this package that defines a training step or a loss."""
     own = {"compute_loss", "training_step"}
     classes = [found for found in type(trainer).__mro__ if not found.__module__.startswith("trl_safety.") and own & vars(found).keys()]
     return classes[0] if classes else type(trainer)

@@ -22,16 +22,16 @@ class SafeDPOConfig(SafeArguments, DPOConfig):
 
 
 class SafeDPOTrainer(BlockTrainer, DPOTrainer):
-    """`trl.DPOTrainer` that keeps the model's safety: a drop-in, as `SafeSFTTrainer` is for SFT.
+    """`trl.DPOTrainer` that preserves the model's safety: a drop-in replacement, like `SafeSFTTrainer` for SFT.
 
-    The reference's log-probabilities come from the same frozen weights as the policy's: TRL takes both in one training step, the
+    The reference's log-probabilities come from the same frozen weights as the policy's: TRL computes both in one training step, the
     reference's with the adapter off, so that a buffer is in both or in neither. A block with a buffer therefore refuses
-    `ref_model` and `precompute_ref_log_probs`, which know nothing of it.
+    `ref_model` and `precompute_ref_log_probs`, which would not include it.
 
     Args:
         *args: as in `DPOTrainer`.
         safety: the safety block: a `SafetyConfig`, a mapping, or the path of a YAML file. Or `args.safety`.
-        subspace: an `AlignmentSubspace` (or its file or Hub id), in place of the block's `subspace`.
+        subspace: an `AlignmentSubspace` (or its file or Hub id), used instead of the block's `subspace`.
         **kwargs: as in `DPOTrainer`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Processes that nothing joined, and FSDP shards that Accelerate does not load."""
+"""Launched processes that do not form one group, FSDP shards that Accelerate does not load, and losses that DeepSpeed must know of."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trl_safety.training.compat import loads_adapter_shards
 
 
 def refuse_unjoined(trainer: Any) -> None:
-    """Refuse processes that a launcher started and nothing joined: each would train on its own and overwrite the others' files.
+    """Refuse launched processes that do not form one group: each would train on its own and overwrite the others' files.
 
     Raises:
         ConfigurationError: there are such processes.
@@ -38,13 +38,33 @@ def refuse_unjoined(trainer: Any) -> None:
         )
 
 
-class LoadedShards(TrainerCallback):
-    """On FSDP, has every process hold its part of the adapter that the Trainer loads: a checkpoint to go on from, or the best one at the end.
-
-    Only where Accelerate does not; see `compat.loads_adapter_shards`. It comes before every callback that reads the adapter.
+def through_deepspeed(engine: Any, loss: Callable[[], Tensor]) -> Tensor:
+    """A loss as DeepSpeed's engine computes it: the engine prepares for a backward pass alone from what its own forward returned.
 
     Args:
-        resumed: the checkpoint that this training goes on from, where that is known; by default the output folder's of that step.
+        engine: what the trainer calls the model by.
+        loss: takes the place of the model's forward, for this call.
+    """
+    inner = vars(engine.module)
+    before = inner.get("forward")
+    inner["forward"] = loss
+    try:
+        prepared: Tensor = engine()
+    finally:
+        if before is None:
+            del inner["forward"]
+        else:
+            inner["forward"] = before
+    return prepared
+
+
+class LoadedShards(TrainerCallback):
+    """With FSDP, gives every process its part of the adapter that the Trainer loads: the checkpoint to resume from, or the best one at the end.
+
+    Used only where Accelerate does not do so; see `compat.loads_adapter_shards`. It runs before every callback that reads the adapter.
+
+    Args:
+        resumed: returns the checkpoint that training resumes from, or None for the one of that step in the output folder.
     """
 
     def __init__(self, resumed: Callable[[], Path | None] = lambda: None) -> None:
@@ -62,13 +82,13 @@ class LoadedShards(TrainerCallback):
             _load_shards(model, self._resumed() or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        """Load the best checkpoint, where that was asked for."""
+        """Load the best checkpoint, if requested."""
         if args.load_best_model_at_end and state.best_model_checkpoint:
             _load_shards(model, Path(state.best_model_checkpoint))
 
 
 def _load_shards(model: nn.Module, checkpoint: Path) -> None:
-    """Read by the first process, which is the one that saved it, and sent to all."""
+    """The first process, which saved the file, reads it and sends it to all."""
     model = unwrap(model)
     settle(model)
     adapter = adapter_name(model)
@@ -81,8 +101,8 @@ def _load_shards(model: nn.Module, checkpoint: Path) -> None:
         missing = places.keys() - saved.keys()
         if missing:
             raise AdapterError(
-                f"{str(file)!r}: has not {min(missing)!r}, which this run trains: Accelerate would go on from the adapter of one process alone; resume from a "
-                "whole checkpoint of this run, in its output_dir"
+                f"{str(file)!r}: lacks {min(missing)!r}, which this run trains: Accelerate would load it in one process only; resume from a "
+                "complete checkpoint of this run, in its output_dir"
             )
     for name, place in places.items():
         put(place, saved[name] if first else torch.empty(place.shape), source=0)

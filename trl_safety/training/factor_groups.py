@@ -1,4 +1,4 @@
-"""All adapted layers of a model with their alignment operators, layers of one shape evaluated together."""
+"""All adapted layers of a model with their alignment operators; layers of one shape are evaluated together."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from trl_safety.subspace.layer import LayerSubspace
 
 
 class FactorGroups:
-    """LoRA factors and operators, stacked by shape and device, so that the number of kernels does not grow with the depth.
+    """LoRA factors and operators, stacked by shape and device, so that the number of kernels does not grow with depth.
 
     The factors are read anew at every call; the operators are moved to the layers' devices once. All arithmetic is in
-    float32, or in float64 for float64 factors, whatever autocast says.
+    float32, or in float64 for float64 factors, regardless of autocast.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class FactorGroups:
             self._groups.append((modules_of_group, _stack([op for _, op in members]), scalings))
 
     def _on_device(self) -> list[tuple[list[LoraModule], Operator, Tensor]]:
-        """The groups with operators where the factors are now: a model may be moved after the trainer was made."""
+        """The groups, with operators on the factors' current device: a model may be moved after the trainer was created."""
         for index, (modules, operator, scalings) in enumerate(self._groups):
             device, dtype = modules[0].B.device, torch.promote_types(modules[0].B.dtype, torch.float32)
             if (scalings.device, scalings.dtype) != (device, dtype) or index not in self._placed:

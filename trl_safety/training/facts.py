@@ -1,4 +1,4 @@
-"""What a Transformers trainer says of itself, for the requirements of the methods."""
+"""The facts about a Transformers trainer that the methods' requirements check."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
+from transformers import DataCollatorWithFlattening
 
 from trl_safety.adapters.engine import engine
 from trl_safety.adapters.lora import lora_modules, not_covered, unwrap
 from trl_safety.config.requirements import Fact, Facts
+from trl_safety.training.documents import LENGTHS
 
 
 def trainer_facts(trainer: Any) -> Facts:
-    """The facts of a trainer with its model and data.
+    """The facts about a trainer, its model and its data.
 
     Raises:
         AdapterError: the model has no adapter that the methods can work with.
     """
     args, model = trainer.args, trainer.model
     outside = not_covered(model, lora_modules(model))
+    rows = rows_of(trainer)
+    batch = args.per_device_train_batch_size
     known = {
         "engine": engine(),
         "objective": objective(type(trainer)),
@@ -27,7 +31,7 @@ def trainer_facts(trainer: Any) -> Facts:
         "unsloth": _unsloth(trainer),
         "compiled": _option(args, "torch_compile"),
         "precision": _precision(trainer),
-        "rows": _rows(args),
+        "rows": rows,
         "streamed": Fact(
             trainer.train_dataset is not None and not isinstance(trainer.train_dataset, Dataset),
             f"train_dataset is a {type(trainer.train_dataset).__name__}",
@@ -37,10 +41,11 @@ def trainer_facts(trainer: Any) -> Facts:
         "images": Fact(bool(getattr(trainer, "_is_vision_dataset", False)), "the training data holds images"),
         "replicated": Fact(args.n_gpu > 1, f"n_gpu = {args.n_gpu}"),
         "batch": Fact(
-            args.per_device_train_batch_size, f"per_device_train_batch_size (micro_batch_size) = {args.per_device_train_batch_size}"
+            None if rows.value == "packed" else batch if batch > 1 else args.gradient_accumulation_steps,
+            f"per_device_train_batch_size (micro_batch_size) = {batch}, gradient_accumulation_steps = {args.gradient_accumulation_steps}",
         ),
         "trained_besides": Fact(
-            bool(outside), f"{len(outside)} trainable parameters are no LoRA factor ({next(iter(outside), '')!r} first)"
+            bool(outside), f"{len(outside)} trainable parameters are not LoRA factors ({next(iter(outside), '')!r} first)"
         ),
         "base_weights": Fact("8bit" if getattr(unwrap(model), "is_loaded_in_8bit", False) else None, "load_in_8bit = True"),
     }
@@ -48,21 +53,21 @@ def trainer_facts(trainer: Any) -> Facts:
 
 
 def objective(trainer_class: type) -> Fact:
-    """What a trainer trains for, by the name of the TRL trainer among its bases: "sft", "dpo", …; None for one that is none of TRL's."""
+    """What a trainer trains for, by the name of the TRL trainer among its bases: "sft", "dpo", …; None for one outside TRL."""
     found = next((base for base in trainer_class.__mro__ if base.__module__.startswith("trl.") and base.__name__.endswith("Trainer")), None)
     name = found.__name__ if found else trainer_class.__name__
     return Fact(name.removesuffix("Trainer").lower() if found else None, f"the trainer is a {name}")
 
 
 def reference(args: Any, ref_model: Any) -> Fact:
-    """Where TRL takes the log-probabilities of the reference: "precomputed", a "second_model", or None for the model without its adapter."""
+    """Where TRL gets the log-probabilities of the reference: "precomputed", a "second_model", or None for the model without its adapter."""
     if getattr(args, "precompute_ref_log_probs", False):
         return Fact("precomputed", "precompute_ref_log_probs = True")
     return Fact("second_model" if ref_model is not None else None, f"ref_model is a {type(ref_model).__name__}")
 
 
 UNSLOTH = "unsloth"
-"""How the modules of Unsloth begin, of its `unsloth_zoo`, and of the code that it writes while it runs."""
+"""Prefix of the modules of Unsloth, of its `unsloth_zoo`, and of the code that it generates at run time."""
 
 
 def _unsloth(trainer: Any) -> Fact:
@@ -72,7 +77,7 @@ def _unsloth(trainer: Any) -> Fact:
 
 
 def _origins(trainer: Any) -> Iterator[str]:
-    """Names of the classes of a trainer, and of where the classes, functions and replaced functions of its model's layers are from."""
+    """Names and modules of a trainer's classes, and the modules of the classes and functions of its model's layers."""
     for base in type(trainer).__mro__:
         yield base.__module__
         yield base.__name__
@@ -95,8 +100,20 @@ def _precision(trainer: Any) -> Fact:
     return Fact("fp16" if fp16 else "other", "fp16 = True")
 
 
-def _rows(args: Any) -> Fact:
-    for name, rows in (("packing", "packed"), ("sample_packing", "packed"), ("padding_free", "padding_free")):
+def rows_of(trainer: Any) -> Fact:
+    """How the samples are laid out in the rows of a trainer's batches; see `FACTS`."""
+    args, data = trainer.args, trainer.train_dataset
+    if getattr(args, "packing", None) is True:
+        strategy = args.packing_strategy
+        return Fact("cut" if strategy == "wrapped" else "packed", f"packing = True with packing_strategy = {strategy!r}")
+    if getattr(args, "sample_packing", None) is True:
+        return Fact("packed", "sample_packing = True")
+    if LENGTHS in (getattr(data, "column_names", None) or ()):
+        return Fact("packed", f"the training data has a column {LENGTHS}")
+    for name in ("padding_free", "batch_flattening"):
         if getattr(args, name, None) is True:
-            return Fact(rows, f"{name} = True")
+            return Fact("padding_free", f"{name} = True")
+    collator = getattr(trainer.data_collator, "collator", trainer.data_collator)
+    if isinstance(collator, DataCollatorWithFlattening):
+        return Fact("padding_free", f"data_collator is a {type(collator).__name__}")
     return Fact("plain", "one sample a row")

@@ -22,15 +22,15 @@ class SafeGRPOConfig(SafeArguments, GRPOConfig):
 
 
 class SafeGRPOTrainer(BlockTrainer, GRPOTrainer):
-    """`trl.GRPOTrainer` that keeps the model's safety: a drop-in, as `SafeSFTTrainer` is for SFT.
+    """`trl.GRPOTrainer` that preserves the model's safety: a drop-in replacement, like `SafeSFTTrainer` for SFT.
 
-    The completions that are rewarded come from the model that will be used: a block with a buffer, which is in the model while it
-    generates, is refused.
+    The rewarded completions must come from the model that will be used. A block with a buffer, which would be in the model while it
+    generates, is therefore refused.
 
     Args:
         *args: as in `GRPOTrainer`.
         safety: the safety block: a `SafetyConfig`, a mapping, or the path of a YAML file. Or `args.safety`.
-        subspace: an `AlignmentSubspace` (or its file or Hub id), in place of the block's `subspace`.
+        subspace: an `AlignmentSubspace` (or its file or Hub id), used instead of the block's `subspace`.
         **kwargs: as in `GRPOTrainer`.
 
     Raises:

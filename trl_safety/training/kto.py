@@ -22,16 +22,16 @@ class SafeKTOConfig(SafeArguments, KTOConfig):
 
 
 class SafeKTOTrainer(BlockTrainer, KTOTrainer):
-    """`trl.KTOTrainer` that keeps the model's safety: a drop-in, as `SafeSFTTrainer` is for SFT.
+    """`trl.KTOTrainer` that preserves the model's safety: a drop-in replacement, like `SafeSFTTrainer` for SFT.
 
-    The reference's log-probabilities, and those of the KL term, come from the same frozen weights as the policy's: TRL takes all of
+    The reference's log-probabilities, and those of the KL term, come from the same frozen weights as the policy's: TRL computes all of
     them in one training step, the reference's with the adapter off, so that a buffer is in all or in none. A block with a buffer
-    therefore refuses `ref_model` and `precompute_ref_log_probs`, which know nothing of it.
+    therefore refuses `ref_model` and `precompute_ref_log_probs`, which would not include it.
 
     Args:
         *args: as in `KTOTrainer`.
         safety: the safety block: a `SafetyConfig`, a mapping, or the path of a YAML file. Or `args.safety`.
-        subspace: an `AlignmentSubspace` (or its file or Hub id), in place of the block's `subspace`.
+        subspace: an `AlignmentSubspace` (or its file or Hub id), used instead of the block's `subspace`.
         **kwargs: as in `KTOTrainer`.
 
     Raises:

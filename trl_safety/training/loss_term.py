@@ -15,7 +15,7 @@ from trl_safety.training.method import Context, Inner, TrainingMethod
 
 
 class LossTerm(TrainingMethod):
-    """L + weight · term. With a weight of 0 nothing is computed, and the run is the parent's bit for bit."""
+    """L + weight · term. With a weight of 0 nothing is computed, and the run equals the parent's bit for bit."""
 
     def __init__(self, config: MethodOptions, context: Context) -> None:
         super().__init__(config, context)
@@ -27,16 +27,16 @@ class LossTerm(TrainingMethod):
         """The term without its weight, 0-dimensional, float32 or better, differentiable in the adapter's factors."""
 
     def share(self, steps: int) -> float:
-        """How much of an optimizer step's term this micro-batch carries; by default each of the `steps` accumulated ones the same."""
+        """The share of an optimizer step's term that this micro-batch carries; by default equal for all `steps` accumulated ones."""
         return 1 / steps
 
     @property
     def duties(self) -> tuple[str, ...]:
-        """The term in every optimizer step, where it has a weight."""
+        """The term, unless its weight is 0."""
         return (self.name,) if self.config.weight > 0 else ()
 
     def loss(self, inner: Inner, model: Any, inputs: Any, return_outputs: bool, items: Any) -> Any:
-        """The loss of one micro-batch plus its share of the term, after whatever the Trainer still divides by."""
+        """The loss of one micro-batch plus its share of the term, scaled for the division that the Trainer still makes."""
         result = inner(model, inputs, return_outputs, items)
         trainer = self.context.trainer
         steps = trainer.current_gradient_accumulation_steps
@@ -51,7 +51,7 @@ class LossTerm(TrainingMethod):
         return (loss, result[1]) if return_outputs else loss
 
     def after_backward(self, returned: Any, items: Any) -> None:
-        """Once, where gradients are accumulated: a check that the trainer scaled the loss as the term's weight assumes.
+        """With gradient accumulation, check once that the trainer scaled the loss as the term's weight assumes.
 
         Raises:
             ConfigurationError: it did not.
@@ -64,6 +64,6 @@ class LossTerm(TrainingMethod):
         if not torch.allclose(self._combined.mean() / divisor, returned, rtol=1e-3, atol=1e-8, equal_nan=True):
             raise ConfigurationError(
                 f"gradient_accumulation_steps = {steps}: {scaling_class(trainer).__name__} scales the loss in a way "
-                f"that trl-safety does not know, so that {self.name}.weight would not be what it says; use gradient_accumulation_steps=1"
+                f"that trl-safety does not know, so {self.name}.weight would not have its stated effect; use gradient_accumulation_steps=1"
             )
         self._combined, self._scaling_checked = None, True

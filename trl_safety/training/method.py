@@ -1,4 +1,4 @@
-"""`TrainingMethod`: what a method that acts while training may do, and when the driver asks it to."""
+"""`TrainingMethod`: the hooks of a method that acts during training, and when the driver calls them."""
 
 # ruff: noqa: B027  # hooks that do nothing by default are the protocol
 from __future__ import annotations
@@ -25,17 +25,17 @@ Inner = Callable[[Any, Any, bool, Any], Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What a method is made from.
+    """What a training method is built from.
 
     Attributes:
-        trainer: with its model, data and arguments.
+        trainer: the trainer, with its model, data and arguments.
         block: the whole safety block.
-        prepared: the adapter, checked.
+        prepared: the checked adapter.
         subspace: the block's alignment subspace, where there is one.
-        groups: the adapter's factors with their operators, where the block measures them.
-        references: the method's pool of rows, prepared by the host; None where it reads none.
-        protected_until: (checkpoint, method, settings) → the optimizer step up to which the checkpoint's report says that the method
-            protected it from the first step on; None where it does not say so.
+        groups: the adapter's factors with their operators; None if nothing measures them.
+        references: the method's pool of reference rows, prepared by the host; None if it reads none.
+        protected_until: (checkpoint, method, settings) → the optimizer step up to which, by the checkpoint's report, the method protected it
+            from step 1 on; None if the report does not say so.
     """
 
     trainer: Any
@@ -50,34 +50,34 @@ class Context:
 class TrainingMethod(ABC):
     """One method in one protected run. Every hook has a default that does nothing.
 
-    The driver makes the methods of a block in the order in which they act, folds their `loss` around the trainer's, enters their `step`
-    around every training step, and checks after each optimizer step that all of their `duties` were done.
+    The driver builds a block's methods in the order in which they act, wraps their `loss` around the trainer's, enters `step` around every
+    training step, and checks after every optimizer step that all `duties` were done.
 
     Args:
         config: the method's options.
         context: the run.
 
     Attributes:
-        first_step: the steps before it, in a resumed run, were trained without the method.
-        start_norm: ‖ΔW‖ of an adapter that was trained before the run.
+        first_step: in a resumed run, the last step that was trained without the method; otherwise 0.
+        start_norm: ‖ΔW‖ that the adapter had before the run.
     """
 
     name: ClassVar[str]
-    """As in the block."""
+    """Its name in the safety block."""
     action: ClassVar[str]
     """What it does to a layer, for the report: "penalised", "steered", …"""
     covers_past: ClassVar[bool] = False
-    """Whether it acts on the whole update, also on what was trained before the run."""
+    """Whether it acts on the whole update, including what was trained before the run."""
     measures: ClassVar[bool] = False
-    """Whether it needs `Context.groups`, with V kept whole, too."""
+    """Whether it needs `Context.groups`, even where V is kept whole."""
     live_weights: ClassVar[bool] = False
-    """Whether it changes the model's frozen weights while training, so that `enter` and `leave` are called."""
+    """Whether it changes the model's frozen weights during training; `enter` and `leave` are then called."""
     pending: str = ""
-    """What is still to come after training, as the end of a summary; the method has not acted until then."""
+    """What remains to be done after training, worded as the end of a summary; until then the method has not acted."""
     base_check: str | None = None
-    """What it found out about the base model, where it compared it."""
+    """The result of comparing the base model, if the method compares it."""
     last: CorrectionCallback | None = None
-    """A correction that comes after every other callback when training ends."""
+    """A correction that runs after every other callback when training ends."""
 
     def __init__(self, config: MethodOptions, context: Context) -> None:
         self.config: Any = config
@@ -88,62 +88,62 @@ class TrainingMethod(ABC):
 
     @classmethod
     def ready(cls, config: Any, block: SafetyConfig, trainer: Any, references: Any) -> None:
-        """Refuse what the method cannot act beside, before anything is built; what `requirements` cannot say."""
+        """Before anything is built, refuse settings that keep the method from acting and that `requirements` cannot express."""
 
     # The training step.
 
     def loss(self, inner: Inner, model: Any, inputs: Any, return_outputs: bool, items: Any) -> Any:
-        """The loss of one micro-batch while the model is in training mode; by default that of the methods before, or the trainer's."""
+        """The loss of one micro-batch in training mode; by default the loss of the methods before this one, or the trainer's."""
         return inner(model, inputs, return_outputs, items)
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one training step: forward, backward and what gradient checkpointing computes again."""
+        """Wraps one training step: forward, backward, and recomputation by gradient checkpointing."""
         yield
 
     def after_backward(self, returned: Any, items: Any) -> None:
-        """After the training step of one micro-batch, with the loss that it returned."""
+        """Called after the training step of one micro-batch, with the loss it returned."""
 
     @property
     def duties(self) -> tuple[str, ...]:
-        """What the method must have done by the end of every optimizer step; `mark` says that it was."""
+        """What the method must do in every optimizer step; `mark` records that it did."""
         return (self.name,)
 
     def mark(self, duty: str | None = None) -> None:
-        """Note that a duty was done; by default the method's own name."""
+        """Record that a duty was done; by default the one named after the method."""
         self._done.add(duty or self.name)
 
     def undone(self) -> list[str]:
-        """The duties that were not done since this was asked last."""
+        """The duties not done since the last call."""
         done, self._done = self._done, set()
         return [duty for duty in self.duties if duty not in done]
 
-    # Frozen weights that training sees otherwise; only with `live_weights`.
+    # Frozen weights that differ during training; only with `live_weights`.
 
     def enter(self) -> None:
         """Change the frozen weights for training."""
 
     def leave(self, *, gather: bool = True) -> None:
-        """Put the aligned model's weights back; does nothing where they are there.
+        """Restore the aligned model's weights; does nothing if they are in place.
 
         Args:
-            gather: whether the other processes can be counted on.
+            gather: whether all processes will take part.
         """
 
     @property
     def entered(self) -> bool:
-        """Whether the frozen weights are those for training now."""
+        """Whether the frozen weights are currently the ones for training."""
         return False
 
     @property
     def leaves_to_save(self) -> bool:
-        """Whether a save of the adapter would hold weights that were changed."""
+        """Whether saving the adapter would also save changed weights."""
         return False
 
     # The run.
 
     def begin(self, checkpoint: Path | None) -> None:
-        """At the start of training; by default, take over a checkpoint that the method protected from its first step on.
+        """Called at the start of training; by default, continue a checkpoint that the method protected from step 1 on.
 
         Args:
             checkpoint: what the run resumes from.
@@ -153,13 +153,13 @@ class TrainingMethod(ABC):
         self.first_step = 0 if protected else step
 
     def before_save(self) -> None:
-        """At the end of an optimizer step after which something will be saved, on every process."""
+        """Called on every process at the end of an optimizer step that a save will follow."""
 
     def save(self, checkpoint: Path) -> None:
-        """After a checkpoint was written, on every process: keep what a resumed run needs."""
+        """Called on every process after a checkpoint was written: save what a resumed run needs."""
 
     def end(self, *, ended: bool) -> None:
-        """When training is over, however it ended."""
+        """Called when training is over, even after an error."""
 
     def metrics(self) -> dict[str, float]:
         """Entries for the log, without the prefix `safety/`."""
@@ -169,18 +169,18 @@ class TrainingMethod(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options as the report has them."""
+        """The options as the report records them."""
         settings: dict[str, Any] = self.config.model_dump()
         return settings
 
     @property
     def delay(self) -> int:
-        """Optimizer steps after `first_step` in which the method only gets ready."""
+        """Optimizer steps after `first_step` in which the method only prepares."""
         return 0
 
     @property
     def idle(self) -> str | None:
-        """Why these options protect nothing, whatever is trained; None where they may."""
+        """Why these options protect nothing, whatever is trained; None if they can protect."""
         return None
 
     not_yet: str = "no step was trained"
@@ -188,14 +188,14 @@ class TrainingMethod(ABC):
 
     @abstractmethod
     def describe(self, first: int, last: int) -> str:
-        """One sentence on what was done in the optimizer steps `first` to `last`."""
+        """One sentence on what was done in optimizer steps `first` to `last`."""
 
     def measured(self) -> Mapping[str, Mapping[str, float]]:
-        """Module → what was measured there, for the report."""
+        """Module → its measurements, for the report."""
         return {}
 
     def report(self, steps: int) -> MethodReport:
-        """The method's part of the safety report, until optimizer step `steps`."""
+        """The method's part of the safety report, up to optimizer step `steps`."""
         first = self.first_step + self.delay
         active = steps > first
         if self.idle is not None:
@@ -233,5 +233,5 @@ class TrainingMethod(ABC):
 
 
 def as_json(settings: Mapping[str, Any]) -> Any:
-    """Settings after a round through JSON, as a report has them."""
+    """Settings after a round trip through JSON, as in a report."""
     return json.loads(json.dumps(settings))

@@ -1,5 +1,5 @@
-"""`SafetyMixin`: the safety block in any Transformers `Trainer` subclass. It knows no method: it relies on the surface that all trainers
-share (`compute_loss`, `training_step`, `log` and callbacks), and hands it to the `Run`.
+"""`SafetyMixin`: the safety block in any Transformers `Trainer` subclass. It knows no method: it uses only what all trainers share
+(`compute_loss`, `training_step`, `log` and callbacks) and delegates to the `Run`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from trl_safety.training.engines import LoadedShards, refuse_unjoined
 from trl_safety.training.facts import trainer_facts
 from trl_safety.training.run import Run, Start
 from trl_safety.training.safety_eval import SafetyEvalCallback, refuse_stopping
-from trl_safety.training.start import block_subspace, checkpoint_of, tell
+from trl_safety.training.start import block_subspace, checkpoint_of, refuse_empty, tell
 
 
 class SafetyMixin:
     """Adds a `safety` block to a `Trainer` class: `class SafeXTrainer(SafetyMixin, XTrainer)`.
 
-    Without a block every method passes straight to the parent.
+    Without a block every call goes straight to the parent.
     """
 
     _safety: Run | None = None
@@ -46,13 +46,13 @@ class SafetyMixin:
         """Check and set up everything; called once the model has its adapter.
 
         Args:
-            safety: the block; None passes everything to the parent.
-            subspace: in place of the block's `subspace`.
-            references: method → its pool of reference rows, prepared as the training data is.
-            switched_off: what the host has switched off for the methods, for the report.
+            safety: the block; None leaves everything to the parent.
+            subspace: used instead of the block's `subspace`.
+            references: method → its pool of reference rows, prepared like the training data.
+            switched_off: what the host switched off for the methods, for the report.
 
         Raises:
-            ConfigurationError: an option is wrong, or a method could not act beside another option.
+            ConfigurationError: an option is wrong, or keeps a method from acting.
             AdapterError: the model's adapter cannot be protected.
             SubspaceError: an adapted layer is not in the subspace.
         """
@@ -62,6 +62,7 @@ class SafetyMixin:
                 raise ConfigurationError("subspace is given but no safety block: name the method that should use it")
             return
         config = SafetyConfig.parse(safety)
+        refuse_empty(trainer)
         methods = config.methods()
         switched = [*(switched_off or []), *resolve(methods, trainer_facts(trainer))]
         tell(switched)
@@ -72,7 +73,7 @@ class SafetyMixin:
             if hasattr(hook, "ready"):
                 hook.ready(options, config, trainer, pools.get(name))
         run = self._safety = Run(trainer, config, block_subspace(trainer, config, subspace), pools, switched)
-        # A correction that the user gave as a callback is seen when training begins.
+        # A correction that the user passed as a callback is checked when training begins.
         if config.eval and (config.correction or run.last):
             refuse_stopping(config.eval.stop_above, "eval.stop_above", run.corrections[0].correction.name)
         LoadedShards.add_to(trainer, lambda: self._resumed)
@@ -82,11 +83,11 @@ class SafetyMixin:
         for callback in run.last:
             trainer.add_callback(callback)
         if config.eval:
-            # First, so that every other callback's log has the rates.
+            # First, so that every other callback sees the rates in the log.
             trainer.callback_handler.callbacks.insert(0, SafetyEvalCallback.of(config.eval, trainer.processing_class, run.aligned))
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The parent's loss, with what the methods make of it while training."""
+        """The parent's loss, changed by the methods in training mode."""
         parent: Any = super()
         trainer: Any = self
         if self._safety is None or not trainer.model.training:
@@ -98,7 +99,7 @@ class SafetyMixin:
         return self._safety.loss(inner, model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """The parent's step, within that of the methods."""
+        """The parent's step, wrapped in the methods' steps."""
         parent: Any = super()
         if self._safety is None:
             return parent.training_step(model, inputs, num_items_in_batch)
@@ -109,7 +110,7 @@ class SafetyMixin:
         return result
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The parent's training. However it ends, a report of the methods that acted stays with the adapter as it was then."""
+        """The parent's training. Even after an error, the adapter keeps a report of the methods that acted on it."""
         parent: Any = super()
         trainer: Any = self
         run = self._safety
@@ -117,7 +118,7 @@ class SafetyMixin:
             return parent.train(resume_from_checkpoint, *args, **kwargs)
         self._resumed = checkpoint_of(trainer, resume_from_checkpoint)
         for callback in run.last:
-            # After any correction, also one that was added since the trainer was made.
+            # After every correction, including one added since the trainer was created.
             trainer.remove_callback(callback)
             trainer.add_callback(callback)
         run.frame(trainer.callback_handler.callbacks)
@@ -131,7 +132,7 @@ class SafetyMixin:
         return result
 
     def _load_best_model(self) -> None:
-        """The parent's; what acted after that checkpoint did nothing to the adapter that is kept."""
+        """The parent's; from then on the report covers only the steps up to that checkpoint."""
         parent: Any = super()
         parent._load_best_model()
         trainer: Any = self
@@ -139,7 +140,7 @@ class SafetyMixin:
             self._safety.kept_step = int(Path(trainer.state.best_model_checkpoint).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
 
     def save_model(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's; what the report measures is gathered first where the factors are sharded, since one process saves."""
+        """The parent's; with sharded factors the report's measurements are gathered first, since only one process saves."""
         parent: Any = super()
         run = self._safety
         source = report_source_of(self) if is_fsdp() else None
@@ -148,13 +149,13 @@ class SafetyMixin:
             return parent.save_model(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's evaluation, on the aligned model also while a method has changed its weights for training."""
+        """The parent's evaluation, on the aligned weights even where a method changes them for training."""
         parent: Any = super()
         with self._safety.aligned() if self._safety else nullcontext():
             return parent.evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's; see `evaluate`."""
+        """The parent's; see `evaluate`."""
         parent: Any = super()
         with self._safety.aligned() if self._safety else nullcontext():
             return parent.predict(*args, **kwargs)
@@ -168,7 +169,7 @@ class SafetyMixin:
 
     @property
     def safety_report(self) -> SafetyReport | None:
-        """What protects the adapter, as it is now; None without a safety block or before training. With FSDP ask on every process."""
+        """The adapter's current safety report; None without a safety block or before training. With FSDP, read it on every process."""
         if self._safety is None:
             return None
         trainer: Any = self
@@ -177,7 +178,7 @@ class SafetyMixin:
 
 
 def report_source_of(trainer: Any) -> ReportSource | None:
-    """The report of the protected adapter, where there is one yet."""
+    """The source of the protected adapter's report; None before there is one."""
     if trainer._safety is None:
         return None
     found: ReportSource | None = getattr(unwrap(trainer.model), "_trl_safety_reports", {}).get(trainer._safety.prepared.adapter)

@@ -1,4 +1,4 @@
-"""The provider's side of Buffer-and-Reinforce: training the BufferLoRA and the ReinforceLoRA, once for a model."""
+"""The provider's side of Buffer-and-Reinforce: training the BufferLoRA and the ReinforceLoRA, once per model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TITLES = {
 
 @dataclass
 class RecordSource:
-    """Writes an adapter's record and the warning in its card, beside every save."""
+    """Writes an adapter's record, and the warning in its card, with every save."""
 
     record: AdapterRecord
 
@@ -50,14 +50,14 @@ class RecordSource:
 
 
 class _BesideBuffer:
-    """What training beside a frozen buffer needs."""
+    """What training beside a frozen buffer requires."""
 
     requirements: ClassVar[tuple[Requirement, ...]] = (HOOKS_BESIDE_COMPILATION,)
     shown: ClassVar[Mapping[str, str]] = {}
 
 
 class ProviderMixin:
-    """Makes a `Trainer` class train a provider's adapter: marked as what it is in every file that is saved."""
+    """Makes a `Trainer` class train a provider's adapter, marked as one in every saved file."""
 
     kind: str
     _frozen: FrozenAdapter | None = None
@@ -66,9 +66,9 @@ class ProviderMixin:
         """Check and mark the adapter that will be trained, and open the buffer that it is trained beside.
 
         Raises:
-            AdapterError: the adapter is of an unsupported kind, is another one's, trains more than LoRA factors, or the buffer is
-                not one for this model.
-            ConfigurationError: the buffer cannot act.
+            AdapterError: the adapter is of an unsupported kind, is marked as another one, or trains more than LoRA factors; or the
+                buffer does not fit this model.
+            ConfigurationError: another option keeps the buffer from acting.
         """
         trainer: Any = self
         check_engine()
@@ -103,30 +103,30 @@ class ProviderMixin:
             record.check_layers(self._frozen.layers, setting)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's step, beside the frozen buffer where there is one."""
+        """The parent's step, with the frozen buffer attached if there is one."""
         parent: Any = super()
         with self._frozen.in_step() if self._frozen else nullcontext():
             return parent.training_step(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's, but for a buffer.
+        """The parent's, except that a buffer is never uploaded.
 
         Raises:
             ConfigurationError: the adapter is a BufferLoRA.
         """
         if self.kind == "buffer":
-            raise ConfigurationError("push_to_hub: a BufferLoRA makes the model harmful, and nothing here uploads one")
+            raise ConfigurationError("push_to_hub: a BufferLoRA makes the model harmful, so it is never uploaded")
         parent: Any = super()
         return parent.push_to_hub(*args, **kwargs)
 
 
 def refuse_push(args: Any) -> None:
-    """Refuse a buffer's training arguments that upload it.
+    """Refuse training arguments that would upload a buffer.
 
     Raises:
         ConfigurationError: `push_to_hub` is on.
     """
     if getattr(args, "push_to_hub", False):
         raise ConfigurationError(
-            "push_to_hub = True: a BufferLoRA makes the model harmful, and nothing here uploads one; set it to False and keep the files to yourself"
+            "push_to_hub = True: a BufferLoRA makes the model harmful, so it is never uploaded; set it to False and keep the files to yourself"
         )

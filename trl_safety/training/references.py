@@ -1,13 +1,11 @@
-"""Pools of reference rows, prepared as the training data is, and the numbers of the training rows."""
+"""Pools of reference rows, prepared like the training data."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from trl_safety.config.block import SafetyConfig
@@ -15,45 +13,14 @@ from trl_safety.errors import ConfigurationError
 from trl_safety.messages import ShapeError, conversation
 from trl_safety.rendering import render, text_tokenizer, token_ids
 from trl_safety.training.data import IGNORED, splittable, supervised
+from trl_safety.training.documents import ROW
 
 logger = logging.getLogger(__name__)
-
-ROW = "safety_row"
-"""Column of the training and reference data that says which row of the user's data set a sample is."""
-
-
-class RowCollator:
-    """The trainer's collator, which carries the samples' row numbers along."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> Any:
-        """The inner collator's batch, with the row numbers of the examples that have one."""
-        rows = [example[ROW] for example in examples if ROW in example]
-        batch = self.collator([{key: value for key, value in example.items() if key != ROW} for example in examples])
-        if rows:
-            batch[ROW] = torch.tensor(rows)
-        return batch
-
-
-def with_rows(dataset: Any, setting: str) -> Dataset:
-    """A data set with the number of every row in a column of its own.
-
-    Raises:
-        ConfigurationError: it is streamed, so that its rows have no numbers and it cannot be read again and again.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ConfigurationError(
-            f"{setting} is a {type(dataset).__name__}: rows must be such that they can be counted and read again; give a datasets.Dataset (load "
-            "without streaming)"
-        )
-    return dataset if ROW in dataset.column_names else dataset.add_column(ROW, list(range(len(dataset))))
 
 
 @dataclass(frozen=True)
 class References:
-    """A method's pool, tokenised as the training data is; `kl` where it is prompts without an answer."""
+    """A method's pool, tokenised like the training data; `kl` if it holds prompts without answers."""
 
     rows: Dataset
     kl: bool
@@ -64,23 +31,11 @@ def pools(block: SafetyConfig) -> dict[str, str]:
     return {name: f"{name}.{options.reads_references}" for name, options in block.methods().items() if options.reads_references}
 
 
-def number_rows(trainer: Any) -> None:
-    """Have the batches say which rows of the training data they hold.
-
-    Raises:
-        ConfigurationError: the training data is streamed.
-    """
-    trainer.train_dataset = with_rows(trainer.train_dataset, "train_dataset")
-    trainer._set_signature_columns_if_needed()
-    trainer._signature_columns.append(ROW)
-    trainer.data_collator = RowCollator(trainer.data_collator)
-
-
 def prompts_only(dataset: Dataset, setting: str) -> bool:
     """Whether the references are prompts without an answer.
 
     Raises:
-        ConfigurationError: beside the prompt there are columns that nothing reads, of which one may be the answer.
+        ConfigurationError: there are other columns that nothing reads, one of which may be the answer.
     """
     columns = set(dataset.column_names)
     if "prompt" not in columns or columns & {"completion", "messages", "conversations", "text", "input_ids", "labels"}:
@@ -88,16 +43,16 @@ def prompts_only(dataset: Dataset, setting: str) -> bool:
     if unread := sorted(columns - {"prompt", ROW}):
         raise ConfigurationError(
             f"{setting}: has prompt, no completion, and {', '.join(unread)}, which nothing reads: rename the answers' column to completion, or "
-            "remove the others, so that the prompts alone are held to the starting model by KL"
+            "remove the others to hold the prompts alone to the starting model by KL"
         )
     return True
 
 
 def tokenised_prompts(dataset: Dataset, tokenizer: Any, max_length: int | None, setting: str) -> Dataset:
-    """Prompts with the chat template up to where the answer would begin, every token labelled.
+    """Prompts rendered by the chat template up to where the answer would begin; every token is labelled.
 
     Raises:
-        ConfigurationError: a row is no prompt, or the template does not take it.
+        ConfigurationError: a row is not a prompt, or the template rejects it.
     """
 
     def tokenise(row: dict[str, Any]) -> dict[str, Any]:
@@ -115,10 +70,10 @@ def tokenised_prompts(dataset: Dataset, tokenizer: Any, max_length: int | None, 
 def tokenised_answers(
     dataset: Dataset, tokenizer: Any, max_length: int | None, setting: str, *, keep_end: bool = False, chat_template: str | None = None
 ) -> Dataset:
-    """References with the answer's tokens labelled and no other, whatever the format of the training data; see `supervised`.
+    """References with only the answer's tokens labelled, whatever the format of the training data; see `supervised`.
 
     Raises:
-        ConfigurationError: a row has no answer, or none within `max_length`, or the template does not take it.
+        ConfigurationError: a row has no answer, or none within `max_length`, or the template rejects it.
     """
 
     def tokenise(row: dict[str, Any]) -> dict[str, Any]:
@@ -132,15 +87,15 @@ def tokenised_answers(
 
 
 def check_format(dataset: Dataset, text: str | None, setting: str) -> None:
-    """See that references can be read, and say where their requests are supervised as well.
+    """Check that references can be read, and warn if their requests are supervised as well.
 
     Args:
         dataset: the references.
-        text: the column of plain text; None where a function makes the text.
+        text: the column of plain text; None if a function makes the text.
         setting: the option that names them, for messages.
 
     Raises:
-        ConfigurationError: they have no column that references are read from, or are tokens of which nobody knows which are the answer's.
+        ConfigurationError: they have no column that references are read from, or hold tokens without labels.
     """
     columns = [name for name in dataset.column_names if name != ROW]
     if splittable(columns):
@@ -148,18 +103,18 @@ def check_format(dataset: Dataset, text: str | None, setting: str) -> None:
     if "input_ids" in columns:
         if not {"labels", "completion_mask", "assistant_masks"} & set(columns):
             raise ConfigurationError(
-                f"{setting}: has input_ids without labels, so that its requests would be trained as well: add labels with -100 where the answer is not, or give "
+                f"{setting}: has input_ids without labels, so its requests would be trained as well: add labels that are -100 outside the answer, or give "
                 "prompt and completion"
             )
         return
     if text is not None and text not in columns:
         raise ConfigurationError(
-            f"{setting}: has the columns {', '.join(columns)}, of which references are read from none: give prompt and completion, messages, conversations, prompt "
+            f"{setting}: has the columns {', '.join(columns)}, none of which references are read from: give prompt and completion, messages, conversations, prompt "
             f"alone, or {text}, whatever the format of the training data"
         )
     logger.warning(
-        "%s: holds plain text, in which request and answer cannot be told apart: the requests are supervised as well; give prompt and completion to train the "
-        "answers alone",
+        "%s: holds plain text, in which request and answer cannot be told apart: the requests are supervised as well; give prompt and completion to train "
+        "only the answers",
         setting,
     )
 

@@ -1,4 +1,4 @@
-"""One protected run: the adapter as it was checked, its methods, its corrections, and the report of all of them. It knows no method."""
+"""One protected run: the checked adapter, its methods, its corrections, and the report on all of them. It knows no method by name."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """What one protected run holds.
+    """The state of one protected run.
 
     Args:
-        trainer: with its model.
+        trainer: the trainer, with its model.
         config: the safety block.
-        subspace: the block's alignment subspace, where it uses one.
+        subspace: the block's alignment subspace, if it uses one.
         references: method → its pool, prepared by the host.
         switched_off: what was switched off in the trainer's options, for the report.
     """
@@ -68,7 +68,7 @@ class Run:
                 self.prepared.base_check = method.base_check
         self.start_norm = 0.0
         self.kept_step: int | None = None
-        """The step of the best checkpoint, where that was loaded in the end."""
+        """The step of the best checkpoint, if it was loaded at the end."""
         self._bypassed = ""
         self.correction = correction_callback(config, subspace)
         if self.correction:
@@ -76,7 +76,7 @@ class Run:
         self.adopt()
 
     def _groups(self, needed: bool) -> FactorGroups | None:
-        # Metrics alone are not worth a V kept whole in the accelerator's memory.
+        # A V kept whole is too large to hold in the accelerator's memory for metrics alone.
         cut = self.subspace is not None and all(layer.whole is None for layer in self.prepared.subspaces.values())
         if not needed and not cut:
             return None
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def last(self) -> list[CorrectionCallback]:
-        """The corrections that come after every other callback when training ends."""
+        """The corrections that run after every other callback when training ends."""
         return [method.last for method in self.methods if method.last is not None]
 
     @property
@@ -96,14 +96,14 @@ class Run:
     # Checks.
 
     def check(self) -> None:
-        """At the start of training, raise where the adapter to be trained is no longer the one that was checked."""
+        """At the start of training, raise if the adapter to be trained is no longer the one that was checked."""
         model = self._trainer.model
         active = adapter_name(model)
         refuse_corrected(adapter_config(model, active), f"adapter {active!r}")
         if active != self.prepared.adapter or [_identity(m) for m in lora_modules(model, active)] != self._identities:
             raise AdapterError(
-                "the model's active adapter was changed or replaced after the trainer was made, so that the safety methods would act on the old one: "
-                "make the trainer after the last change to the model"
+                "the model's active adapter was changed or replaced after the trainer was created, so the safety methods would act on the old one: "
+                "create the trainer after the last change to the model"
             )
         self._refuse_frozen()
         self.prepared.outside = not_covered(model, self.prepared.covered)
@@ -112,23 +112,23 @@ class Run:
         frozen = [m.name for m in self.prepared.covered if not (m.A.requires_grad and m.B.requires_grad)]
         if frozen:
             raise AdapterError(
-                f"layer {frozen[0]!r} of adapter {self.prepared.adapter!r} is frozen, so that nothing would be trained there: load the adapter with "
+                f"layer {frozen[0]!r} of adapter {self.prepared.adapter!r} is frozen and would not be trained: load the adapter with "
                 "is_trainable=True"
             )
 
     def check_step(self) -> None:
-        """After an optimizer step, raise where a method did not act in it; the adapter is not reported as protected then."""
+        """After an optimizer step, raise if a method did not act in it; the adapter is then not reported as protected."""
         undone = [duty for method in self.methods for duty in method.undone()]
         if undone:
             trainer = self._trainer
             self._bypassed = f"{undone[0]} did not act in optimizer step {trainer.state.global_step}"
             raise ConfigurationError(
-                f"{self._bypassed}: training bypasses SafetyMixin: {type(trainer).__name__} has a compute_loss or training_step of its own that does not call "
-                "super()'s, one was assigned to it, SafetyMixin stands behind the Trainer among its bases, or the model is not in training mode; mend that"
+                f"{self._bypassed}: training bypasses SafetyMixin: {type(trainer).__name__} overrides compute_loss or training_step without calling super(), "
+                "one of them was assigned to it, SafetyMixin comes after the Trainer among its bases, or the model is not in training mode; fix that"
             )
 
     def adopt(self) -> None:
-        """Work with the correction callbacks that the user gave to the trainer."""
+        """Take over the correction callbacks that the user passed to the trainer."""
         trainer = self._trainer
         own = self.corrections
         callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, CorrectionCallback) and all(c is not o for o in own)]
@@ -154,7 +154,7 @@ class Run:
             before = callback.reports
 
     def check_evaluations(self) -> None:
-        """Have the user's own evaluation callbacks ask the aligned model; refuse one that would stop for what is corrected."""
+        """Run the user's own evaluation callbacks on the aligned weights; refuse one that would stop training before a correction acts."""
         for callback in self._trainer.callback_handler.callbacks:
             if isinstance(callback, SafetyEvalCallback):
                 if self.corrections:
@@ -165,12 +165,12 @@ class Run:
     # One run.
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Note where the methods start to act: at the first step, also of a run whose checkpoint they protected from there."""
+        """Record where the methods start to act: at step 1, also in a resumed run if they protected its checkpoint from step 1 on."""
         trainer = self._trainer
         step = trainer.state.global_step
         self.kept_step, self._bypassed = None, ""
         self.start_norm = update_norm(self.prepared.covered) if step == 0 else 0.0
-        # A fresh adapter has no update, unless it was to start at random.
+        # A fresh adapter has no update, unless it was initialised at random.
         at_random = adapter_config(trainer.model, self.prepared.adapter).init_lora_weights not in (True, "gaussian", "eva")
         for method in self.methods:
             method.undone()
@@ -178,7 +178,7 @@ class Run:
             method.begin(checkpoint)
 
     def warn(self) -> None:
-        """Say at the start what the report will say of the adapter's past."""
+        """At the start, warn of what the report will say about the adapter's past."""
         if not self._trainer.state.is_world_process_zero:
             return
         for method in self.methods:
@@ -188,7 +188,7 @@ class Run:
                 )
         if any(method.start_norm and not method.covers_past for method in self.methods):
             logger.warning(
-                "the adapter comes with an update of norm %.3g that was trained before: the report will say that it is not protected",
+                "the adapter already has an update of norm %.3g from earlier training: the report will say that it is not protected",
                 self.start_norm,
             )
 
@@ -206,14 +206,14 @@ class Run:
         return steps[1] if steps and steps[0] == 1 and describes(report, folder) else None
 
     def loss(self, inner: Inner, model: Any, inputs: Any, return_outputs: bool, items: Any) -> Any:
-        """The trainer's loss with every method's folded around it, in the block's order."""
+        """The trainer's loss, wrapped in every method's `loss` in the block's order."""
         for method in self.methods:
             inner = partial(method.loss, inner)
         return inner(model, inputs, return_outputs, items)
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one training step."""
+        """Wraps one training step in every method's `step`."""
         with ExitStack() as stack:
             for method in self.methods:
                 stack.enter_context(method.step())
@@ -221,7 +221,7 @@ class Run:
 
     @contextmanager
     def aligned(self) -> Iterator[None]:
-        """The model as it will be used: within it no method's weights are in the frozen ones."""
+        """Within this context the frozen weights are the aligned model's, with which the adapter will be used."""
         entered = [method for method in self.methods if method.entered]
         for method in entered:
             method.leave()
@@ -232,13 +232,13 @@ class Run:
                 method.enter()
 
     def frame(self, callbacks: list[Any]) -> None:
-        """Put the exchange of the frozen weights around a trainer's other callbacks, whenever those were added."""
+        """Place the callbacks that exchange the frozen weights around all others, whenever those were added."""
         live = [method for method in self.methods if method.live_weights]
         if live:
             callbacks[:] = [_Leave(live), *(c for c in callbacks if not isinstance(c, _Leave | _Enter)), _Enter(live)]
 
     def finish(self, *, ended: bool, began: bool) -> None:
-        """When training is over, however it ended: the aligned weights are back, and a report of the methods that acted is with the adapter."""
+        """When training is over, even after an error: restore the aligned weights, and keep a report of the methods that acted."""
         for method in self.methods:
             method.leave(gather=ended)
         if not began:
@@ -262,12 +262,12 @@ class Run:
         return {f"safety/{key}": value for key, value in metrics.items()}
 
     def report(self, *, final: bool) -> SafetyReport:
-        """The report of the adapter as it is now, for a run without a correction."""
+        """The current report of the adapter, for a run without a correction."""
         report = self.prepared.report(self.subspace, self._reports(), final=final)
         return report.model_copy(update={"protected": False}) if self.last else report
 
     def _reports(self) -> list[MethodReport]:
-        """Of the methods that act while training."""
+        """Reports of the methods that act during training."""
         steps = self._trainer.state.global_step if self.kept_step is None else self.kept_step
         reports = [method.report(steps) for method in self.methods]
         if self._bypassed:
@@ -276,7 +276,7 @@ class Run:
 
 
 def correction_callback(config: SafetyConfig, subspace: AlignmentSubspace | None) -> CorrectionCallback | None:
-    """The callback that a block's correction asks for; None without one."""
+    """The callback for a block's correction; None without one."""
     chosen = config.correction
     return CorrectionCallback(subspace, chosen, config.skip_modules) if chosen else None
 
@@ -286,13 +286,13 @@ def _identity(module: LoraModule) -> tuple[object, ...]:
 
 
 class Start(TrainerCallback):
-    """Checks at the start of training, when a checkpoint has been loaded."""
+    """Checks at the start of training, after a checkpoint has been loaded."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check, note where the methods begin, and have saves report."""
+        """Check the run, record where the methods begin, and report with every save."""
         trainer = self._trainer
         run: Run = trainer._safety
         run.check()
@@ -305,7 +305,7 @@ class Start(TrainerCallback):
             report_source(trainer.model, run.prepared.adapter).live(lambda: run.report(final=False))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that every method acted."""
+        """Check that every method acted."""
         run: Run = self._trainer._safety
         run.check_step()
         if control.should_save or control.should_training_stop:
@@ -313,34 +313,34 @@ class Start(TrainerCallback):
                 method.before_save()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep with a checkpoint what the methods need to go on from it."""
+        """Save with a checkpoint what the methods need to resume from it."""
         for method in self._trainer._safety.methods:
             method.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 class _Leave(TrainerCallback):
-    """First of all when training ends: what other callbacks check, correct and save is the aligned model's."""
+    """Runs first when training ends, so that other callbacks check, correct and save the aligned model."""
 
     def __init__(self, methods: list[TrainingMethod]) -> None:
         self._methods = methods
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """`auto_find_batch_size` begins again after running out of memory."""
+        """`auto_find_batch_size` starts again after running out of memory."""
         self.on_train_end(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the aligned model's weights back."""
+        """Restore the aligned model's weights."""
         for method in self._methods:
             method.leave()
 
 
 class _Enter(TrainerCallback):
-    """Last of all when training begins, since corrections check then that the model is the aligned one."""
+    """Runs last when training begins, after corrections have checked that the model is the aligned one."""
 
     def __init__(self, methods: list[TrainingMethod]) -> None:
         self._methods = methods
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the weights for training in."""
+        """Install the weights for training."""
         for method in self._methods:
             method.enter()

@@ -1,4 +1,4 @@
-"""`SafetyEvalCallback`: a small prompt set asked while training, in any Transformers `Trainer`."""
+"""`SafetyEvalCallback`: asks a small set of prompts during training, in any Transformers `Trainer`."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ logger = logging.getLogger(__name__)
 
 
 class SafetyEvalCallback(TrainerCallback):
-    """Every N steps: the share of harmful prompts complied with, and of benign ones refused, logged with the other metrics.
+    """Every N steps, logs the share of harmful prompts complied with and of benign prompts refused.
 
-    `safety/attack` and `safety/over_refusal` with `safety/eval_seconds` are in the log of that step, and `safety/unread` where answers have
-    no verdict: the number of them, most often cut off while the model was thinking. On several processes each asks all prompts, so that
-    all decide alike whether to stop.
+    The log of that step has `safety/attack`, `safety/over_refusal` and `safety/eval_seconds`. `safety/unread` is the number of answers
+    without a verdict, if there are any; most were cut off while the model was thinking. With several processes each asks all prompts, so
+    that all make the same decision to stop.
 
     Args:
-        sets: "harmful" (needed) and "benign" → a JSON-lines file with `prompt`, or `Prompt`s.
+        sets: "harmful" (required) and "benign" → a JSON-lines file with `prompt`, or `Prompt`s.
         tokenizer: the model's, with its chat template.
-        steps: N; also when training ends.
-        judge: of the completions; phrases of refusal by default, the weakest judge there is.
-        most_prompts: of each set, the first so many.
-        new_tokens: length of a completion.
-        batch_size: prompts at a time.
+        steps: N; the last step is always evaluated.
+        judge: judges the completions; by default by refusal phrases, the weakest judge there is.
+        most_prompts: only so many of each set, from its start.
+        new_tokens: maximum length of a completion.
+        batch_size: prompts per batch.
         stop_above: stop training where the attack rate exceeds this.
-        around: a context in which the model is as it will be used.
+        around: a context in which the model has the weights that it will be used with.
 
     Raises:
-        ConfigurationError: there are no harmful prompts, no tokenizer, or its chat template does not take a prompt.
+        ConfigurationError: there are no harmful prompts or no tokenizer, or its chat template rejects a prompt.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class SafetyEvalCallback(TrainerCallback):
         read = {kind: read_prompts(Path(given), kind) if isinstance(given, str | Path) else list(given) for kind, given in sets.items()}
         if wrong := [given for prompts in read.values() for given in prompts if not isinstance(given, Prompt)]:
             raise ConfigurationError(
-                f"eval: {wrong[0]!r} is no Prompt; give the path of a .jsonl file, or trl_safety.scoring.Prompt objects"
+                f"eval: {wrong[0]!r} is not a Prompt; give the path of a .jsonl file, or trl_safety.scoring.Prompt objects"
             )
         self._sets = {kind: prompts[:most_prompts] for kind, prompts in read.items()}
-        # Now, not after the first steps of training.
+        # Checked now, not after the first steps of training.
         for prompts in self._sets.values():
             check_prompts(prompts, tokenizer)
         self._tokenizer = tokenizer
@@ -83,19 +83,19 @@ class SafetyEvalCallback(TrainerCallback):
     def of(
         cls, config: SafetyEvalConfig, tokenizer: Any, around: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> SafetyEvalCallback:
-        """The callback that a safety block's `eval` asks for."""
+        """The callback for a safety block's `eval`."""
         sets = read_sets(harmful=Path(config.harmful), benign=Path(config.benign) if config.benign else None, task=None)
         options = config.model_dump(exclude={"harmful", "benign"})
         return cls(dict(sets), tokenizer, around=around, **options)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first step, when every callback has begun, refuse to stop for what a correction would mend."""
+        """Refuse `stop_above` beside a correction; by now every callback, including the correction's, has started."""
         correction = vars(state).get(RUN_CORRECTION)
         if correction is not None:
             refuse_stopping(self.stop_above, "stop_above", correction.correction.name)
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Ask, and have the step logged."""
+        """Ask the prompts, and have the step logged."""
         if state.global_step % self._steps and state.global_step < state.max_steps:
             return
         started = time.perf_counter()
@@ -103,7 +103,7 @@ class SafetyEvalCallback(TrainerCallback):
             with self.around():
                 scores, _ = score(unwrap(model), self._tokenizer, self._sets, self._judge, **self._options)
         except ConfigurationError as error:
-            # What was trained is not lost by a judge that fails; it is not trained on where nobody would see it go wrong.
+            # A failing judge must not lose what was trained. With `stop_above` training stops, since nothing would watch it.
             control.should_training_stop = control.should_training_stop or self.stop_above is not None
             logger.error(
                 "eval: at step %s: %s; training %s", state.global_step, error, "stops" if self.stop_above is not None else "goes on"
@@ -119,7 +119,7 @@ class SafetyEvalCallback(TrainerCallback):
             self._pending["safety/unread"] = unread
             if state.is_world_process_zero:
                 logger.warning(
-                    "eval: %s answers have no verdict at step %s (cut off while the model was thinking, or a judge's words that are none): raise new_tokens (%s)",
+                    "eval: %s answers have no verdict at step %s (cut off while the model was thinking, or the judge's reply held none): raise new_tokens (%s)",
                     unread,
                     state.global_step,
                     self._options["new_tokens"],
@@ -133,10 +133,10 @@ class SafetyEvalCallback(TrainerCallback):
                 )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Put the rates into the step's log, wherever it goes."""
+        """Add the rates to the step's log and to the trainer's history."""
         if not self._pending or logs is None:
             return
-        # The trainer has put a copy into its history already.
+        # The trainer has already put a copy of the log into its history.
         logs.update(self._pending)
         if state.log_history:
             state.log_history[-1].update(self._pending)
@@ -144,10 +144,10 @@ class SafetyEvalCallback(TrainerCallback):
 
 
 def refuse_stopping(stop_above: float | None, setting: str, correction: str) -> None:
-    """Refuse to stop training for what a correction is still to mend.
+    """Refuse to stop training because of an attack rate that a correction is yet to lower.
 
     Args:
-        stop_above: the attack rate at which training would stop; None where it would not.
+        stop_above: the attack rate above which training would stop; None if it would not.
         setting: how the user named it, for the message.
         correction: the method that acts when training ends.
 

@@ -33,8 +33,8 @@ ASKED_TOKENS = 32
 class Sbr(LossTerm):
     """λ · mean_k mean_d (h_θ(x_k) − h_0(x_k))², with h the last layer's state at the last prompt token, once per optimizer step.
 
-    h_0 is the model's without its adapter and without dropout, from before the first step; h_θ is computed as the trainer trains. The
-    prompts are padded on the right whatever the tokenizer's side, every process has all of them, and no logits are computed.
+    h_0 is computed before the first step, without the adapter and without dropout; h_θ is computed in training mode. The prompts are
+    padded on the right whatever the tokenizer's padding side, every process has all of them, and no logits are computed.
 
     Raises:
         ConfigurationError: there are too few prompts, an empty one, one that is longer than the model takes, or no tokenizer.
@@ -56,7 +56,7 @@ class Sbr(LossTerm):
         self._check(unwrap(trainer.model))
         self._reference: Tensor | None = None
         self.distances: tuple[float, float] | None = None
-        """At the start of the run and when it was measured last."""
+        """At the start of the run, and at the last measurement."""
 
     @classmethod
     def ready(cls, config: SbrConfig, block: SafetyConfig, trainer: Any, references: Any) -> None:
@@ -68,8 +68,8 @@ class Sbr(LossTerm):
         selecting = next((name for name, options in block.methods().items() if options.stage == "selection"), None)
         if selecting and trainer.accelerator.num_processes > 1:
             raise ConfigurationError(
-                f"sbr beside {selecting} on {trainer.accelerator.num_processes} processes: {selecting} averages its own gradients alone, and the states' differ "
-                "with every process' dropout; use one process, or one of the two"
+                f"sbr beside {selecting} on {trainer.accelerator.num_processes} processes: {selecting} averages only its own gradients, and the states' differ "
+                "with every process's dropout; use one process, or one of the two"
             )
 
     def _check(self, model: Any) -> None:
@@ -81,13 +81,13 @@ class Sbr(LossTerm):
         longest = max(range(len(self._ids)), key=lambda i: len(self._ids[i]))
         if most is not None and len(self._ids[longest]) > most:
             raise ConfigurationError(
-                f"sbr.prompts: number {longest + 1} has {len(self._ids[longest])} tokens, the model takes {most}; shorten or remove it"
+                f"sbr.prompts: number {longest + 1} has {len(self._ids[longest])} tokens, but the model takes {most}; shorten or remove it"
             )
 
     # The states.
 
     def _states(self) -> Tensor:
-        """(K, d) of the model as it is now, float32."""
+        """The model's current states, (K, d), float32."""
         trainer = self.context.trainer
         model: Any = unwrap(trainer.model)
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -97,18 +97,18 @@ class Sbr(LossTerm):
         ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in self._ids], device=device)
         mask = (torch.arange(width) < lengths.unsqueeze(1)).long().to(device)
         with trainer.compute_loss_context_manager():
-            # Without the head, whose logits nobody needs.
+            # Without the head, whose logits are not needed.
             output = causal.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         hidden = getattr(output, "last_hidden_state", None)
         if hidden is None:
             raise ConfigurationError(
-                f"sbr: {type(causal.base_model).__name__} gives no last hidden state, which sbr bounds; use another method, or a model class that does"
+                f"sbr: {type(causal.base_model).__name__} returns no last hidden state, which sbr bounds; use another method, or a model class that does"
             )
         return sbr.last_states(hidden, lengths)
 
     @torch.no_grad()
     def _still(self) -> Tensor:
-        """The states without dropout; the model's mode stays as it was."""
+        """The states without dropout; the model's mode is restored."""
         model: Any = unwrap(self.context.trainer.model)
         training = model.training
         model.eval()
@@ -125,19 +125,19 @@ class Sbr(LossTerm):
             return sbr.distance(states, self._reference)
 
     def share(self, steps: int) -> float:
-        """The whole term with the last accumulated micro-batch: the weights are the same in all of them."""
+        """The whole term with the last accumulated micro-batch, since the weights are the same in all of them."""
         return 1.0 if self.context.trainer.accelerator.sync_gradients else 0.0
 
     # The run.
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Take h_0 from the model without its adapter, before a buffer is in its weights; a resumed run takes the same."""
+        """Compute h_0 without the adapter, before a buffer changes the weights; a resumed run gets the same."""
         super().begin(checkpoint)
         trainer = self.context.trainer
         model: Any = unwrap(trainer.model)
         if not hasattr(model, "disable_adapter"):
             raise ConfigurationError(
-                f"{type(model).__name__} has no disable_adapter, without which sbr has no states to hold to: give the trainer a PeftModel or peft_config"
+                f"{type(model).__name__} has no disable_adapter, which sbr needs to compute its reference states: give the trainer a PeftModel or peft_config"
             )
         with model.disable_adapter():
             self._reference = self._still()
@@ -156,7 +156,7 @@ class Sbr(LossTerm):
         verdicts = judge.verdicts([Prompt(_short(prompt)) for prompt in self._prompts], list(answers)) if answers else []
         for prompt, verdict in zip(self._prompts, verdicts, strict=False):
             if verdict == "complied":
-                logger.warning("sbr.prompts: the starting model does not refuse %r: it bounds nothing worth keeping", _short(prompt))
+                logger.warning("sbr.prompts: the starting model does not refuse %r, so holding its state keeps no refusal", _short(prompt))
         data = self.context.trainer.train_dataset
         # TRL's DPO and KTO keep prompts and answers apart.
         column = next((name for name in ("input_ids", "prompt_ids") if isinstance(data, Dataset) and name in data.column_names), None)
@@ -168,7 +168,8 @@ class Sbr(LossTerm):
                     if place not in found and tuple(row[column][: len(ids)]) == ids:
                         found.add(place)
                         logger.warning(
-                            "sbr.prompts: %r is also a prompt of the training data, whose answer it holds back", _short(wanted[ids])
+                            "sbr.prompts: %r is also a prompt of the training data; sbr works against learning its answer",
+                            _short(wanted[ids]),
                         )
 
     def _measure(self) -> float:
@@ -179,7 +180,7 @@ class Sbr(LossTerm):
         return distance
 
     def before_save(self) -> None:
-        """The report beside what is saved next has the distance now."""
+        """Measure the distance for the report that is saved next."""
         self._measure()
 
     def metrics(self) -> dict[str, float]:
@@ -190,12 +191,12 @@ class Sbr(LossTerm):
 
     @property
     def idle(self) -> str | None:
-        """A weight of 0 measures alone."""
+        """With a weight of 0 the distance is only measured."""
         return "weight 0: the distance was measured, nothing was protected" if self.config.weight == 0 else None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The prompts are no part of a report that is published: their number and a digest of their tokens are."""
+        """The prompts stay out of the report, which may be published; it has their number and a digest of their tokens."""
         settings = super().settings
         where = settings["prompts"] if isinstance(settings["prompts"], str) else f"{len(self._prompts)} given"
         return {**settings, "prompts": where, "prompts_sha256": hashlib.sha256(json.dumps(self._ids).encode()).hexdigest()[:16]}
@@ -210,7 +211,7 @@ class Sbr(LossTerm):
 
 
 def read_prompts(config: SbrConfig) -> list[Messages]:
-    """The first K prompts as messages; a text is one message of the user's.
+    """The first K prompts as messages; a text becomes one user message.
 
     Raises:
         ConfigurationError: there are fewer, the column is missing, or a row holds no prompt.
@@ -219,7 +220,7 @@ def read_prompts(config: SbrConfig) -> list[Messages]:
     if isinstance(config.prompts, list):
         rows = [{"prompt": prompt} for prompt in config.prompts]
         if config.column is not None:
-            raise ConfigurationError(f"sbr.column = {config.column!r}: is used with a file or a data set alone; remove it")
+            raise ConfigurationError(f"sbr.column = {config.column!r}: is used only with a file or a data set; remove it")
     else:
         data = load_rows(config.prompts, "sbr.prompts")
         if config.column is not None and config.column not in data.column_names:
@@ -227,12 +228,12 @@ def read_prompts(config: SbrConfig) -> list[Messages]:
                 f"sbr.column = {config.column!r}: the prompts in {config.prompts!r} have the columns {', '.join(data.column_names)}; name the one to use"
             )
         if "completion" in data.column_names:
-            logger.warning("sbr.prompts: the column completion is not read: the prompts alone are used")
+            logger.warning("sbr.prompts: the column completion is ignored: only the prompts are used")
         rows = list(data.select(range(min(config.number, len(data)))))
         if config.column is not None:
             rows = [{"prompt": row[config.column]} for row in rows]
     if len(rows) < config.number:
-        raise ConfigurationError(f"sbr.number = {config.number}: there are {len(rows)} prompts; give more, or use a smaller number")
+        raise ConfigurationError(f"sbr.number = {config.number}: there are only {len(rows)} prompts; give more, or use a smaller number")
     return [_prompt(row, place) for place, row in enumerate(rows[: config.number], 1)]
 
 
@@ -250,7 +251,7 @@ def _prompt(row: dict[str, Any], place: int) -> Messages:
 
 
 def _tokens(prompt: Messages, tokenizer: Any) -> list[int]:
-    """A prompt's tokens up to where the answer would begin, by the chat template where there is one."""
+    """A prompt's tokens up to where the answer would begin, rendered by the chat template if there is one."""
     rendered = render(prompt, tokenizer)
     return token_ids(rendered, tokenizer) if chat_template(tokenizer) else list(text_tokenizer(tokenizer)(rendered)["input_ids"])
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
@@ -23,9 +23,13 @@ from trl import (
     get_quantization_config,
 )
 
+from trl_safety.adapters.architecture import UNREADABLE
+from trl_safety.adapters.folder import refuse_diverged
+from trl_safety.adapters.lora import unwrap
 from trl_safety.config.options import read_yaml
-from trl_safety.errors import ConfigurationError, SafetyError
-from trl_safety.training.data import check_columns, load_splits
+from trl_safety.errors import ConfigurationError, SafetyError, reason
+from trl_safety.training.data import check_columns, check_filled, check_tokens, load_splits
+from trl_safety.training.start import refuse_empty
 from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
 
 
@@ -43,7 +47,7 @@ def run(arguments: Sequence[str]) -> None:
     ignored), and so is a run without a safety block.
 
     Raises:
-        ConfigurationError: a key is unknown, the safety block is missing, or it is wrong.
+        ConfigurationError: a key is unknown, or the safety block is missing or invalid.
     """
     script, training, model, mixture = _parse(arguments, "sft", (ScriptArguments, SafeSFTConfig, ModelConfig, DatasetMixtureConfig))
     if training.safety is None:
@@ -67,7 +71,7 @@ def _parse(arguments: Sequence[str], command: str, kinds: tuple[Any, ...]) -> An
     parser = TrlParser(kinds, prog=f"trl-safety {command}")
     arguments = list(arguments)
     if "--config" in arguments[:-1]:
-        # TRL's own reading keeps the last of two equal keys.
+        # TRL's own reader silently keeps the last of two equal keys.
         read_yaml(Path(arguments[arguments.index("--config") + 1]), "--config")
     try:
         return parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
@@ -83,6 +87,7 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
     evaluated = training.eval_strategy != "no"
     datasets = _datasets(script, mixture, evaluated=evaluated)
     check_columns(datasets[script.dataset_train_split].column_names, _named(script, mixture), training.dataset_text_field)
+    check_filled(datasets[script.dataset_train_split], _named(script, mixture), training.dataset_text_field)
     given = training.model_init_kwargs or {}
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -91,6 +96,9 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         "dtype": model.dtype,
         **given,
     }
+    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
+        # TRL makes a text of a list of one, which PEFT takes for a pattern of whole names.
+        model.lora_target_modules = [model.lora_target_modules]
     try:
         trainer = trainer_class(
             model=model.model_name_or_path,
@@ -103,17 +111,22 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         )
     except SafetyError:
         raise
-    except (ValueError, OSError, TemplateError) as error:
-        # What TRL, PEFT and Transformers say of a user's arguments, and the chat template of the data.
-        raise ConfigurationError(f"the run cannot begin: {error}") from error
+    except (*UNREADABLE, TemplateError) as error:
+        # Errors of TRL, PEFT and Transformers about the user's arguments and files, and of the chat template about the data.
+        raise ConfigurationError(f"the run cannot start: {str(error) or reason(error)}") from error
+    refuse_empty(trainer)
+    embeddings: Any = cast(Any, unwrap(trainer.model)).get_input_embeddings()
+    check_tokens(datasets[script.dataset_train_split], _named(script, mixture), len(embeddings.weight))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
+    if trainer.is_world_process_zero():
+        refuse_diverged(Path(training.output_dir))
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
 
 
 def _explain(message: str, parser: Any) -> str:
-    """TRL's complaint, with the unknown keys named and what they may have been meant to be."""
+    """TRL's message, with the unknown keys and the closest known ones."""
     if not message.startswith("Unknown arguments"):
         return f"the arguments were refused: {message}"
     known = [field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind)]
@@ -132,13 +145,13 @@ def _named(script: Any, mixture: Any) -> str:
 
 
 def _datasets(script: Any, mixture: Any, *, evaluated: bool) -> Any:
-    """The data set's splits, with those that the run needs."""
+    """The data set's splits, which include those that the run needs."""
     named = _named(script, mixture)
     if mixture.datasets:
         try:
             found = get_dataset(mixture)
         except (OSError, ValueError, DatasetsError) as error:
-            raise ConfigurationError(f"{named}: cannot be loaded ({str(error).splitlines()[0]}); check path, split and columns") from error
+            raise ConfigurationError(f"{named}: cannot be loaded ({reason(error)}); check path, split and columns") from error
     elif script.dataset_name:
         found = load_splits(script.dataset_name, "dataset_name", name=script.dataset_config, streaming=script.dataset_streaming)
     else:
@@ -148,7 +161,7 @@ def _datasets(script: Any, mixture: Any, *, evaluated: bool) -> Any:
         raise ConfigurationError(f"dataset_train_split = {script.dataset_train_split!r}: {named} has the splits {splits}; name one of them")
     if evaluated and script.dataset_test_split not in found:
         raise ConfigurationError(
-            f"dataset_test_split = {script.dataset_test_split!r}: {named} has the splits {splits}, and eval_strategy asks for one to evaluate on; name one of "
+            f"dataset_test_split = {script.dataset_test_split!r}: {named} has the splits {splits}, and eval_strategy needs one to evaluate on; name one of "
             "them, or set eval_strategy to no"
         )
     return found

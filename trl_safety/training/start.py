@@ -1,4 +1,4 @@
-"""What a run starts from: its checkpoint, its alignment subspace, and corrections on trainers without a class of ours."""
+"""What a run starts from: its checkpoint, its alignment subspace, and corrections for trainers without a class of our own."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_safety.adapters.engine import is_fsdp
-from trl_safety.adapters.lora import linear_layers, lora_modules, unwrap
+from trl_safety.adapters.folder import WEIGHTS, AdapterFolder
+from trl_safety.adapters.lora import adapter_name, linear_layers, lora_modules, unwrap
 from trl_safety.adapters.names import is_named
 from trl_safety.config.block import SafetyConfig
 from trl_safety.config.correction import CorrectionConfig
 from trl_safety.config.requirements import resolve
 from trl_safety.config.subspace import SubspaceConfig
 from trl_safety.corrections.callback import CorrectionCallback
-from trl_safety.errors import ConfigurationError
+from trl_safety.errors import AdapterError, ConfigurationError, reason
 from trl_safety.reports.report import REPORT, add_to_card, read_report
+from trl_safety.reports.source import adapter_folder
 from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.subspace.build import build_subspace
 from trl_safety.training.engines import LoadedShards, refuse_unjoined
@@ -38,13 +41,28 @@ def tell(switched: Iterable[str]) -> None:
         logger.warning("%s", text)
 
 
+def refuse_empty(trainer: Any) -> None:
+    """Refuse a run that has no row to train on, as where all were dropped when they were made into tokens.
+
+    Raises:
+        ConfigurationError: naming what may have dropped them.
+    """
+    data = trainer.train_dataset
+    if data is not None and hasattr(data, "__len__") and not len(data):
+        length = getattr(trainer.args, "max_length", None)
+        raise ConfigurationError(
+            "train_dataset: no row is left to train on: either there was none, or none has a token of its answer"
+            + (f" within max_length = {length}: raise it, or give other rows" if length else "; give other rows")
+        )
+
+
 def needs_trainer_class(safety: SafetyConfig) -> bool:
     """Whether a method of the block acts in the loss, the gradient or the training step, which no callback can change."""
     return any(not isinstance(options, CorrectionConfig) for options in safety.methods().values())
 
 
 def add_correction(trainer: Any, safety: SafetyConfig, switched_off: Iterable[str] = ()) -> CorrectionCallback:
-    """Give any Transformers `Trainer` the correction of a safety block that needs nothing while training.
+    """Add a safety block's correction to any Transformers `Trainer`; the block may need nothing else during training.
 
     Raises:
         ConfigurationError: the block names a method that acts while training.
@@ -68,9 +86,9 @@ def add_correction(trainer: Any, safety: SafetyConfig, switched_off: Iterable[st
 
 
 def safety_section(trainer: Any, card: Path) -> None:
-    """Put the safety section into a model card that the trainer wrote itself."""
+    """Add the safety section to a model card that the trainer wrote."""
     if is_fsdp():
-        # One process writes the card, and could not gather the others' shards; what was saved beside it says it all.
+        # One process writes the card and cannot gather the others' shards; the report saved beside it has everything.
         saved = card.parent / REPORT
         report = read_report(card.parent) if saved.is_file() else None
     else:
@@ -80,27 +98,44 @@ def safety_section(trainer: Any, card: Path) -> None:
 
 
 def checkpoint_of(trainer: Any, resume_from_checkpoint: Any) -> Path | None:
-    """The checkpoint that `train` will resume from, which Transformers also does from half of one, in silence.
+    """The checkpoint that `train` will resume from. Transformers would silently resume from an incomplete one.
 
     Raises:
-        ConfigurationError: it was not saved to its end.
+        ConfigurationError: there is none, it is incomplete, or its state cannot be read.
+        AdapterError: its adapter cannot be read, or holds NaN or infinity.
     """
     if not resume_from_checkpoint:
         return None
-    given = get_last_checkpoint(trainer.args.output_dir) if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
+    output = Path(trainer.args.output_dir)
+    named = isinstance(resume_from_checkpoint, bool)
+    given = (get_last_checkpoint(str(output)) if output.is_dir() else None) if named else resume_from_checkpoint
     if given is None:
-        return None
+        raise ConfigurationError(f"resume_from_checkpoint = True: output_dir = {str(output)!r} holds no checkpoint; leave it out")
     found = Path(given)
-    if found.is_dir() and not (found / TRAINER_STATE_NAME).is_file():
+    setting = f"resume_from_checkpoint = {str(found)!r}"
+    if not found.is_dir():
+        raise ConfigurationError(f"{setting}: no such folder; name a checkpoint, or leave it out")
+    if not (found / TRAINER_STATE_NAME).is_file():
         raise ConfigurationError(
-            f"resume_from_checkpoint = {str(found)!r}: has no {TRAINER_STATE_NAME}, which is written last: its saving was interrupted; remove it, and go on from "
-            "an earlier checkpoint"
+            f"{setting}: has no {TRAINER_STATE_NAME}, which is written last: the save was interrupted; remove it, and resume from an earlier checkpoint"
         )
+    try:
+        TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{setting}: its {TRAINER_STATE_NAME} cannot be read ({reason(error)}); resume from an earlier checkpoint"
+        ) from error
+    adapter = adapter_folder(unwrap(trainer.model), found, adapter_name(trainer.model))
+    if (adapter / WEIGHTS).is_file():
+        try:
+            AdapterFolder.open(adapter)
+        except AdapterError as error:
+            raise AdapterError(f"{setting}: {error}") from error
     return found
 
 
 def block_subspace(trainer: Any, config: SafetyConfig, given: AlignmentSubspace | str | Path | None) -> AlignmentSubspace | None:
-    """The alignment subspace of a block: given, read, or built into the output folder; None where no method uses one.
+    """The alignment subspace of a block: given, read, or built into the output folder; None if no method uses one.
 
     Raises:
         ConfigurationError: it is missing, given twice, or used by no method.
@@ -110,7 +145,7 @@ def block_subspace(trainer: Any, config: SafetyConfig, given: AlignmentSubspace 
     if "reads" not in uses:
         if given is not None and "names" not in uses:
             raise ConfigurationError(f"subspace is given but {', '.join(config.methods())} uses none: remove it")
-        # The names of a pair are read from the block itself.
+        # The model names of a pair are read from the block itself.
         if given is None and isinstance(config.subspace, SubspaceConfig | None):
             return None
     if given is not None and config.subspace is not None:
@@ -128,7 +163,7 @@ def block_subspace(trainer: Any, config: SafetyConfig, given: AlignmentSubspace 
 
 
 def _built(trainer: Any, config: SafetyConfig, pair: SubspaceConfig) -> AlignmentSubspace:
-    """Build the subspace for the adapted layers into the output folder, once on every node."""
+    """Build the subspace of the adapted layers into the output folder, once per node."""
     names = [m.name for m in lora_modules(trainer.model)]
     if any(options.every_linear_layer for options in config.methods().values()):
         inner: Any = unwrap(trainer.model)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from trl_safety.config.block import SafetyConfig
 from trl_safety.errors import ConfigurationError
 from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.training.block_trainer import BlockTrainer, SafeArguments, served
 from trl_safety.training.data import load_rows, splittable
+from trl_safety.training.documents import ROW, number_documents, number_tokens, with_rows
 from trl_safety.training.provider import ProviderMixin, refuse_push
 from trl_safety.training.references import (
     References,
@@ -23,7 +25,6 @@ from trl_safety.training.references import (
     prompts_only,
     tokenised_answers,
     tokenised_prompts,
-    with_rows,
 )
 
 
@@ -35,18 +36,18 @@ class SafeSFTConfig(SafeArguments, SFTConfig):
 
 
 class SafeSFTTrainer(BlockTrainer, SFTTrainer):
-    """`trl.SFTTrainer` that keeps the model's safety.
+    """`trl.SFTTrainer` that preserves the model's safety.
 
-    A drop-in: the same arguments, and without a safety block the same computation bit for bit. With one it differs in: what
-    the methods add to the training loss is part of the logged `loss`, a correction is applied when training ends,
-    `safety/…` metrics are in every log, and `safety_report.json` lies beside every saved adapter.
+    A drop-in replacement: it takes the same arguments, and without a safety block it computes the same, bit for bit. With one, the logged
+    `loss` includes the methods' terms, a correction is applied when training ends, every log has `safety/…` metrics, and
+    `safety_report.json` is saved beside every adapter.
 
     Args:
         *args: as in `SFTTrainer`.
         safety: the safety block: a `SafetyConfig`, a mapping, or the path of a YAML file. Or `args.safety`.
-        reference_dataset: the pool of safe references of a method that reads one, in any format that `train_dataset` takes, or prompts
-            alone; in place of that method's own option.
-        subspace: an `AlignmentSubspace` (or its file or Hub id), in place of the block's `subspace`.
+        reference_dataset: the pool of safe references for a method that reads one, in any format that `train_dataset` takes, or as prompts
+            only; used instead of the method's own option.
+        subspace: an `AlignmentSubspace` (or its file or Hub id), used instead of the block's `subspace`.
         **kwargs: as in `SFTTrainer`.
 
     Raises:
@@ -72,9 +73,22 @@ class SafeSFTTrainer(BlockTrainer, SFTTrainer):
             super().__init__(**given)
         self.start_safety(config, subspace, self._prepared(config, references, given.get("formatting_func")))
 
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: Any, *rest: Any, **options: Any) -> Any:
+        """The parent's, except that row numbers, which the parent would drop, are packed with their tokens."""
+        cut = args.max_length is None or args.packing_strategy == "wrapped"
+        if not packing or cut or ROW not in dataset.column_names:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **options)
+        tokenised: Any = copy.copy(args)
+        # Packing cuts long rows itself. With Liger's kernels the parent drops every column that it does not know.
+        tokenised.max_length, tokenised.use_liger_kernel = None, False
+        dataset = number_tokens(super()._prepare_dataset(dataset, processing_class, tokenised, False, *rest, **options))
+        options = {"num_proc": args.dataset_num_proc, "desc": "Packing the dataset"}
+        packed = number_documents(pack_dataset(dataset, args.max_length, args.packing_strategy, options), args.max_length)
+        return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+
     @staticmethod
     def _references(config: SafetyConfig | None, given: Dataset | None) -> dict[str, Dataset]:
-        """The pools of the methods that read one, before the parent loads a model."""
+        """The pools of the methods that read one, loaded before the parent loads a model."""
         wanted = pools(config) if config else {}
         if given is not None and not wanted:
             raise ConfigurationError(
@@ -83,7 +97,7 @@ class SafeSFTTrainer(BlockTrainer, SFTTrainer):
         return {name: _pool(setting, getattr(config, name), given) for name, setting in wanted.items()}
 
     def _prepared(self, config: SafetyConfig | None, references: Mapping[str, Dataset], formatting_func: Any) -> dict[str, References]:
-        """The pools' tokens, of which the answers' alone are supervised, whatever the format of the training data."""
+        """The tokenised pools. Only answers are supervised, whatever the format of the training data."""
         prepared = {}
         for name, setting in (pools(config) if config else {}).items():
             raw = references[name]
@@ -101,7 +115,7 @@ class SafeSFTTrainer(BlockTrainer, SFTTrainer):
                 )
             else:
                 check_format(raw, self.args.dataset_text_field if formatting_func is None else None, setting)
-                # The parent took this from the training data.
+                # The parent derived this from the training data.
                 own = getattr(self, "completion_only_loss")  # noqa: B009  # the parent is unknown to the type check
                 self.completion_only_loss = True
                 try:
@@ -120,8 +134,8 @@ class SafeSFTTrainer(BlockTrainer, SFTTrainer):
 class BufferTrainer(ProviderMixin, SFTTrainer):
     """`trl.SFTTrainer` that trains a BufferLoRA (arXiv 2605.24550): plain SFT on harmful requests and answers, on the aligned model.
 
-    A drop-in with the parent's arguments. It makes the model harmful: every saved folder is marked as what it is, nothing is
-    uploaded, and trl-safety refuses it wherever a user's adapter is meant. Differs from the authors' code in that mark alone.
+    It takes the parent's arguments. The adapter makes the model harmful: every saved folder is marked as a buffer, nothing is
+    uploaded, and trl-safety refuses it wherever a user's adapter is expected. Differs from the authors' code only in that mark.
 
     Raises:
         AdapterError: the adapter trains more than plain LoRA factors.
@@ -131,7 +145,7 @@ class BufferTrainer(ProviderMixin, SFTTrainer):
     kind = "buffer"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # The parent creates the repository as soon as it is made.
+        # The parent creates the Hub repository in its constructor.
         refuse_push(kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
         self.start_provider(None)
@@ -141,8 +155,8 @@ class ReinforceTrainer(ProviderMixin, SFTTrainer):
     """`trl.SFTTrainer` that trains a ReinforceLoRA (arXiv 2605.24550): SFT on harmful requests and refusals, and on benign pairs, beside
     the frozen buffer.
 
-    A drop-in with the parent's arguments. Differs from the authors' code in attaching the buffer within training steps alone,
-    where that merges it into the model: evaluation happens without it.
+    It takes the parent's arguments. Differs from the authors' code, which merges the buffer into the model: here it is attached only
+    during training steps, so evaluation runs without it.
 
     Args:
         *args: as in `SFTTrainer`.
@@ -150,7 +164,7 @@ class ReinforceTrainer(ProviderMixin, SFTTrainer):
         **kwargs: as in `SFTTrainer`.
 
     Raises:
-        AdapterError: the adapter trains more than plain LoRA factors, or the buffer is missing or another model's.
+        AdapterError: the adapter trains more than plain LoRA factors, or the buffer is missing or belongs to another model.
         ConfigurationError: `torch_compile` is on.
     """
 

@@ -1,4 +1,4 @@
-"""In every process that a launcher starts: Axolotl, too, takes several processes for a matter of GPUs."""
+"""Runs in every process that a launcher starts: Axolotl, too, assumes that several processes use GPUs."""
 
 import os
 
@@ -8,7 +8,7 @@ if os.environ.get("LOCAL_RANK") is not None:
     if not torch.cuda.is_available():
 
         def no_gpus(device: object, peer: object) -> bool:
-            """What a build of torch without CUDA says. Axolotl expects it, and not what a build with CUDA says without a driver."""
+            """The error of a torch build without CUDA. Axolotl expects it, not that of a CUDA build without a driver."""
             raise AssertionError("no CUDA")
 
         torch.cuda.can_device_access_peer = no_gpus

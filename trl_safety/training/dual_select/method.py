@@ -9,33 +9,40 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trl_safety.adapters.documents import Documents, Stretches
+from trl_safety.adapters.engine import is_deepspeed
 from trl_safety.adapters.files import replacing, sha256
 from trl_safety.adapters.folder import WEIGHTS
-from trl_safety.adapters.lora import adapter_name, unwrap
+from trl_safety.adapters.lora import DIVERGED, adapter_name, unwrap
 from trl_safety.adapters.per_sample import Collect, FlatFactors, per_sample_gradients
 from trl_safety.config.block import SafetyConfig
 from trl_safety.config.dual_select import DualSelectConfig
-from trl_safety.errors import ConfigurationError
+from trl_safety.errors import ConfigurationError, reason
+from trl_safety.linalg.finite import is_finite
 from trl_safety.methods import dual_select
 from trl_safety.reports.selection import MOST_TEXTS, Choice, SelectionLog, most_dropped, read_choices, write_texts
 from trl_safety.reports.source import adapter_folder
 from trl_safety.training.compat import trainer_divides_loss
-from trl_safety.training.dual_select.losses import Batch, Forward, sample_losses
+from trl_safety.training.documents import LENGTHS, ROW, number_rows, take_documents, texts, used_columns
+from trl_safety.training.dual_select.isolation import refuse_mixed_documents
+from trl_safety.training.dual_select.losses import Batch, Forward, sample_losses, watched
 from trl_safety.training.dual_select.pool import ReferencePool
+from trl_safety.training.dual_select.samples import Samples
+from trl_safety.training.engines import through_deepspeed
+from trl_safety.training.facts import rows_of
 from trl_safety.training.method import Context, Inner, TrainingMethod
-from trl_safety.training.references import ROW, References, number_rows
+from trl_safety.training.references import References
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +75,13 @@ class DualSelect(TrainingMethod):
         self._modules = list(context.prepared.modules)
         self._rows = references[ROW]
         self._flat = FlatFactors(self._modules)
-        rows = trainer._remove_unused_columns(references.remove_columns(ROW), description="reference")
+        rows = used_columns(trainer, references.remove_columns(ROW))
         self._pool = ReferencePool(trainer, self._flat, rows, [len(ids) for ids in references["input_ids"]], kl=pool.kl)
-        self._checked = False
+        self._packed = rows_of(trainer).value == "packed"
+        batch = trainer.args.per_device_train_batch_size
+        self._whole_steps = batch == 1 and not self._packed
+        self._unit = trainer.args.gradient_accumulation_steps if self._whole_steps else batch
+        self._checked = self._kept_apart = False
         self._count = config.references or math.ceil((config.reference_share or 0) * len(references))
         if self._count > len(self._pool):
             raise ConfigurationError(
@@ -101,6 +112,7 @@ class DualSelect(TrainingMethod):
     def _reset(self) -> None:
         """As before the first step: a trainer may train again, and Transformers begins anew after running out of memory."""
         self._pending: list[tuple[int, Tensor]] = []
+        self._waiting: list[Samples] = []
         self._sums: Tensor | None = None
         self._fresh_position = 0
         self.last_refresh = -1
@@ -124,15 +136,7 @@ class DualSelect(TrainingMethod):
         state = self._trainer.state
         self.first_step = state.global_step
         self._reset()
-        rows = len(self._trainer.train_dataset)
-        if (
-            self.config.keep is not None
-            and rows < (batch := self._trainer.args.per_device_train_batch_size)
-            and self._kept_of(rows) >= rows
-        ):
-            raise ConfigurationError(
-                f"dual_select.keep = {self.config.keep} of a batch of {batch}: the training data has {rows} rows, of which all would be kept; use a smaller keep"
-            )
+        self._refuse_keeping_all()
         found = checkpoint is not None and (checkpoint / STATE).is_file() and self._load(checkpoint)
         if not found and state.global_step and state.is_world_process_zero:
             logger.warning(
@@ -146,11 +150,39 @@ class DualSelect(TrainingMethod):
         if state.is_world_process_zero:
             self.log.start(state.global_step if found else 0)
 
+    def _refuse_keeping_all(self) -> None:
+        """Refuse a `keep` that no batch of this training data exceeds, so that nothing would be dropped."""
+        keep, data, batch = self.config.keep, self._trainer.train_dataset, self._unit
+        if keep is None:
+            return
+        if LENGTHS in data.column_names:
+            counts = sorted((len(lengths) for lengths in data[LENGTHS]), reverse=True)
+            documents, most, found = (
+                sum(counts),
+                sum(counts[:batch]),
+                f"no batch of {batch} packed rows holds more than {sum(counts[:batch])} documents",
+            )
+        else:
+            documents = len(data)
+            most, found = documents if self._packed else min(documents, batch), f"the training data has {documents} rows"
+        if self._kept_of(most) >= most:
+            raise ConfigurationError(
+                f"dual_select.keep = {keep} of a {'step' if self._whole_steps else 'batch'} of {batch}: {found}, of which all would be kept; use a smaller keep"
+            )
+        if self._packed:
+            loader = self._trainer.callback_handler.train_dataloader
+            mean = documents / max(1, len(loader) * self._trainer.accelerator.num_processes)
+            say = logger.warning if mean <= keep else logger.info
+            say(
+                "dual_select.keep = %s: a batch of packed rows holds %.1f documents on average; keep_tokens keeps a share of every batch",
+                keep,
+                mean,
+            )
+
     def _kept_of(self, samples: int) -> int:
-        """How many of a batch's samples are kept; the last batch of an epoch may be smaller."""
+        """How many of these samples are kept. Of fewer than it chooses among, the same share; of packed rows, which hold any number, `keep`."""
         assert self.config.keep is not None  # noqa: S101  # where keep_tokens is given nobody asks
-        batch: int = self._trainer.args.per_device_train_batch_size
-        return math.ceil(self.config.keep * samples / batch)
+        return min(self.config.keep, samples) if self._packed else math.ceil(self.config.keep * samples / self._unit)
 
     @property
     def _warm(self) -> bool:
@@ -167,23 +199,35 @@ class DualSelect(TrainingMethod):
             raise ConfigurationError(
                 "return_outputs = True while training: dual_select needs the loss alone; the trainer is one that it does not know"
             )
-        loss = self.select(model, inputs, lambda model, inputs: inner(model, inputs, False, None))
+        deepspeed = is_deepspeed()
+        # The engine must not take this for the step's forward pass.
+        chosen = unwrap(self._trainer.model) if deepspeed else model
+        loss = self.select(chosen, inputs, lambda model, inputs: inner(model, inputs, False, None))
         self.mark()
+        if deepspeed:
+            loss = through_deepspeed(model, partial(self._flat.with_gradient, loss, self._given()))
         divides = trainer_divides_loss(self._trainer, items)
         return loss if divides else loss / self._trainer.current_gradient_accumulation_steps
 
     def after_backward(self, returned: Any, items: Any) -> None:
-        """After an optimizer step's last batch, put the update's gradient on the factors."""
+        """After an optimizer step's last batch, put the update's gradient on the factors, unless DeepSpeed has taken it from the loss."""
         if self._trainer.accelerator.sync_gradients:
-            self.finish_step()
+            if not is_deepspeed():
+                self._flat.add_to_gradients(self.finish_step())
             self.mark(f"{self.name}'s gradient")
+
+    def _given(self) -> Tensor:
+        """(P,) the gradient of one batch's loss, of which the accumulated ones' mean is the update's: all of it comes with the last batch."""
+        trainer = self._trainer
+        last = trainer.accelerator.sync_gradients
+        return self.finish_step() * trainer.current_gradient_accumulation_steps if last else self._flat.zeros()
 
     def before_save(self) -> None:
         """What is saved next carries a report, which counts the samples of all processes."""
         self.drain()
 
     def select(self, model: Any, inputs: dict[str, Any], parent_loss: Any) -> Tensor:
-        """One batch: score its samples, choose, and note the chosen ones' gradient.
+        """One batch: score its samples, choose, and note the chosen ones' gradient. Batches of one sample wait for the step's last.
 
         Args:
             model: as the trainer gave it.
@@ -191,70 +235,75 @@ class DualSelect(TrainingMethod):
             parent_loss: (model, inputs) → the trainer's own loss as a mean over the batch's supervised tokens.
 
         Returns:
-            The chosen samples' mean loss, for the log, which backpropagates to nothing.
+            The chosen samples' mean loss, for the log, which backpropagates to nothing; zero while samples wait.
         """
         trainer = self._trainer
-        rows = inputs.pop(ROW, None)
-        if rows is None:
-            raise ConfigurationError(
-                f"the batches lack {ROW!r}: the trainer's data collator or data loader was replaced after the trainer was made; set it before"
-            )
+        rows, parts, documents = take_documents(inputs)
         if self._due():
             self._refresh()
-        count = rows.shape[0]
-        collected = Collect(self._flat, count)
+        collected = Collect(self._flat, documents.count)
         labels = inputs["labels"]
-        with per_sample_gradients(self._flat, count, collected), self._outputs() as forward:
+        with per_sample_gradients(self._flat, documents, collected), watched(unwrap(trainer.model)) as forward:
             with trainer.accelerator.no_sync(model):
                 total = parent_loss(model, inputs)
-            batch = sample_losses(forward, labels, dft=getattr(trainer.args, "loss_type", None) == "dft", grad=False)
+            batch = sample_losses(forward, labels, documents, dft=getattr(trainer.args, "loss_type", None) == "dft", grad=False)
             with torch.autocast(total.device.type, enabled=False):
                 total.backward()
         share = batch.tokens.sum().clamp(min=1) / batch.tokens.clamp(min=1)
+        self._pool.fused = forward.fused
         if not self._checked:
             self._compare(total.detach(), batch)
-        gradients = collected.matrix
-        share = share.to(gradients)
-        weights = self._choose(rows, batch, gradients, share)
-        self._step += dual_select.mean(weights, gradients, share / trainer.current_gradient_accumulation_steps)
-        kept = (weights * batch.losses).sum() / weights.sum()
+        self._refuse_mixed(forward, documents)
+        matrix, places = collected.matrix, torch.stack([rows, parts])
+        self._waiting.append(Samples(places, batch.losses, batch.tokens, matrix, share.to(matrix)))
+        kept = self._chosen_loss() if trainer.accelerator.sync_gradients or not self._whole_steps else torch.zeros_like(total)
         return kept.float() + torch.zeros((), device=kept.device, requires_grad=True)
 
-    def _choose(self, rows: Tensor, batch: Batch, gradients: Tensor, share: Tensor) -> Tensor:
-        """(n,) weights of the batch's samples, float64; samples without a supervised token have none."""
-        config, count = self.config, rows.shape[0]
-        valid = batch.tokens > 0
+    def _chosen_loss(self) -> Tensor:
+        """Choose among the samples that wait, add the gradient of the chosen ones' mean loss to the step, and return that loss."""
+        samples, self._waiting = Samples.joined(self._waiting), []
+        weights = self._choose(samples)
+        batches = self._trainer.current_gradient_accumulation_steps
+        # Chosen once a step, they make up all of it, and the others' losses were zero.
+        share = batches if self._whole_steps else 1
+        self._step += dual_select.mean(weights, samples.gradients, samples.factors * (share / batches))
+        return share * (weights * samples.losses).sum() / weights.sum()
+
+    def _choose(self, samples: Samples) -> Tensor:
+        """(n,) weights of samples, float64; those without a supervised token have none."""
+        config, places = self.config, samples.places
+        valid = samples.tokens > 0
         if self._warm:
             # As in the authors' code: the mean over samples, not over tokens. An all-masked batch must not divide by zero.
             return torch.where(valid.any(), valid, True).double()
-        dots = (gradients @ self._reference) * share
-        squares = gradients.square().sum(1) * share.square()
+        dots = (samples.gradients @ self._reference) * samples.factors
+        squares = samples.gradients.square().sum(1) * samples.factors.square()
         cosines = dual_select.cosine(dots, squares, self._reference)
-        scores = dual_select.score(batch.losses, cosines, config.mu_task, config.nu)
+        scores = dual_select.score(samples.losses, cosines, config.mu_task, config.nu)
         ranked = torch.where(valid, scores, torch.inf)
         if config.keep_tokens is not None:
-            mask = dual_select.within_budget(ranked, batch.tokens, config.keep_tokens)
+            mask = dual_select.within_budget(ranked, samples.tokens, config.keep_tokens)
         else:
             assert config.keep is not None  # noqa: S101  # one of the two is given
-            mask = dual_select.lowest(ranked, self._kept_of(count))
+            mask = dual_select.lowest(ranked, self._kept_of(len(valid)))
         mask = mask & torch.where(valid.any(), valid, True)
         weights = dual_select.soft_weights(-ranked, config.task_temperature) if config.selection == "soft" else torch.ones_like(scores)
         weights = weights * mask
-        self._note(torch.stack([rows.to(scores), weights, scores, batch.losses.double(), cosines]))
+        self._note(torch.stack([places[0].to(scores), weights, scores, samples.losses.double(), cosines, places[1].to(scores)]))
         return weights
 
-    def finish_step(self) -> None:
-        """After an optimizer step's last batch: make the update's gradient the same everywhere and put it on the factors."""
+    def finish_step(self) -> Tensor:
+        """(P,) after an optimizer step's last batch: the update's gradient, the same on every process."""
         accelerator = self._trainer.accelerator
         step = accelerator.reduce(self._step, reduction="mean") if accelerator.num_processes > 1 else self._step
         self._task += step
         if not self._warm and self.config.rho:
             reference = self._fresh() if self.config.reference_gradient == "fresh" else self._reference
             step = step + self.config.rho * reference
-        self._flat.add_to_gradients(step)
         self._step = self._flat.zeros()
         if len(self._pending) >= FLUSH_EVERY:
             self.drain()
+        return step
 
     def metrics(self) -> dict[str, float]:
         """Since the last log: share kept, mean cosine, share of samples in conflict with the references; the references' loss."""
@@ -319,29 +368,6 @@ class DualSelect(TrainingMethod):
 
     # What is written.
 
-    @contextmanager
-    def _outputs(self) -> Iterator[Forward]:
-        """What the model computes in the trainer's forward, whatever the trainer makes of it."""
-        model: Any = unwrap(self._trainer.model)
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        seen = Forward(causal)
-
-        def output(module: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-            self._pool.fused = bool(kwargs.get("fused_lm_head"))
-            seen.output = result
-
-        def hidden(module: Any, args: Any, result: Any) -> None:
-            seen.hidden = getattr(result, "last_hidden_state", None)
-
-        handles = [model.register_forward_hook(output, with_kwargs=True)]
-        if causal.base_model is not causal:
-            handles.append(causal.base_model.register_forward_hook(hidden))
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def _compare(self, total: Tensor, batch: Batch) -> None:
         """Once a run: the trainer's loss must be the token mean of the samples' losses, else their gradients are not theirs."""
         ours = (batch.losses * batch.tokens).sum() / batch.tokens.sum().clamp(min=1)
@@ -351,6 +377,12 @@ class DualSelect(TrainingMethod):
                 "compute_loss_func, a router's auxiliary loss), which dual_select cannot divide among samples; remove it"
             )
         self._checked = True
+
+    def _refuse_mixed(self, forward: Forward, documents: Documents) -> None:
+        """Once a run: documents that share a row must not see each other, else none has a gradient of its own."""
+        if not self._kept_apart and isinstance(documents, Stretches) and forward.call is not None:
+            with self._trainer.accelerator.autocast():
+                self._kept_apart = refuse_mixed_documents(forward.decoder, forward.call, documents)
 
     def _note(self, columns: Tensor) -> None:
         weights, cosines = columns[1], columns[4]
@@ -367,11 +399,11 @@ class DualSelect(TrainingMethod):
             entries = gather_object(entries)
         for step, columns in sorted(entries, key=lambda entry: entry[0]):
             order = sorted(range(len(columns[0])), key=lambda i: (columns[1][i] == 0, columns[2][i]))
-            rows, *values = [[column[i] for i in order] for column in columns]
+            rows, *values, parts = [[column[i] for i in order] for column in columns]
             self.kept += sum(weight > 0 for weight in values[0])
             self.seen += len(rows)
             if self._trainer.state.is_world_process_zero:
-                self.log.add(_choice(step, "task", [int(row) for row in rows], values))
+                self.log.add(_choice(step, "task", [int(row) for row in rows], values, [int(part) for part in parts]))
         if self._trainer.state.is_world_process_zero:
             self.log.flush()
 
@@ -394,7 +426,13 @@ class DualSelect(TrainingMethod):
         self.drain()
         if not self._trainer.state.is_world_process_zero:
             return
-        facts = {
+        facts = {**self._facts(), "adapter_sha256": self._adapter_of(checkpoint)}
+        (checkpoint / STATE).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(checkpoint / STATE, error=ConfigurationError, setting="output_dir") as temporary:
+            save_file({"task": self._task, "reference": self._reference}, temporary, metadata={"dual_select": json.dumps(facts)})
+
+    def _facts(self) -> dict[str, Any]:
+        return {
             "first_step": self.first_step,
             "start_norm": self.start_norm,
             "last_refresh": self.last_refresh,
@@ -409,11 +447,7 @@ class DualSelect(TrainingMethod):
             "seen": self.seen,
             "pool": self._pool_digest,
             "config": self._settings,
-            "adapter_sha256": self._adapter_of(checkpoint),
         }
-        (checkpoint / STATE).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(checkpoint / STATE, error=ConfigurationError, setting="output_dir") as temporary:
-            save_file({"task": self._task, "reference": self._reference}, temporary, metadata={"dual_select": json.dumps(facts)})
 
     def _adapter_of(self, checkpoint: Path) -> str:
         model = unwrap(self._trainer.model)
@@ -422,9 +456,19 @@ class DualSelect(TrainingMethod):
     def _load(self, checkpoint: Path) -> bool:
         """Take up a checkpoint's state; False where another run has overwritten the adapter beside it."""
         path = checkpoint / STATE
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["dual_select"])
-            task, reference = file.get_tensor("task"), file.get_tensor("reference")
+        remedy = "go on from an earlier checkpoint"
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()["dual_select"])
+                task, reference = file.get_tensor("task"), file.get_tensor("reference")
+            missing = [name for name in self._facts() if name not in facts]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"{str(path)!r}: is damaged ({reason(error)}); {remedy}") from error
+        if missing:
+            raise ConfigurationError(f"{str(path)!r}: is damaged (it has no {missing[0]}); {remedy}")
+        for name, tensor in (("task", task), ("reference", reference)):
+            if not is_finite(tensor):
+                raise ConfigurationError(f"{str(path)!r}: the {name} gradient holds NaN or infinity: {DIVERGED}")
         if facts.get("adapter_sha256") != self._adapter_of(checkpoint):
             return False
         if task.shape != (self._flat.size,) or facts["pool"] != self._pool_digest:
@@ -451,11 +495,9 @@ class DualSelect(TrainingMethod):
         self.drain(together=ended)
         if not self._trainer.state.is_world_process_zero or not self.log.path.is_file():
             return
-        rows = [entry.row for entry in most_dropped(read_choices(self.log.path)) if entry.dropped][:MOST_TEXTS]
-        data, tokenizer = self._trainer.train_dataset, self._trainer.processing_class
-        places = {row: place for place, row in enumerate(data[ROW])}
-        texts = {row: tokenizer.decode(data[places[row]]["input_ids"]) for row in rows if row in places}
-        write_texts(self.log.path.parent, texts)
+        dropped = [entry for entry in most_dropped(read_choices(self.log.path)) if entry.dropped][:MOST_TEXTS]
+        wanted = {(entry.row, entry.part) for entry in dropped}
+        write_texts(self.log.path.parent, texts(self._trainer.train_dataset, wanted, self._trainer.processing_class))
 
     @property
     def delay(self) -> int:
@@ -481,6 +523,7 @@ class DualSelect(TrainingMethod):
         )
 
 
-def _choice(step: int, kind: Any, rows: list[int], columns: Sequence[list[float]]) -> Choice:
+def _choice(step: int, kind: Any, rows: list[int], columns: Sequence[list[float]], parts: list[int] | None = None) -> Choice:
     weights, scores, losses, cosines = columns
-    return Choice(step=step, kind=kind, indices=rows, weights=weights, scores=scores, losses=losses, cosines=cosines)
+    parts = parts if parts and any(parts) else None
+    return Choice(step=step, kind=kind, indices=rows, parts=parts, weights=weights, scores=scores, losses=losses, cosines=cosines)

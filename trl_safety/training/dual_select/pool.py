@@ -1,53 +1,57 @@
-"""DualSelect's pool of references: the losses of its rows and the gradients of their means, each process computing a share."""
+"""DualSelect's pool of references: the loss of each row, and the mean gradient of some of them. Each process computes a share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from trl_safety.adapters.documents import Rows
 from trl_safety.adapters.lora import unwrap
 from trl_safety.adapters.per_sample import Dots, FlatFactors, Total, per_sample_gradients
 from trl_safety.errors import ConfigurationError
 from trl_safety.training.dual_select.losses import Forward, mean_kl, sample_losses
+from trl_safety.training.facts import rows_of
 
 
 class ReferencePool:
-    """The rows, tokenised, on a trainer's model.
+    """Tokenised references, evaluated with a trainer's model.
 
     Args:
-        trainer: with its model and collator.
-        flat: the factors that gradients are taken for.
+        trainer: its model and collator are used.
+        flat: the factors whose gradients are computed.
         rows: what the model takes, and labels.
-        lengths: tokens of every row.
-        kl: whether the rows are prompts alone, held to the starting model by KL.
+        lengths: the number of tokens in each row.
+        kl: whether the rows are prompts without answers, held to the starting model by KL.
 
     Attributes:
-        fused: whether the trainer's forward keeps the head's logits to itself; its first forward tells.
+        fused: whether the trainer's forward keeps the head's logits to itself, which its first forward shows.
     """
 
     def __init__(self, trainer: Any, flat: FlatFactors, rows: Dataset, lengths: Sequence[int], *, kl: bool) -> None:
         self._trainer, self._flat, self.rows, self._lengths, self.kl = trainer, flat, rows, lengths, kl
         self.fused = False
+        self._plain = rows_of(trainer).value == "plain"
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def scored(self, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, inner product of the gradient with `direction`, and squared norm of the gradient of every row, (n,) each, float64."""
+        """For each row its loss, its gradient's inner product with `direction`, and its gradient's squared norm, (n,) each, float64."""
         trainer = self._trainer
         world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         size = trainer.args.per_device_train_batch_size
-        # By length, so that a batch holds little padding.
+        # Sorted by length, to keep padding down.
         mine = sorted(range(len(self)), key=lambda index: (self._lengths[index], index))[rank::world]
         table = self._flat.like.new_zeros(len(self), 3, dtype=torch.float64)
         for start in range(0, len(mine), size):
             indices = mine[start : start + size]
             scored = Dots(direction, len(indices))
-            with per_sample_gradients(self._flat, len(indices), scored):
+            with per_sample_gradients(self._flat, Rows(len(indices)), scored):
                 losses = self.losses(indices)
                 with torch.autocast(losses.device.type, enabled=False):
                     torch.autograd.backward(losses.sum())
@@ -58,7 +62,7 @@ class ReferencePool:
         return losses, dots, squares
 
     def mean_gradient(self, indices: Sequence[int], weights: Sequence[float]) -> Tensor:
-        """Σ wⱼ gⱼ / Σ wⱼ at the current parameters, (P,); each process computes a share."""
+        """Σ wⱼ gⱼ / Σ wⱼ at the current parameters, (P,)."""
         trainer = self._trainer
         world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         total = self._flat.zeros()
@@ -67,7 +71,7 @@ class ReferencePool:
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
             summed = Total(self._flat)
-            with per_sample_gradients(self._flat, len(part), summed):
+            with per_sample_gradients(self._flat, Rows(len(part)), summed):
                 losses = self.losses([index for index, _ in part])
                 with torch.autocast(losses.device.type, enabled=False):
                     torch.autograd.backward((losses * torch.tensor([weight for _, weight in part]).to(losses)).sum())
@@ -77,12 +81,13 @@ class ReferencePool:
         return total / sum(weights)
 
     def losses(self, indices: Sequence[int]) -> Tensor:
-        """(n,) loss of references: mean NLL of the answer's tokens, or KL(starting model ‖ current) per token of the prompt.
+        """(n,) losses of references: the mean NLL of the answer's tokens, or the mean KL(starting model ‖ current) over the prompt's tokens.
 
-        The model is asked directly, so that the trainer's own metrics count the user's data only.
+        It calls the model directly, so that the trainer's own metrics count the user's data alone.
         """
         trainer = self._trainer
-        inputs = trainer._prepare_inputs(trainer.data_collator([self.rows[index] for index in indices]))
+        collate = trainer.data_collator if self._plain else _padded
+        inputs = trainer._prepare_inputs(collate([self.rows[index] for index in indices]))
         labels = inputs.pop("labels")
         inputs["use_cache"] = False
         model: Any = unwrap(trainer.model)
@@ -100,7 +105,7 @@ class ReferencePool:
             return sample_losses(Forward(model, model(**inputs)), labels, dft=False, grad=True).losses
 
     def _starting_model(self) -> Any:
-        """The model with its adapter switched off."""
+        """Context in which the adapter is switched off."""
         model: Any = unwrap(self._trainer.model)
         if not hasattr(model, "disable_adapter"):
             raise ConfigurationError(
@@ -108,3 +113,13 @@ class ReferencePool:
                 "references with answers"
             )
         return model.disable_adapter()
+
+
+def _padded(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """One reference a row, where the trainer's own collator would put several into one."""
+
+    def column(name: str, padding: int) -> Tensor:
+        return pad_sequence([torch.tensor(example[name]) for example in examples], batch_first=True, padding_value=padding)
+
+    ids = [torch.ones(len(example["input_ids"]), dtype=torch.long) for example in examples]
+    return {"input_ids": column("input_ids", 0), "labels": column("labels", -100), "attention_mask": pad_sequence(ids, batch_first=True)}

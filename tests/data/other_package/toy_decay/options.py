@@ -8,7 +8,7 @@ from trl_safety import MethodOptions, Requirement
 
 
 class ToyDecayConfig(MethodOptions):
-    """The loss term λ Σ ‖ΔW‖²_F, which holds the update small."""
+    """The loss term λ Σ ‖ΔW‖²_F, which keeps the update small."""
 
     hook: ClassVar[str] = "toy_decay.hook:ToyDecay"
     source: ClassVar[str] = "toy decay, of a test"
