@@ -60,7 +60,8 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     found = [
-        Block(page, text.count("\n", 0, m.start("code")), m["language"], m["title"], m["code"], m["why"] is None) for m in BLOCK.finditer(text)
+        Block(page, text.count("\n", 0, m.start("code")), m["language"], m["title"], m["code"], m["why"] is None)
+        for m in BLOCK.finditer(text)
     ]
     assert len(found) * 2 == len(re.findall(r"^```", text, re.M)), f"{page}: a block that is not read"
     return found
@@ -183,7 +184,9 @@ def sh(block: Block, names: dict[str, Any]) -> None:
             assert arguments[0] == "install"
             assert extras is None or set(extras[1].split(",")) <= set(known), f"{block}: {arguments}"
         else:
-            assert (program, arguments[0]) in {("axolotl", "train"), ("accelerate", "launch"), ("pre-commit", "install")}, f"{block}: {program}"
+            assert (program, arguments[0]) in {("axolotl", "train"), ("accelerate", "launch"), ("pre-commit", "install")}, (
+                f"{block}: {program}"
+            )
             assert not block.runs, block
             assert all((ROOT / word).is_file() for word in arguments if word.startswith("example_configs/")), f"{block}: {arguments}"
 
@@ -252,7 +255,7 @@ def test_a_block_that_does_not_run_says_why_and_a_wrong_one_fails(tmp_path: Path
     ]
     for language, code in wrong:
         check = {"python": python, "sh": sh, "yaml": yaml_block, "toml": toml}[language]
-        with pytest.raises((AssertionError, AttributeError, ValueError, typer.Exit, Exception)):  # noqa: B017, PT011  # of any kind
+        with pytest.raises((AssertionError, AttributeError, ValueError, typer.Exit, Exception)):  # of any kind
             check(Block(page, 0, language, None, code, runs=False), {})
 
 
