@@ -21,7 +21,7 @@ import yaml
 from peft import get_peft_model
 
 from tests import processes, tiny
-from tests.training import providers
+from tests.training import preference, providers
 from trl_safety import AlignmentSubspace
 
 collect_ignore_glob = [] if importlib.util.find_spec("axolotl") else ["test_*.py"]
@@ -49,6 +49,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in rows
     ]
     (folder / "train.jsonl").write_text("\n".join(json.dumps(chat) for chat in chats))
+    for kind in preference.KINDS:
+        (folder / f"{kind}.jsonl").write_text("\n".join(json.dumps(row) for row in preference.rows(kind)))
+    pairs = [
+        {side: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side].strip()}] for side in ("chosen", "rejected")}
+        for row in preference.rows("dpo")
+    ]
+    (folder / "orpo.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
     # Axolotl does not seed the initialisation of LoRA: runs that are to be compared start from one saved adapter.
     torch.manual_seed(0)
     config = tiny.lora(base_model_name_or_path=str(folder / "aligned"))

@@ -179,7 +179,7 @@ def test_an_adapter_with_damaged_weights_to_go_on_from(world: Path, config: dict
     whole = weights.read_bytes()
     options = {**protect(config, world, asft={}), "lora_model_dir": str(tmp_path / "start")}
     weights.write_bytes(whole[:-7])
-    with pytest.raises(AdapterError, match=r"lora_model_dir = .*truncated or no safetensors file"):
+    with pytest.raises(AdapterError, match=r"lora_model_dir = .*truncated or not a safetensors"):
         validated(options)
     weights.write_bytes(whole)
     options["lora_model_dir"] = "somebody/adapter"
