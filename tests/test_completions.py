@@ -198,11 +198,11 @@ def test_all_sets_are_checked_before_the_first_is_asked() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ 1 / 0 }}", "refuses the prompt .*division by zero"),
-        ("{{ messages[5].content }}", "refuses the prompt .*no element 5"),
-        ("{{ messages[0].content.foo.bar }}", "refuses the prompt .*no attribute 'foo'"),
-        ("{{ messages | no_such_filter }}", "refuses the prompt .*No filter named"),
-        ({"rag": chain.TEMPLATE, "tool_use": chain.TEMPLATE}, "refuses the prompt .*no default"),
+        ("{{ 1 / 0 }}", "rejects the prompt .*division by zero"),
+        ("{{ messages[5].content }}", "rejects the prompt .*no element 5"),
+        ("{{ messages[0].content.foo.bar }}", "rejects the prompt .*no attribute 'foo'"),
+        ("{{ messages | no_such_filter }}", "rejects the prompt .*No filter named"),
+        ({"rag": chain.TEMPLATE, "tool_use": chain.TEMPLATE}, "rejects the prompt .*no default"),
     ],
     ids=["arithmetic", "index", "attribute", "filter", "no-default"],
 )

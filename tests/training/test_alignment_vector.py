@@ -219,5 +219,7 @@ def test_refused(tmp_path: Path, full: AlignmentSubspace, gqa_subspace: Alignmen
     tensors = load_file(tmp_path / "loose" / "adapter_model.safetensors")
     renamed = {name.replace("base_model.model.model.", "base_model.model."): tensor for name, tensor in tensors.items()}
     save_file(renamed, tmp_path / "loose" / "adapter_model.safetensors", metadata={"format": "pt"})
+    # With a task, the names alone say that the adapter is for the model without its head, which is refused earlier.
+    tiny.rewrite_json(tmp_path / "loose" / "adapter_config.json", task_type=None)
     with pytest.raises(AdapterError, match="has another name in the subspace"):
         correct(tmp_path / "out", full, adapter=tmp_path / "loose", all_layers=True)
