@@ -147,7 +147,7 @@ class SafetyPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl ships no annota
 
 
 def _check_start(folder: str) -> None:
-    """Refuse an adapter to go on from that cannot be read, or that is a provider's. One on the Hub is read when it has been fetched."""
+    """Refuse a starting adapter that cannot be read or is a provider's. One on the Hub is read once it has been fetched."""
     from trl_safety.adapters.folder import CONFIG, WEIGHTS, AdapterFolder, read_config
     from trl_safety.adapters.marks import refuse_provider
     from trl_safety.errors import AdapterError

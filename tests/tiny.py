@@ -59,27 +59,26 @@ def lora(**kwargs: Any) -> LoraConfig:
     return LoraConfig(**{**options, **kwargs})
 
 
+OPTIONS: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "seed": 3,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+}
+"""What every tiny training has, whatever its kind."""
+
+
 def arguments(output: Path, cls: Any = None, **kwargs: Any) -> Any:
     from trl_safety import SafeSFTConfig
 
-    options: dict[str, Any] = {
-        "output_dir": str(output),
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "max_length": 16,
-        "shuffle_dataset": False,
-        "seed": 3,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return (cls or SafeSFTConfig)(**{**options, **kwargs})
+    own = {"output_dir": str(output), "per_device_train_batch_size": 8, "max_steps": 4, "max_length": 16, "shuffle_dataset": False}
+    return (cls or SafeSFTConfig)(**{**OPTIONS, **own, **kwargs})
 
 
 def trainer(

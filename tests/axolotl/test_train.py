@@ -86,14 +86,19 @@ def test_asft_adds_the_penaltys_gradient(world: Path, config: dict[str, Any], ax
     config |= {"max_grad_norm": 0.0, "max_steps": 1}
     axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})
     axolotl("safety train", {**protect(config, world, asft={"weight": 0.5}), "plugins": ["safety"]})
+    assert_penaltys_step(world, tmp_path)
+
+
+def assert_penaltys_step(world: Path, folder: Path) -> None:
+    """`out` differs from `plain` by one step on the penalty, with a learning rate and a λ of 0.5."""
     model = loaded(world, world / "start", is_trainable=True)
     asft_penalty(model, subspace(world)).backward()
     gradients = {name.replace(".default", ""): p.grad for name, p in model.named_parameters() if p.requires_grad}
-    plain, protected = weights(tmp_path / "plain"), weights(tmp_path / "out")
+    plain, protected = weights(folder / "plain"), weights(folder / "out")
     for name, gradient in gradients.items():
         expected = -0.5 * 0.5 * gradient
         assert (protected[name] - plain[name] - expected).norm() <= 1e-3 * expected.norm(), name
-    assert "in optimizer steps 1 to 1" in verify(tmp_path / "out").methods[0].summary
+    assert "in optimizer steps 1 to 1" in verify(folder / "out").methods[0].summary
 
 
 def test_qlora_is_corrected_as_its_saved_adapter_is(world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:

@@ -50,26 +50,12 @@ def classes(kind: str, *, safe: bool = True) -> tuple[Any, Any]:
 
 
 def arguments(kind: str, output: Path, *, safe: bool = True, **kwargs: Any) -> Any:
-    options: dict[str, Any] = {
-        "output_dir": str(output),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 3,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "train_sampling_strategy": "sequential",
-    }
+    own: dict[str, Any] = {"output_dir": str(output), "per_device_train_batch_size": 4, "max_steps": 3}
     if kind == "grpo":
-        del options["train_sampling_strategy"]
-        options |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "shuffle_dataset": False}
-    return classes(kind, safe=safe)[1](**{**options, **kwargs})
+        own |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "shuffle_dataset": False}
+    else:
+        own["train_sampling_strategy"] = "sequential"
+    return classes(kind, safe=safe)[1](**{**tiny.OPTIONS, **own, **kwargs})
 
 
 def trainer(kind: str, output: Path, *, safe: bool = True, base: Any = None, peft_config: Any = "lora", **kwargs: Any) -> Any:

@@ -219,6 +219,10 @@ def test_rows_are_those_of_the_users_data_set_whatever_the_order(tmp_path: Path)
 
 
 def test_a_poisoned_row_is_found(tmp_path: Path) -> None:
+    assert_poison_is_found(tmp_path, {"keep": 7})
+
+
+def assert_poison_is_found(tmp_path: Path, kept: dict[str, Any], **options: Any) -> None:
     """References answer every prompt with one word; rows that answer with another word and conflict are dropped first."""
     good = [{"prompt": f"w{i} w{i + 1} ", "completion": "w50 w50 w50"} for i in range(28)]
     bad = [{"prompt": f"w{i} w{i + 1} ", "completion": "w60 w60 w60"} for i in (3, 9, 15, 21)]
@@ -228,8 +232,9 @@ def test_a_poisoned_row_is_found(tmp_path: Path) -> None:
         data=data,
         reference_dataset=Dataset.from_list(good),
         peft_config=tiny.lora(r=8, target_modules="all-linear", init_lora_weights=True),
-        safety=block(keep=7, warmup_steps=12, refresh_steps=4, references=8),
+        safety=block(**kept, warmup_steps=12, refresh_steps=4, references=8),
         max_steps=32,
+        **options,
     )
     assert {entry.row for entry in read_selection(tmp_path)[:4]} == {7, 15, 23, 31}
 

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
 from tests import tiny
-from tests.training.test_dual_select import Oracle, block, pool, tokenised, trained
+from tests.training.test_dual_select import Oracle, assert_poison_is_found, block, pool, tokenised, trained
 from trl_safety.cli.app import app
 from trl_safety.errors import ConfigurationError
 from trl_safety.reports.selection import SELECTION, read_choices, read_selection
@@ -127,19 +127,7 @@ def test_parts_are_logged_shown_and_taken_up_again(tmp_path: Path) -> None:
 
 
 def test_a_poisoned_document_is_found(tmp_path: Path) -> None:
-    good = [{"prompt": f"w{i} w{i + 1} ", "completion": "w50 w50 w50"} for i in range(28)]
-    bad = [{"prompt": f"w{i} w{i + 1} ", "completion": "w60 w60 w60"} for i in (3, 9, 15, 21)]
-    data = Dataset.from_list([row for index in range(4) for row in [*good[index * 7 : index * 7 + 7], bad[index]]])
-    trained(
-        tmp_path,
-        data=data,
-        reference_dataset=Dataset.from_list(good),
-        peft_config=tiny.lora(r=8, target_modules="all-linear", init_lora_weights=True),
-        safety=block(keep=None, keep_tokens=0.9, warmup_steps=12, refresh_steps=4, references=8),
-        max_steps=32,
-        **{**PACKED, "max_length": 32},
-    )
-    assert {entry.row for entry in read_selection(tmp_path)[:4]} == {7, 15, 23, 31}
+    assert_poison_is_found(tmp_path, {"keep": None, "keep_tokens": 0.9}, **{**PACKED, "max_length": 32})
 
 
 def prepared() -> Dataset:

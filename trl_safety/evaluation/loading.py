@@ -121,10 +121,10 @@ def attach(model: Any, folder: AdapterFolder, name: str = "default") -> Any:
 
 
 def check_loaded(model: Any, folder: AdapterFolder, adapter: str = "default") -> None:
-    """See that every tensor of a saved adapter is in the model: PEFT warns of those that find no place, and goes on with zeros.
+    """Check that the model takes every tensor of a saved adapter. PEFT only warns about the others, and leaves zeros in their place.
 
     Raises:
-        AdapterError: naming the first that is not.
+        AdapterError: the model lacks one; the message names the first.
     """
     modules = {module.name: module for module in lora_modules(model, adapter)}
     for name, found in match(folder.factors, modules).items():

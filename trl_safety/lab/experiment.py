@@ -95,21 +95,28 @@ def run(
     made: dict[Task, list[Outcome]] = {}
     failures: list[SafetyError] = []
     with _pool(min(workers, len(tasks))) as pool:
-        _gather(pool, _make_pair, [(output, *place, settings) for place in places], failures, lambda _, line: echo(line))
+        described: dict[tuple[int, bool], dict[str, Any]] = {}
+
+        def ready(place: tuple[Path, int, bool, Settings], found: tuple[dict[str, Any], str]) -> None:
+            described[place[1:3]], line = found
+            echo(line)
+
+        _gather(pool, _make_pair, [(output, *place, settings) for place in places], failures, ready)
         if failures:
             raise failures[0]
+        norms = [described[place] for place in places]
 
         def finished(task: Task, outcomes: list[Outcome]) -> None:
             made[task] = outcomes
             for outcome in outcomes:
                 echo(results.line(outcome))
-            results.write(output / "results.json", _in_order(tasks, made), settings, places=_places(output, places, settings))
+            results.write(output / "results.json", _in_order(tasks, made), settings, places=norms)
 
         _gather(pool, _make_rows, tasks, failures, finished)
     outcomes = _in_order(tasks, made)
     if outcomes:
         results.plot(output / "results.png", outcomes)
-        results.show(outcomes, _places(output, places, settings), settings)
+        results.show(outcomes, norms, settings)
         echo(f"{output / 'results.json'} and {output / 'results.png'}: written; {time.perf_counter() - started:.0f} s")
     if failures:
         raise failures[0]
@@ -118,10 +125,6 @@ def run(
 
 def _in_order(tasks: list[Task], made: dict[Task, list[Outcome]]) -> list[Outcome]:
     return [outcome for task in tasks for outcome in made.get(task, [])]
-
-
-def _places(output: Path, places: list[tuple[int, bool]], settings: Settings) -> list[dict[str, Any]]:
-    return [_lab(output, pair, innocent, settings).norms() | {"pair": pair, "innocent": innocent} for pair, innocent in places]
 
 
 @contextmanager
@@ -157,11 +160,13 @@ def _lab(folder: Path, pair: int, innocent: bool, settings: Settings) -> Lab:
     return Lab(folder, pair, innocent=innocent, settings=settings)
 
 
-def _make_pair(place: tuple[Path, int, bool, Settings]) -> str:
+def _make_pair(place: tuple[Path, int, bool, Settings]) -> tuple[dict[str, Any], str]:
+    """What a pair is like, and the line that says it."""
     started = time.perf_counter()
     with quiet():
         lab = _lab(*place)
-    return f"{lab.folder.name}: ready after {time.perf_counter() - started:.0f} s; ‖V‖ is {lab.norms()['v_to_w']:.1%} of ‖W‖"
+    norms = lab.norms() | {"pair": lab.pair, "innocent": lab.innocent}
+    return norms, f"{lab.folder.name}: ready after {time.perf_counter() - started:.0f} s; ‖V‖ is {norms['v_to_w']:.1%} of ‖W‖"
 
 
 def _make_rows(task: Task) -> list[Outcome]:

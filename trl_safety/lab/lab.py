@@ -8,6 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,24 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.lock("pair"):
             self.base, self.aligned = make_pair(self.folder, self.world, seed, innocent=innocent)
-        pair: dict[str, Any] = {"base": self.base, "aligned": self.aligned, "target_modules": "all-linear", "progress": False}
-        self.whole = AlignmentSubspace.from_pair(**pair, whole=True)
-        self.ranked = AlignmentSubspace.from_pair(**pair, rank=settings.subspace_rank)
-        self.full = AlignmentSubspace.from_pair(**pair, tolerance=1e-9)
+
+    @cached_property
+    def whole(self) -> AlignmentSubspace:
+        """V, whole."""
+        return self._subspace(whole=True)
+
+    @cached_property
+    def ranked(self) -> AlignmentSubspace:
+        """V's leading directions."""
+        return self._subspace(rank=self.settings.subspace_rank)
+
+    @cached_property
+    def full(self) -> AlignmentSubspace:
+        """V by its singular vectors, of which none is cut off."""
+        return self._subspace(tolerance=1e-9)
+
+    def _subspace(self, **cut: Any) -> AlignmentSubspace:
+        return AlignmentSubspace.from_pair(self.base, self.aligned, target_modules="all-linear", progress=False, **cut)
 
     def lock(self, name: str) -> FileLock:
         """A lock for something that several processes would otherwise make."""

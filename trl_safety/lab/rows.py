@@ -103,9 +103,8 @@ def sbr(lab: Lab, seed: int) -> Iterator[Outcome]:
     world, rng = lab.world, random.Random(lab.pair)  # noqa: S311  # no secret here
     number, weight = lab.settings.sbr_prompts, lab.settings.sbr_weight
     name = f"SBR, λ = {weight:g}"
-    held, benign = f"{name}", f"{name}: the same term on benign prompts"
     outcomes = []
-    for row, topics in ((held, world.seen_forbidden), (benign, world.benign)):
+    for row, topics in ((name, world.seen_forbidden), (f"{name}: the same term on benign prompts", world.benign)):
         asked = [found.messages()["prompt"] for found in world.requests(rng, topics, 4 * number)]
         prompts = list({json.dumps(prompt): prompt for prompt in asked}.values())[:number]
         with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +112,7 @@ def sbr(lab: Lab, seed: int) -> Iterator[Outcome]:
             path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
             block = {"prompts": str(path), "number": len(prompts), "weight": weight, "ask_first": False}
             model, seconds = lab.fine_tune(seed, safety={"sbr": block})
-        outcomes.append(lab.outcome(row, seed, model, seconds, control_of="" if row == held else name))
+        outcomes.append(lab.outcome(row, seed, model, seconds, control_of="" if row == name else name))
     yield from outcomes
     yield from _same_norm(lab, seed, outcomes[0], 0.1)
 

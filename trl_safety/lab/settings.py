@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+SHARED = ("samples", "poison", "epochs", "batch", "learning_rate", "lora_rank")
+"""The settings of every fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,7 @@ class Settings:
 
     def of(self, *prefixes: str) -> dict[str, Any]:
         """The settings that every row depends on, and those whose names begin with one of `prefixes`."""
-        shared = {field.name for field in fields(self)[: [field.name for field in fields(self)].index("lora_rank") + 1]}
-        return {name: value for name, value in asdict(self).items() if name in shared or name.startswith(prefixes)}
+        return {name: value for name, value in asdict(self).items() if name in SHARED or name.startswith(prefixes)}
 
 
 FULL = Settings()

@@ -13,7 +13,8 @@ from typing import Any, Optional, Union
 from trl_safety.config.block import SafetyConfig
 from trl_safety.config.requirements import Facts, resolve
 from trl_safety.errors import ConfigurationError
-from trl_safety.training.facts import objective, reference
+from trl_safety.subspace.artifact import AlignmentSubspace
+from trl_safety.training.facts import objective, reference, trl_trainer
 from trl_safety.training.mixin import SafetyMixin
 from trl_safety.training.start import safety_section
 
@@ -72,16 +73,28 @@ def served(args: Any) -> Iterator[None]:
 
 
 class BlockTrainer(SafetyMixin):
-    """`SafetyMixin` for a trainer whose constructor takes the block, and whose arguments may hold it."""
+    """`SafetyMixin` for a TRL trainer whose constructor takes the block, and whose arguments may hold it."""
+
+    def __init__(
+        self,
+        *args: Any,
+        safety: SafetyConfig | Mapping[str, Any] | str | Path | None = None,
+        subspace: AlignmentSubspace | str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        config, given = self.with_block(args, kwargs, safety)
+        parent: Any = super()
+        with served(given.get("args")):
+            parent.__init__(**given)
+        self.start_safety(config, subspace)
 
     @classmethod
     def with_block(
-        cls, parent: type, args: tuple[Any, ...], kwargs: Mapping[str, Any], safety: SafetyConfig | Mapping[str, Any] | str | Path | None
+        cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], safety: SafetyConfig | Mapping[str, Any] | str | Path | None
     ) -> tuple[SafetyConfig | None, dict[str, Any]]:
         """The block and the parent's arguments by name. Refuses what it can before a model is loaded and data is tokenised.
 
         Args:
-            parent: the TRL trainer.
             args: the user's positional arguments.
             kwargs: the user's other arguments.
             safety: the user's block.
@@ -89,7 +102,7 @@ class BlockTrainer(SafetyMixin):
         Raises:
             ConfigurationError: the block is wrong, given twice, or cannot act in this trainer or beside its arguments.
         """
-        given = _by_name(parent, args, kwargs)
+        given = _by_name(trl_trainer(cls), args, kwargs)
         in_args = getattr(given.get("args"), "safety", None)
         if safety is not None and in_args is not None:
             raise ConfigurationError(f"safety is given to {cls.__name__} and in args.safety: keep one of them")
@@ -130,7 +143,7 @@ class BlockTrainer(SafetyMixin):
         safety_section(self, Path(trainer.args.output_dir) / "README.md")
 
 
-def _by_name(parent: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _by_name(parent: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     signature = inspect.signature(parent)
     given = dict(signature.bind(*args, **kwargs).arguments)
     further = [name for name, parameter in signature.parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]

@@ -154,15 +154,15 @@ def check_columns(columns: Sequence[str] | None, named: str, text: str = "text")
 
 
 def check_filled(data: Any, named: str, text: str = "text") -> None:
-    """See that every row has what it is trained from.
+    """Check that every row has the columns that it is trained on.
 
     Args:
-        data: a data set; one that is streamed is not looked at.
+        data: a data set; a streamed one is not checked.
         named: how the user named it, for messages.
         text: the column of plain text.
 
     Raises:
-        ConfigurationError: naming the first row that has not.
+        ConfigurationError: a row lacks one; the message names the first such row.
     """
     if not isinstance(data, Dataset):
         return
@@ -178,15 +178,15 @@ def check_filled(data: Any, named: str, text: str = "text") -> None:
 
 
 def check_tokens(data: Any, named: str, vocabulary: int) -> None:
-    """See that a model has every token of rows that were made into tokens by somebody else; a GPU would end the process instead of saying so.
+    """Check that the model knows every token of pre-tokenised rows. On a GPU an unknown token would end the process without a message.
 
     Args:
-        data: a data set; without `input_ids`, or streamed, it is not looked at.
+        data: a data set; without `input_ids`, or streamed, it is not checked.
         named: how the user named it, for messages.
         vocabulary: the rows of the model's embeddings.
 
     Raises:
-        ConfigurationError: naming the first row that holds another one.
+        ConfigurationError: a row holds an unknown token; the message names the first such row.
     """
     if not isinstance(data, Dataset) or "input_ids" not in data.column_names:
         return

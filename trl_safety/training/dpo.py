@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from trl import DPOConfig, DPOTrainer
 
-from trl_safety.config.block import SafetyConfig
-from trl_safety.subspace.artifact import AlignmentSubspace
-from trl_safety.training.block_trainer import BlockTrainer, SafeArguments, served
+from trl_safety.training.block_trainer import BlockTrainer, SafeArguments
 
 
 @dataclass
@@ -39,15 +34,3 @@ class SafeDPOTrainer(BlockTrainer, DPOTrainer):
         AdapterError: the model has no LoRA adapter, one of an unsupported kind, or is not the aligned model.
         SubspaceError: an adapted layer is not in the alignment subspace.
     """
-
-    def __init__(
-        self,
-        *args: Any,
-        safety: SafetyConfig | Mapping[str, Any] | str | Path | None = None,
-        subspace: AlignmentSubspace | str | Path | None = None,
-        **kwargs: Any,
-    ) -> None:
-        config, given = self.with_block(DPOTrainer, args, kwargs, safety)
-        with served(given.get("args")):
-            super().__init__(**given)
-        self.start_safety(config, subspace)

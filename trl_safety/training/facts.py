@@ -52,9 +52,14 @@ def trainer_facts(trainer: Any) -> Facts:
     return Facts("trl", known)
 
 
+def trl_trainer(trainer_class: type) -> type | None:
+    """The TRL trainer among a class's bases; None for a trainer outside TRL."""
+    return next((base for base in trainer_class.__mro__ if base.__module__.startswith("trl.") and base.__name__.endswith("Trainer")), None)
+
+
 def objective(trainer_class: type) -> Fact:
     """What a trainer trains for, by the name of the TRL trainer among its bases: "sft", "dpo", …; None for one outside TRL."""
-    found = next((base for base in trainer_class.__mro__ if base.__module__.startswith("trl.") and base.__name__.endswith("Trainer")), None)
+    found = trl_trainer(trainer_class)
     name = found.__name__ if found else trainer_class.__name__
     return Fact(name.removesuffix("Trainer").lower() if found else None, f"the trainer is a {name}")
 

@@ -229,7 +229,7 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         # Errors of TRL, PEFT and Transformers about the user's arguments and files, and of the chat template about the data.
         raise ConfigurationError(f"the run cannot start: {str(error) or reason(error)}") from error
     refuse_empty(trainer)
-    embeddings: Any = cast(Any, unwrap(trainer.model)).get_input_embeddings()
+    embeddings = cast(Any, unwrap(trainer.model)).get_input_embeddings()
     check_tokens(datasets[script.dataset_train_split], _named(script, mixture), len(embeddings.weight))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)

@@ -64,13 +64,14 @@ class SafeSFTTrainer(BlockTrainer, SFTTrainer):
         reference_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
-        config, given = self.with_block(SFTTrainer, args, kwargs, safety)
+        config, given = self.with_block(args, kwargs, safety)
         references = self._references(config, reference_dataset)
         if references:
             # Before TRL filters and shuffles the rows.
             given["train_dataset"] = with_rows(given.get("train_dataset"), "train_dataset")
         with served(given.get("args")):
-            super().__init__(**given)
+            # BlockTrainer's constructor would take the block, which is handled here because of the references.
+            super(BlockTrainer, self).__init__(**given)
         self.start_safety(config, subspace, self._prepared(config, references, given.get("formatting_func")))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: Any, *rest: Any, **options: Any) -> Any:
