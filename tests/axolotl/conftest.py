@@ -52,7 +52,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in preference.KINDS:
         (folder / f"{kind}.jsonl").write_text("\n".join(json.dumps(row) for row in preference.rows(kind)))
     pairs = [
-        {side: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side].strip()}] for side in ("chosen", "rejected")}
+        {
+            side: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side].strip()}]
+            for side in ("chosen", "rejected")
+        }
         for row in preference.rows("dpo")
     ]
     (folder / "orpo.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))

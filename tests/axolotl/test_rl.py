@@ -60,9 +60,7 @@ def test_asft_adds_the_penaltys_gradient(rl: str, world: Path, config: dict[str,
 
 
 @pytest.mark.parametrize("rl", ["kto", "simpo"])
-def test_what_acts_while_training_and_a_correction(
-    rl: str, world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path
-) -> None:
+def test_what_acts_while_training_and_a_correction(rl: str, world: Path, config: dict[str, Any], axolotl: Axolotl, tmp_path: Path) -> None:
     options = {**objective(rl, config, world), "learning_rate": 0.05}
     axolotl("train", protect(options, world, asft={"weight": 0.5}, safe_lora={"threshold": 1.0}))
     report = verify(tmp_path / "out")

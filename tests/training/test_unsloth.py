@@ -75,7 +75,9 @@ def test_what_reads_the_factors_acts_and_the_rest_is_refused(
     }
     trainer = made(how, monkeypatch, tmp_path)
     for method, (options, reason) in refused.items():
-        with pytest.raises(ConfigurationError, match=f"(?i)the model or the trainer is Unsloth's .unsloth.*{method} cannot act: .*{reason}"):
+        with pytest.raises(
+            ConfigurationError, match=f"(?i)the model or the trainer is Unsloth's .unsloth.*{method} cannot act: .*{reason}"
+        ):
             trainer.start_safety({method: options})
     with pytest.raises(ConfigurationError, match="alignment_buffer cannot act: Unsloth's kernels compute a layer by themselves"):
         trainer.start_safety({"alignment_buffer": {"how": "low_rank"}}, gqa_subspace)
