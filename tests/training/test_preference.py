@@ -165,7 +165,8 @@ def test_policy_and_reference_see_the_same_buffer(kind: str, how: str, world: Pa
     else:
         buffered = merged(world) if how == "buffer_reinforce" else tiny.model("gqa-base")
     expected = trained(kind, tmp_path / "buffered", safe=False, base=buffered, **options)
-    assert tiny.largest_difference(tiny.factors(protected.model), expected) < 2e-5
+    # A buffer beside a layer rounds differently from one in its weights.
+    assert tiny.largest_difference(tiny.factors(protected.model), expected) < 1e-4
     plain = preference.trainer(kind, tmp_path / "plain", safe=False, **options)
     plain.train()
     assert tiny.largest_difference(tiny.factors(protected.model), tiny.factors(plain.model)) > 1e-2
