@@ -65,9 +65,11 @@ types: $(NEWEST)/.installed
 docs: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m mkdocs serve
 
-## The documentation without a warning, in build/site.
+## The documentation without a warning, in build/site, and its spelling.
+docs-check: export NO_MKDOCS_2_WARNING := 1
 docs-check: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m mkdocs build --quiet --strict
+	$(NEWEST)/bin/codespell README.md docs .github benchmarks/RESULTS.md benchmarks/README.md
 
 ## Write the generated parts of README.md and docs anew.
 docs-generated: $(NEWEST)/.installed

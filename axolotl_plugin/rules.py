@@ -1,6 +1,6 @@
 """The facts of an Axolotl configuration that the methods' requirements check.
 
-`python -m axolotl_plugin.rules` prints the table of example_configs/axolotl/README.md from the same requirements.
+`python -m axolotl_plugin.rules` prints Axolotl's table of docs/compatibility.md from the same requirements.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def check(cfg: Any, safety: SafetyConfig, written: Collection[str]) -> list[str]
 
 
 def table() -> str:
-    """The table of example_configs/axolotl/README.md, in Markdown."""
+    """Axolotl's table of docs/compatibility.md, in Markdown."""
     methods = {name: options_class(name) for name in METHODS}
     lines = ["| Axolotl key | | " + " | ".join(f"`{method}`" for method in methods) + " |", "|---|---|" + "---|" * len(methods)]
     rows: dict[tuple[str, str], list[Requirement]] = {}

@@ -362,7 +362,7 @@ class KindJudge:
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A line of Markdown per row of the README's table, then the best setting of each family."""
+    """A line of Markdown per row of the table in RESULTS.md, then the best setting of each family."""
     plain = statistics.fmean(row["task"] for row in rows if row["method"] == "plain SFT")
     best: dict[str, tuple[float, str]] = {}
     yield "| | attack ↓ | task ↑ | over-refusal ↓ | ‖ΔW‖ | seeds |"

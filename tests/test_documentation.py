@@ -60,7 +60,8 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     found = [
-        Block(page, text.count("\n", 0, m.start("code")), m["language"], m["title"], m["code"], m["why"] is None) for m in BLOCK.finditer(text)
+        Block(page, text.count("\n", 0, m.start("code")), m["language"], m["title"], m["code"], m["why"] is None)
+        for m in BLOCK.finditer(text)
     ]
     assert len(found) * 2 == len(re.findall(r"^```", text, re.M)), f"{page}: a block that is not read"
     return found
@@ -162,7 +163,7 @@ def python(block: Block, names: dict[str, Any]) -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
             assert hasattr(imported[node.value.id], node.attr), f"{block}: {ast.unparse(node)}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in imported:
-            inspect.signature(imported[node.func.id]).bind(*node.args, **{word.arg: None for word in node.keywords if word.arg})
+            inspect.signature(imported[node.func.id]).bind_partial(*node.args, **{word.arg: None for word in node.keywords if word.arg})
 
 
 def commands(code: str) -> Iterator[list[str]]:
@@ -183,7 +184,9 @@ def sh(block: Block, names: dict[str, Any]) -> None:
             assert arguments[0] == "install"
             assert extras is None or set(extras[1].split(",")) <= set(known), f"{block}: {arguments}"
         else:
-            assert (program, arguments[0]) in {("axolotl", "train"), ("accelerate", "launch"), ("pre-commit", "install")}, f"{block}: {program}"
+            assert (program, arguments[0]) in {("axolotl", "train"), ("accelerate", "launch"), ("pre-commit", "install")}, (
+                f"{block}: {program}"
+            )
             assert not block.runs, block
             assert all((ROOT / word).is_file() for word in arguments if word.startswith("example_configs/")), f"{block}: {arguments}"
 
@@ -240,19 +243,20 @@ def test_a_block_that_does_not_run_says_why_and_a_wrong_one_fails(tmp_path: Path
     monkeypatch.chdir(tmp_path)
     page = ROOT / "README.md"
     wrong = [
-        ("sh", "trl-safety eval m --no-such-option 1 -o e"),
-        ("sh", "make nothing-of-this-name"),
-        ("sh", "pip install '.[nothing]'"),
-        ("sh", "accelerate launch --config_file example_configs/none.yaml"),
-        ("python", "from trl_safety import AlignmentSubspace\nAlignmentSubspace.nothing()"),
-        ("python", "from trl_safety import Nothing"),
-        ("yaml", "safety: {asft: {wait: 1}}"),
-        ("yaml", "model_name_or_path: m\nlora_rang: 3"),
-        ("toml", '[project.entry-points."trl_safety.methods"]\nx = "y:Z"'),
+        ("sh", "trl-safety eval m --no-such-option 1 -o e", "no-such-option"),
+        ("sh", "make nothing-of-this-name", "make nothing-of-this-name"),
+        ("sh", "pip install '.[nothing]'", "nothing"),
+        ("sh", "accelerate launch --config_file example_configs/none.yaml", "none.yaml"),
+        ("python", "from trl_safety import AlignmentSubspace\nAlignmentSubspace.nothing()", "nothing"),
+        ("python", "from trl_safety import verify\nverify(no_such_argument=1)", "no_such_argument"),
+        ("python", "from trl_safety import Nothing", "Nothing"),
+        ("yaml", "safety: {asft: {wait: 1}}", "wait"),
+        ("yaml", "model_name_or_path: m\nlora_rang: 3", "lora_rang"),
+        ("toml", '[project.entry-points."trl_safety.methods"]\nx = "y:Z"', "y:Z"),
     ]
-    for language, code in wrong:
+    for language, code, named in wrong:
         check = {"python": python, "sh": sh, "yaml": yaml_block, "toml": toml}[language]
-        with pytest.raises((AssertionError, AttributeError, ValueError, typer.Exit, Exception)):  # noqa: B017, PT011  # of any kind
+        with pytest.raises(Exception, match=named):
             check(Block(page, 0, language, None, code, runs=False), {})
 
 

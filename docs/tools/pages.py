@@ -30,7 +30,7 @@ from trl_safety.config.subspace import SubspaceConfig  # noqa: E402
 
 DOCS = ROOT / "docs"
 MARKER = re.compile(r"^<!-- generated: (?P<kind>\w+)(?: (?P<argument>[^>]*?))? -->$", re.MULTILINE)
-COMMITTED = re.compile(r"(<!-- begin generated: (\w+) -->\n)(?:.*?\n)?(<!-- end generated -->)", re.DOTALL)
+COMMITTED = re.compile(r"(<!-- begin generated: (\w+) -->\n)(?:(?!<!-- end).)*(<!-- end generated -->)", re.DOTALL)
 LINK = re.compile(r"(?<!!)(\[[^\]\n]*\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 SHIPPED = ("example_configs", "benchmarks", "tests/data/other_package")
 """Folders outside `docs` that pages link to; the site gets their files under `repository/`."""
@@ -149,7 +149,7 @@ def requirements(name: str) -> str:
 
 
 def _requirement(found: Requirement) -> str:
-    text = f"**{_upper(FACTS[found.fact])}**: {found.meaning}{f' ({found.when_text})' if found.when_text else ''}. "
+    text = f"**{_upper(FACTS[found.fact].split(':')[0])}**: {found.meaning}{f' ({found.when_text})' if found.when_text else ''}. "
     text += f"{_upper(found.reason.replace(' of {value}', ''))}. "
     if found.switch_off == "always":
         return text + "It is switched off and reported."
@@ -157,7 +157,9 @@ def _requirement(found: Requirement) -> str:
         remedy if host == "any" and len(found.remedy) == 1 else f"{'elsewhere' if host == 'any' else HOSTS[host]}, {remedy}"
         for host, remedy in found.remedy.items()
     )
-    return text + (f"If you set it: {todo}. If a default did, it is switched off." if found.switch_off == "unless_spelt_out" else f"{_upper(todo)}.")
+    return text + (
+        f"If you set it: {todo}. If a default did, it is switched off." if found.switch_off == "unless_spelt_out" else f"{_upper(todo)}."
+    )
 
 
 def _upper(text: str) -> str:
@@ -195,7 +197,7 @@ def facts(_: str = "") -> str:
         for place, text in enumerate(cells):
             if text.startswith("works ("):
                 cells[place] = f"works [{tests.setdefault(text.removeprefix('works '), len(tests) + 1)}]"
-        lines.append(f"| {FACTS[fact]}: {meaning} | {' | '.join(cells)} |")
+        lines.append(f"| {FACTS[fact].split(':')[0]}: {meaning} | {' | '.join(cells)} |")
     shown = [f"[{number}] shown by {test.strip('()')}" for test, number in tests.items()]
     return "\n".join([*lines, "", "; ".join(shown) + "."])
 
@@ -220,6 +222,7 @@ HEADLINES = (
     ("innocent lab", "plain SFT"),
     ("innocent lab", "alignment buffer, γ = 0.5"),
     ("innocent lab", "Buffer-and-Reinforce, buffer alone"),
+    ("innocent lab", "DualSelect, ρ = 0.2"),
     ("innocent lab", "DualSelect, ρ = 0.2: the references mixed into the data (SafeInstruct)"),
 )
 """The README's rows of results: world and name."""
@@ -265,7 +268,7 @@ def included(name: str) -> str:
 
 
 def chart(rows: list[dict[str, Any]]) -> str:
-    """Attack and task of every row, as SVG: two marks on a line for each, read without colour by their shape."""
+    """Attack and task of every row, as SVG: two marks on a line for each, told apart by shape and size as well as by colour."""
     import io
 
     from matplotlib import rc_context
@@ -278,8 +281,8 @@ def chart(rows: list[dict[str, Any]]) -> str:
         for place, name in enumerate(names):
             attack, task = (statistics.fmean(row[key] for row in rows if row["method"] == name) for key in ("attack", "task"))
             axes.plot([attack, task], [place, place], color="#999999", linewidth=1, zorder=1)
-            axes.scatter(attack, place, marker="o", color="#d55e00", zorder=2, label=None if place else "attack ↓")
-            axes.scatter(task, place, marker="s", color="#0072b2", zorder=2, label=None if place else "task ↑")
+            axes.scatter(attack, place, marker="o", s=70, color="#d55e00", zorder=2, label=None if place else "attack ↓")
+            axes.scatter(task, place, marker="s", s=20, color="#0072b2", zorder=3, label=None if place else "task ↑")
         labels = [f"– {name.partition(': ')[2]}" if ": " in name else name for name in names]
         axes.set_yticks(range(len(names)), labels, color="#808080", fontsize=8)
         axes.tick_params(colors="#808080")
@@ -323,24 +326,16 @@ def cli(_: str = "") -> str:
 def _command(name: str, command: Any) -> str:
     arguments = [found for found in command.params if found.param_type_name == "argument"]
     chosen = [found for found in command.params if found.param_type_name == "option" and not found.hidden]
-    usage = " ".join(["trl-safety", name, *(found.make_metavar_plain() for found in map(_Argument, arguments)), *["[OPTIONS]"] * bool(chosen)])
+    names = [(found.metavar or found.name).upper() for found in arguments]
+    further = "[OPTIONS]" if chosen else "[OPTIONS OF trl sft]" if command.context_settings.get("ignore_unknown_options") else ""
+    usage = " ".join(["trl-safety", name, *names, further]).strip()
     lines = [f"## {name}", "", " ".join((command.help or "").split("\f")[0].split()), "", f"Usage: `{usage}`"]
-    if arguments or chosen:
-        lines += ["", "| | default | |", "|---|---|---|"]
-        lines += [f"| `{(found.metavar or found.name).upper()}` | {_default(found)} | {one_line(found.help)} |" for found in arguments]
-        lines += [f"| {', '.join(f'`{part}`' for part in found.opts + found.secondary_opts)} | {_default(found)} | {one_line(found.help)} |" for found in chosen]
-    else:
-        lines += ["", "It takes the arguments of `trl sft`."]
-    return "\n".join(lines)
-
-
-class _Argument:
-    def __init__(self, found: Any) -> None:
-        self.found = found
-
-    def make_metavar_plain(self) -> str:
-        name = (self.found.metavar or self.found.name).upper()
-        return name if self.found.required else f"[{name}]"
+    if not arguments and not chosen:
+        return "\n".join(lines)
+    rows = [(f"`{shown}`", found) for shown, found in zip(names, arguments, strict=True)]
+    rows += [(", ".join(f"`{part}`" for part in found.opts + found.secondary_opts), found) for found in chosen]
+    lines += ["", "| | default | |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {shown} | {_default(found)} | {one_line(found.help)} |" for shown, found in rows])
 
 
 def _default(found: Any) -> str:

@@ -14,7 +14,7 @@ from axolotl_plugin.plugin import loaded_by_axolotl
 from tests import tiny
 from tests.axolotl.conftest import DEEPSPEED, Axolotl, protect
 from tests.training.test_corrections import assert_close, updates
-from trl_safety import AlignmentSubspace, asft_penalty, merge_reinforce
+from trl_safety import AlignmentSubspace, ServedVectorConfig, asft_penalty, correct, merge_reinforce
 from trl_safety.adapters.folder import AdapterFolder
 from trl_safety.adapters.marks import kind_of
 from trl_safety.config.alignment_vector import AlignmentVectorConfig
@@ -306,6 +306,11 @@ def test_alignment_buffer_in_axolotls_trainer(world: Path, config: dict[str, Any
     axolotl("train", {**config, **plugin})
     assert "W_aligned − 1·V" in verify(tmp_path / "out").methods[0].summary
     assert AdapterFolder.open(tmp_path / "out").config.base_model_name_or_path == str(world / "aligned")
+    signed = protect(config, world, signed_vector={"train": -1.0, "serve": 0.5})
+    axolotl("train", {**signed, "output_dir": str(tmp_path / "signed")})
+    correct(tmp_path / "out", world / "S.safetensors", ServedVectorConfig(serve=0.5), output=tmp_path / "served")
+    assert tiny.identical(weights(tmp_path / "signed"), weights(tmp_path / "served"))
+    assert [method.name for method in verify(tmp_path / "signed").methods] == ["signed_vector"]
     axolotl("train", {**config, "base_model": str(world / "base"), "output_dir": str(tmp_path / "on-base")})
     assert tiny.largest_difference(weights(tmp_path / "out"), weights(tmp_path / "on-base")) < 1e-4
     axolotl("train", {**config, "output_dir": str(tmp_path / "plain")})

@@ -152,7 +152,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path, gqa_subspace: A
         ("trainer_state.json", b"{", r"its trainer_state.json cannot be read \(Expecting"),
         ("trainer_state.json", b"[]", "its trainer_state.json cannot be read"),
         ("trainer_state.json", b'{"no_such_key": 1}', "its trainer_state.json cannot be read"),
-        (WEIGHTS, b"x", "truncated or no safetensors file"),
+        (WEIGHTS, b"x", "truncated or not a safetensors"),
         ("adapter_config.json", b"[]", "only LoRA adapters"),
     ):
         whole = (checkpoint / name).read_bytes()

@@ -104,6 +104,9 @@ def same_up_to_rounding(one: Tensor, other: Tensor) -> bool:
 def sample(weight: Tensor) -> Tensor:
     """256 entries of a weight at positions that depend on its size alone, on the CPU; of a sharded one, on every process."""
     weight = whole(weight.detach())
-    generator = torch.Generator().manual_seed(weight.numel())
-    positions = torch.randint(weight.numel(), (FINGERPRINT_ENTRIES,), generator=generator)
-    return weight.flatten()[positions.to(weight.device)].cpu()
+    return weight.flatten()[positions(weight.numel()).to(weight.device)].cpu()
+
+
+def positions(size: int) -> Tensor:
+    """Which entries of a flattened weight of this size are sampled, (256,)."""
+    return torch.randint(size, (FINGERPRINT_ENTRIES,), generator=torch.Generator().manual_seed(size))

@@ -19,6 +19,7 @@ from trl_safety.evaluation.sweep_page import figure, p_text, rates_explained, se
 from trl_safety.inspection.layers import common_prefix
 from trl_safety.reports.report import MethodReport, SafetyReport, read_report, verify
 from trl_safety.scoring import KINDS
+from trl_safety.subspace.layer import subspace_origin
 
 CURVES = {
     "loss": "on the training data, with what the methods add to it",
@@ -84,8 +85,7 @@ def _summary(folder: Path, report: SafetyReport) -> list[str]:
     facts += [("checked", report.base_check), ("stage", report.stage)]
     facts += [("made", f"{report.created}, trl-safety {report.trl_safety}")]
     if report.subspace:
-        base, aligned = page.short(report.subspace["base"]), page.short(report.subspace["aligned"])
-        facts.append(("alignment subspace", f"{base} → {aligned}, {report.subspace['cut']}"))
+        facts.append(("alignment subspace", f"{subspace_origin(report.subspace, page.short)}, {report.subspace['cut']}"))
     if report.skipped:
         facts.append(("left alone on request", list(report.skipped)))
     if report.not_covered:

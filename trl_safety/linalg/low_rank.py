@@ -44,6 +44,22 @@ def is_zero_product(B: Tensor, A: Tensor) -> bool:
     return float(matrix_norm(product)) <= CANCELLED
 
 
+def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD of B·A through QR factorisations of the factors, without the product.
+
+    Args:
+        B: (out, m).
+        A: (m, in).
+
+    Returns:
+        U (out, k), σ (k,), descending, and Z (in, k), with k = min(out, m, in) and B·A = U diag(σ) Zᵀ.
+    """
+    left, left_triangle = qr(B)
+    right, right_triangle = qr(A.mT)
+    U, S, Vh = svd(left_triangle @ right_triangle.mT, full_matrices=False)
+    return left @ U, S, right @ Vh.mT
+
+
 def truncate_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best approximation of B·A of the given rank, in factored form.
 
@@ -56,8 +72,6 @@ def truncate_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, T
         Factors (out, rank) and (rank, in), with singular values split evenly between them, and the squared Frobenius norm of
         what was cut off.
     """
-    left, left_triangle = qr(B)
-    right, right_triangle = qr(A.mT)
-    U, S, Vh = svd(left_triangle @ right_triangle.mT, full_matrices=False)
+    U, S, Z = product_svd(B, A)
     root = S[:rank].sqrt()
-    return (left @ U[:, :rank]) * root, root.unsqueeze(-1) * (Vh[:rank] @ right.mT), S[rank:].square().sum()
+    return U[:, :rank] * root, root.unsqueeze(-1) * Z[:, :rank].mT, S[rank:].square().sum()

@@ -59,7 +59,7 @@ def thin_svd(V: Tensor, *, rank: int | None = None, tolerance: float | None = No
     wanted = rank if rank is not None else FIRST_GUESS
     while smaller > EXACT_BELOW and wanted + _oversampling(wanted) <= smaller // 4:
         U, S, Z = _block_krylov(V, wanted)
-        numerical = int((_numerical_floor(V, S) < S).sum())
+        numerical = _numerical_rank(S, max(V.shape))
         k = numerical if tolerance is None else min(numerical, _needed(S, TOLERANCE_MARGIN * tolerance))
         if tolerance is None or k < wanted:
             result = _bounded(V, U[:, :k].contiguous(), S[:k], Z[:, :k].contiguous())
@@ -72,12 +72,23 @@ def thin_svd(V: Tensor, *, rank: int | None = None, tolerance: float | None = No
 def _exact(V: Tensor, rank: int | None, tolerance: float | None) -> ThinSVD:
     work = V.double() if min(V.shape) <= EXACT_BELOW else V
     U, S, Zh = torch.linalg.svd(work, full_matrices=False)
-    numerical = int((_numerical_floor(V, S) < S).sum())
-    if tolerance is not None:
-        rank = _needed(S, tolerance)
-    k = numerical if rank is None else min(rank, numerical)
+    k = directions_to_keep(S, max(V.shape), rank=rank, tolerance=tolerance)
     error = S[k].item() ** 2 if k < len(S) else 0.0
     return ThinSVD(U[:, :k].to(V.dtype), S[:k].to(V.dtype), Zh[:k].mT.contiguous().to(V.dtype), error)
+
+
+def directions_to_keep(S: Tensor, largest: int, *, rank: int | None = None, tolerance: float | None = None) -> int:
+    """How many of a matrix's leading singular directions to keep.
+
+    Args:
+        S: its singular values, descending.
+        largest: the larger of its dimensions.
+        rank: at most this many.
+        tolerance: the fewest with σ²ₖ₊₁ ≤ tolerance · σ²₁. If neither is given, the whole numerical rank; never more.
+    """
+    wanted = _needed(S, tolerance) if tolerance is not None else rank
+    numerical = _numerical_rank(S, largest)
+    return numerical if wanted is None else min(wanted, numerical)
 
 
 def _block_krylov(V: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,8 +139,8 @@ def _needed(S: Tensor, tolerance: float) -> int:
     return max(1, int((squares > tolerance * squares[0]).sum()))
 
 
-def _numerical_floor(V: Tensor, S: Tensor) -> float:
-    return float(S[0]) * max(V.shape) * torch.finfo(torch.float32).eps
+def _numerical_rank(S: Tensor, largest: int) -> int:
+    return int((float(S[0]) * largest * torch.finfo(torch.float32).eps < S).sum())
 
 
 def _oversampling(rank: int) -> int:

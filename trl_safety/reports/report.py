@@ -18,6 +18,7 @@ from trl_safety.adapters.folder import CONFIG, WEIGHTS, AdapterFolder, read_conf
 from trl_safety.adapters.marks import KINDS, kind_of
 from trl_safety.errors import AdapterError, ReportError, reason
 from trl_safety.subspace.artifact import AlignmentSubspace
+from trl_safety.subspace.layer import subspace_origin
 from trl_safety.version import __version__
 
 REPORT = "safety_report.json"
@@ -106,7 +107,7 @@ class SafetyReport(BaseModel):
         ]
         lines += [f"- {method.source}: {method.summary}" for method in self.methods]
         if self.subspace is not None:
-            lines.append(f"- Alignment subspace: `{self.subspace['base']}` → `{self.subspace['aligned']}`, {self.subspace['cut']}")
+            lines.append(f"- Alignment subspace: {subspace_origin(self.subspace, '`{}`'.format)}, {self.subspace['cut']}")
         lines.append(f"- Base model: {self.base_check}")
         lines += [f"- {text}" for text in self.switched_off]
         if self.skipped:

@@ -17,6 +17,7 @@ from trl_safety.adapters.files import other_schema, replacing
 from trl_safety.adapters.names import is_named, match
 from trl_safety.errors import SubspaceError, reason
 from trl_safety.subspace.fit import PairFit
+from trl_safety.subspace.fit_adapter import fit_adapter
 from trl_safety.subspace.layer import SCHEMA_VERSION, LayerSubspace, Provenance, _Origin
 
 METADATA_KEY = "trl_safety.alignment_subspace"
@@ -38,7 +39,7 @@ class AlignmentSubspace:
 
     def __repr__(self) -> str:
         source = self.provenance
-        return f"AlignmentSubspace({len(self.layers)} layers, {source.cut}, {source.base!r} → {source.aligned!r})"
+        return f"AlignmentSubspace({len(self.layers)} layers, {source.cut}, {source.origin})"
 
     @property
     def identity(self) -> str:
@@ -105,6 +106,39 @@ class AlignmentSubspace:
             trust_remote_code=trust_remote_code,
         )
         return cls({layer.name: layer for layer in fit.layers(progress=progress)}, fit.provenance)
+
+    @classmethod
+    def from_adapter(
+        cls,
+        model: str | Path,
+        adapter: str | Path,
+        *,
+        rank: int | None = None,
+        tolerance: float | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> AlignmentSubspace:
+        """V as the update of a safety adapter: a LoRA that was trained to refuse, on the model that is to be fine-tuned.
+
+        V = s·B·A points from the model to one that refuses more, as a pair's V points from the base to the aligned model. The aligned
+        model of this subspace is the model itself, and its base would be W − V. The SVD is exact, through QR factorisations of the
+        factors, in float64; memory holds the factors and one weight of the model, which is read to recognise it later.
+
+        Args:
+            model: the model that the adapter was trained on, and that is to be fine-tuned: a local folder or a Hub id, in full precision.
+            adapter: folder or Hub id of the adapter. A ReinforceLoRA is one, too.
+            rank: keep only the K leading singular directions of every layer.
+            tolerance: keep the fewest directions with σ²ₖ₊₁ ≤ t·σ²₁. By default all of the adapter's are kept.
+            revision: Hub revision of the model.
+            trust_remote_code: run model code that comes with the checkpoint, to get its module names.
+
+        Raises:
+            AdapterError: the adapter cannot be read, is zero or not finite, is a BufferLoRA, was corrected, holds more than LoRA factors, or
+                was trained on another model.
+            CheckpointError: the model cannot be read, or is stored quantised.
+            SubspaceError: a layer is not in the model, or both rank and tolerance are given.
+        """
+        return cls(*fit_adapter(model, adapter, rank=rank, tolerance=tolerance, revision=revision, trust_remote_code=trust_remote_code))
 
     def save(self, path: str | Path, *, plan: str | None = None, left: str | None = None) -> Path:
         """Write one safetensors file with the provenance in its header. The file is either whole or absent.
@@ -258,10 +292,12 @@ class AlignmentSubspace:
         found = match([name for name in names if not is_named(name, skip)], self.layers)
         if missing := [name for name, layer in found.items() if layer is None]:
             shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            remedy = "rebuild the subspace for them (`trl-safety subspace … --adapter A` or --target-modules)"
+            if self.provenance.adapter is not None:
+                remedy = f"V is {self.provenance.origin}, which has no such layers: use one that has (`trl-safety vector` adapts every linear layer)"
             raise SubspaceError(
                 f"{len(missing)} of {len(found)} adapted layers are not in the alignment subspace of {self.provenance.aligned!r}: {shown}. "
-                "They would train unprotected: rebuild the subspace for them (`trl-safety subspace … --adapter A` or "
-                "--target-modules), or list them in skip_modules to leave them alone on purpose"
+                f"They would train unprotected: {remedy}, or list them in skip_modules to leave them alone on purpose"
             )
         if not found:
             raise SubspaceError("skip_modules leaves no adapted layer to protect: remove entries from it")
@@ -269,10 +305,13 @@ class AlignmentSubspace:
 
     def _card(self, repo_id: str) -> str:
         source = self.provenance
+        what = f"What alignment changed from `{source.base}` to `{source.aligned}`"
+        if source.adapter is not None:
+            what = f"What a LoRA adapter (`{source.adapter}`) that was trained to refuse changes"
         return (
             "---\nlibrary_name: trl-safety\ntags: [trl-safety, alignment-subspace]\n---\n\n"
             f"# Alignment subspace of {source.aligned}\n\n"
-            f"What alignment changed from `{source.base}` to `{source.aligned}` in {len(self.layers)} linear layers "
+            f"{what} in {len(self.layers)} linear layers "
             f"({source.cut}), for trl-safety:\n\n"
             f"```yaml\nsafety:\n  subspace: {repo_id}\n```\n\nand a method that reads it: `trl-safety methods` lists them.\n"
         )

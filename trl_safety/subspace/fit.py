@@ -50,7 +50,7 @@ class PairFit:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        cut = _describe_cut(rank, tolerance, whole)
+        cut = describe_cut(rank, tolerance, whole)
         self._base, self._aligned = Checkpoint(base, base_revision), Checkpoint(aligned, aligned_revision)
         self.targets = resolve_targets(self._aligned, target_modules, adapter, trust_remote_code=trust_remote_code)
         paired = match([target.tensor_module for target in self.targets.values()], self._base.modules)
@@ -189,7 +189,8 @@ def _fit(
     )
 
 
-def _describe_cut(rank: int | None, tolerance: float | None, whole: bool) -> str:
+def describe_cut(rank: int | None, tolerance: float | None, whole: bool) -> str:
+    """The truncation in words, for the provenance. Raises `SubspaceError` if it is none, more than one, or out of range."""
     if sum((rank is not None, tolerance is not None, whole)) != 1:
         raise SubspaceError("give exactly one of rank (e.g. 64), tolerance (e.g. 0.001) or whole, which says how much of V to keep")
     if rank is not None:

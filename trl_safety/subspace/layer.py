@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -180,9 +181,17 @@ class LayerSubspace:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a subspace comes from. It is written into the subspace's file and into every report."""
+    """Where a subspace comes from. It is written into the subspace's file and into every report.
 
-    base: str
+    Attributes:
+        base: the unaligned model of the pair; None if V is an adapter's update.
+        aligned: the model that is fine-tuned and served.
+        base_revision, aligned_revision: their Hub commits.
+        cut: how V was truncated.
+        adapter: the safety adapter whose update V is, trained on `aligned`; None if V is the difference of a pair.
+    """
+
+    base: str | None
     aligned: str
     base_revision: str | None
     aligned_revision: str | None
@@ -190,3 +199,22 @@ class Provenance:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     trl_safety: str = __version__
     schema_version: int = SCHEMA_VERSION
+    adapter: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """What V is, in words."""
+        return subspace_origin(asdict(self))
+
+
+def subspace_origin(provenance: Mapping[str, Any], named: Callable[[str], str] = repr) -> str:
+    """What V is, in words.
+
+    Args:
+        provenance: a `Provenance`, as a report records it.
+        named: how to write the name of a model.
+    """
+    aligned = named(provenance["aligned"])
+    if provenance.get("adapter") is not None:
+        return f"the update of the safety adapter {named(provenance['adapter'])} on {aligned}"
+    return f"{named(provenance['base'])} → {aligned}"

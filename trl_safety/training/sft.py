@@ -1,15 +1,17 @@
-"""`trl-safety sft`, `buffer` and `reinforce`: the arguments and YAML of `trl sft`, plus what each needs."""
+"""`trl-safety sft`, `buffer`, `reinforce` and `vector`: the arguments and YAML of `trl sft`, plus what each needs."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from trl import (
@@ -17,6 +19,7 @@ from trl import (
     ModelConfig,
     ScriptArguments,
     SFTConfig,
+    SFTTrainer,
     TrlParser,
     get_dataset,
     get_peft_config,
@@ -24,13 +27,20 @@ from trl import (
 )
 
 from trl_safety.adapters.architecture import UNREADABLE
+from trl_safety.adapters.checkpoint import Checkpoint
 from trl_safety.adapters.folder import refuse_diverged
 from trl_safety.adapters.lora import unwrap
+from trl_safety.adapters.record import open_kind
 from trl_safety.config.options import read_yaml
 from trl_safety.errors import ConfigurationError, SafetyError, reason
-from trl_safety.training.data import check_columns, check_filled, check_tokens, load_splits
+from trl_safety.messages import ShapeError, conversation, text_of
+from trl_safety.scoring import KeywordJudge, Prompt
+from trl_safety.subspace.artifact import HUB_FILE, AlignmentSubspace
+from trl_safety.training.data import check_columns, check_filled, check_tokens, load_rows, load_splits
 from trl_safety.training.start import refuse_empty
 from trl_safety.training.trainer import BufferTrainer, ReinforceTrainer, SafeSFTConfig, SafeSFTTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,8 +77,110 @@ def run_reinforce(arguments: Sequence[str]) -> None:
     _train(ReinforceTrainer, script, training, model, mixture, buffer=own.buffer)
 
 
-def _parse(arguments: Sequence[str], command: str, kinds: tuple[Any, ...]) -> Any:
+VECTOR_RECIPE: dict[str, Any] = {
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_target_modules": ["all-linear"],
+    "learning_rate": 2e-4,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 8,
+}
+"""What `trl-safety vector` trains with, unless the user says otherwise: an ordinary LoRA recipe, not tuned."""
+VECTOR_ADAPTER = "adapter"
+"""The folder inside the output in which `trl-safety vector` keeps the safety adapter."""
+
+
+def run_vector(
+    model: str, refusals: str, benign: str, output: Path, *, buffer: str | None = None, arguments: Sequence[str] = ()
+) -> AlignmentSubspace | None:
+    """Train a safety adapter on the user's own model, and write its update as V.
+
+    Only answers are supervised. The adapter stays beside the subspace, so that V can be made again without training.
+
+    Args:
+        model: the model that is to be fine-tuned: local folder or Hub id, stored in full precision.
+        refusals: rows with a harmful request and a refusal: what `load_rows` reads, with an answer in every row.
+        benign: rows with a benign request and an answer.
+        output: a folder, for the subspace, its card and the adapter.
+        buffer: a BufferLoRA to train beside, as a ReinforceLoRA is trained.
+        arguments: further arguments of `trl sft`.
+
+    Returns:
+        The subspace; None on every process but the first.
+
+    Raises:
+        ConfigurationError: the data cannot be used, or an argument is unknown or not used here.
+        CheckpointError: the model cannot be read, or is stored quantised.
+        AdapterError: the buffer is not one, or the trained adapter holds NaN, infinity or no update.
+    """
+    if (output / HUB_FILE).exists():
+        raise ConfigurationError(f"output = {str(output)!r}: already holds a subspace, which is never overwritten; name a new folder")
+    fixed = {"model_name_or_path": model, "output_dir": str(output / VECTOR_ADAPTER), "use_peft": True}
+    kinds = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    script, training, options, mixture = _parse(arguments, "vector", kinds, defaults={**VECTOR_RECIPE, **fixed})
+    for name, value in fixed.items():
+        if (found := getattr(training if name == "output_dir" else options, name)) != value:
+            raise ConfigurationError(f"{name} = {found!r}: `trl-safety vector` sets it to {value!r}: remove it")
+    if script.dataset_name or mixture.datasets:
+        raise ConfigurationError(f"{_named(script, mixture)}: `trl-safety vector` trains on refusals and benign rows alone: remove it")
+    if training.eval_strategy != "no":
+        raise ConfigurationError(f"eval_strategy = {str(training.eval_strategy)!r}: there is no split to evaluate on; set it to no")
+    Checkpoint(model, options.model_revision)
+    if buffer is not None:
+        open_kind(buffer, "buffer", "buffer")
+    wanted, other = _pairs(refusals, "refusals"), _pairs(benign, "benign")
+    _check_direction(wanted, other)
+    pairs = [*wanted, *other]
+    if len({(type(pair["prompt"]), type(pair["completion"])) for pair in pairs}) > 1:
+        raise ConfigurationError(
+            f"refusals = {refusals!r}, benign = {benign!r}: some rows hold text and others messages; give all of them in one form"
+        )
+    data = {script.dataset_train_split: Dataset.from_list(pairs).shuffle(seed=training.seed)}
+    beside = {} if buffer is None else {"buffer": buffer}
+    trainer = _train(SFTTrainer if buffer is None else ReinforceTrainer, script, training, options, mixture, datasets=data, **beside)
+    if not trainer.is_world_process_zero():
+        return None
+    found = AlignmentSubspace.from_adapter(
+        model, training.output_dir, revision=options.model_revision, trust_remote_code=training.trust_remote_code
+    )
+    found.save_pretrained(output)
+    return found
+
+
+def _check_direction(refusals: Sequence[Mapping[str, Any]], benign: Sequence[Mapping[str, Any]]) -> None:
+    """Check by phrases of refusal that the two data sets are not swapped: V would then point away from refusing."""
+    shares = []
+    for pairs in (refusals, benign):
+        answers = [
+            answer if isinstance(answer, str) else text_of(answer[-1]["content"]) for answer in (pair["completion"] for pair in pairs)
+        ]
+        verdicts = KeywordJudge().verdicts([Prompt(answer) for answer in answers], answers)
+        shares.append(verdicts.count("refused") / len(verdicts))
+    said = f"{shares[0]:.0%} of the answers in refusals read like refusals, and {shares[1]:.0%} of those in benign"
+    if shares[0] < shares[1]:
+        raise ConfigurationError(f"{said}: the two are swapped, and V would point away from refusing; swap them")
+    if shares[0] == shares[1]:
+        logger.warning("%s: check that the first do refuse", said)
+
+
+def _pairs(source: str, setting: str) -> list[dict[str, Any]]:
+    """A data set's requests and answers, as TRL's prompts and completions."""
+    pairs = []
+    for number, row in enumerate(load_rows(source, setting), 1):
+        try:
+            prompt, answer = conversation(row)
+        except ShapeError as error:
+            raise ConfigurationError(f"{setting} = {source!r}, row {number}: {error}; give prompt and completion, or messages") from error
+        if not answer:
+            raise ConfigurationError(f"{setting} = {source!r}, row {number}: has no answer; give prompt and completion, or messages")
+        parts = {"prompt": prompt, "completion": answer}
+        pairs.append({key: part if isinstance(part, str) else list(part) for key, part in parts.items()})
+    return pairs
+
+
+def _parse(arguments: Sequence[str], command: str, kinds: tuple[Any, ...], defaults: Mapping[str, Any] | None = None) -> Any:
     parser = TrlParser(kinds, prog=f"trl-safety {command}")
+    parser.set_defaults(**(defaults or {}))
     arguments = list(arguments)
     if "--config" in arguments[:-1]:
         # TRL's own reader silently keeps the last of two equal keys.
@@ -81,13 +193,15 @@ def _parse(arguments: Sequence[str], command: str, kinds: tuple[Any, ...]) -> An
         raise ConfigurationError(_explain(str(error), parser)) from error
 
 
-def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: Any, **kwargs: Any) -> None:
+def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: Any, *, datasets: Any = None, **kwargs: Any) -> Any:
+    """Train and save an adapter, on the user's data unless `datasets` gives it by split. Returns the trainer."""
     if not model.use_peft:
         raise ConfigurationError("use_peft = False: the safety methods act on LoRA; set use_peft: true")
     evaluated = training.eval_strategy != "no"
-    datasets = _datasets(script, mixture, evaluated=evaluated)
-    check_columns(datasets[script.dataset_train_split].column_names, _named(script, mixture), training.dataset_text_field)
-    check_filled(datasets[script.dataset_train_split], _named(script, mixture), training.dataset_text_field)
+    if datasets is None:
+        datasets = _datasets(script, mixture, evaluated=evaluated)
+        check_columns(datasets[script.dataset_train_split].column_names, _named(script, mixture), training.dataset_text_field)
+        check_filled(datasets[script.dataset_train_split], _named(script, mixture), training.dataset_text_field)
     given = training.model_init_kwargs or {}
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -123,6 +237,7 @@ def _train(trainer_class: Any, script: Any, training: Any, model: Any, mixture: 
         refuse_diverged(Path(training.output_dir))
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+    return trainer
 
 
 def _explain(message: str, parser: Any) -> str:
