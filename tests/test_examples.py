@@ -1,7 +1,9 @@
 """Every shipped YAML is found, and run with its model and data swapped for tiny ones."""
 
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests import tiny
-from tests.training import providers
+from tests.training import preference, providers
 from trl_safety import AlignmentSubspace
 from trl_safety.adapters.record import AdapterRecord
 from trl_safety.cli.app import app
@@ -101,6 +103,31 @@ def test_the_providers_examples_run(pair: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["reinforce", "--config", str(tmp_path / "config.yaml")])
     assert result.exit_code == 1
     assert "safety: unknown key" in result.output
+
+
+@pytest.mark.parametrize("kind", preference.KINDS)
+def test_the_scripts_of_the_other_trainers_run(kind: str, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preference.rows(kind, 16).to_json(str(tmp_path / "rows.jsonl"))
+    (tmp_path / "safety.yaml").write_text(
+        yaml.safe_dump({"subspace": str(pair / "S.safetensors"), "asft": {}, "safe_lora": {"layers": 99}})
+    )
+    options = {
+        "model_name_or_path": pair / "aligned",
+        "dataset_name": tmp_path / "rows.jsonl",
+        "output_dir": tmp_path / "out",
+        "safety": tmp_path / "safety.yaml",
+        "lora_target_modules": "all-linear",
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "bf16": False,
+        **({"num_generations": 2, "max_completion_length": 4} if kind == "grpo" else {}),
+        **({"train_sampling_strategy": "sequential"} if kind == "kto" else {}),
+    }
+    line = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", [f"{kind}.py", "--use_peft", "--use_cpu", *line])
+    runpy.run_path(str(EXAMPLES[0].parent / f"{kind}.py"), run_name="__main__")
+    assert [(method.name, method.acted) for method in verify(tmp_path / "out").methods] == [("asft", True), ("safe_lora", True)]
 
 
 def test_every_method_has_an_example() -> None:

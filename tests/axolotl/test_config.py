@@ -205,10 +205,15 @@ def test_the_documented_table_is_the_rules() -> None:
     assert table() in (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 
 
+def data_of(options: dict[str, Any]) -> str:
+    """The tiny data of an example's kind."""
+    return f"{options.get('rl', 'train')}.jsonl"
+
+
 def tiny_version(options: dict[str, Any], world: Path, tmp_path: Path) -> dict[str, Any]:
     """An example with its model, data and length swapped; all other keys stay."""
     options["base_model"] = str(world / "aligned")
-    options["datasets"][0]["path"] = str(world / "train.jsonl")
+    options["datasets"][0]["path"] = str(world / data_of(options))
     options |= {"output_dir": str(tmp_path / "out"), "dataset_prepared_path": str(tmp_path / "prepared"), "max_steps": 2, "val_set_size": 0}
     options |= {"sequence_len": 64, "special_tokens": {"pad_token": "<pad>"}, "logging_steps": 1, **CPU}
     if "dual_select" in options["safety"]:
@@ -240,7 +245,7 @@ def test_example_is_valid_and_runs(path: Path, world: Path, tmp_path: Path, axol
     validated(
         {
             **text,
-            "datasets": [{**text["datasets"][0], "path": str(world / "train.jsonl")}],
+            "datasets": [{**text["datasets"][0], "path": str(world / data_of(text))}],
             "base_model": str(world / "aligned"),
             "output_dir": str(tmp_path / "validated"),
             **CPU,

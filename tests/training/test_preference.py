@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,15 @@ def merged(world: Path) -> Any:
     return PeftModel.from_pretrained(tiny.model(), str(world / "buffer")).merge_and_unload()
 
 
-@pytest.mark.parametrize("how", ["weights", "low_rank", "buffer_reinforce"])
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize(
+    ("kind", "how"), [*itertools.product(["dpo", "kto"], ["weights", "low_rank", "buffer_reinforce"]), ("dpo", "signed_vector")]
+)
 def test_policy_and_reference_see_the_same_buffer(kind: str, how: str, world: Path, full: AlignmentSubspace, tmp_path: Path) -> None:
     """The adapter is the one that trains on the model with the buffer in its weights, reference and all. Its first rewards are zero, since
     a fresh adapter is its reference, and it is evaluated on the aligned model against the aligned model."""
     blocks: dict[str, dict[str, Any]] = {
         "weights": BUFFER,
+        "signed_vector": {"signed_vector": {**PAIR, "train": -1.0}},
         "low_rank": {"alignment_buffer": {"how": "low_rank", "gamma": 0.7}},
         "buffer_reinforce": {"buffer_reinforce": {"buffer": str(world / "buffer")}},
     }
@@ -160,9 +163,10 @@ def test_policy_and_reference_see_the_same_buffer(kind: str, how: str, world: Pa
             weight, other = (model.get_submodule(name).weight.data for model in (buffered, base))
             weight -= 0.7 * (weight - other)
     else:
-        buffered = tiny.model("gqa-base") if how == "weights" else merged(world)
+        buffered = merged(world) if how == "buffer_reinforce" else tiny.model("gqa-base")
     expected = trained(kind, tmp_path / "buffered", safe=False, base=buffered, **options)
-    assert tiny.largest_difference(tiny.factors(protected.model), expected) < 2e-5
+    # A buffer beside a layer rounds differently from one in its weights.
+    assert tiny.largest_difference(tiny.factors(protected.model), expected) < 1e-4
     plain = preference.trainer(kind, tmp_path / "plain", safe=False, **options)
     plain.train()
     assert tiny.largest_difference(tiny.factors(protected.model), tiny.factors(plain.model)) > 1e-2
@@ -234,7 +238,7 @@ def test_what_would_compare_two_models_is_refused(world: Path, tmp_path: Path) -
             preference.trainer(kind, tmp_path, base="no/model", safety=block, **options)
 
 
-def test_the_same_without_a_buffer_is_as_the_parent_has_it(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
+def test_another_reference_without_a_buffer(tmp_path: Path, gqa_subspace: AlignmentSubspace) -> None:
     """A reference computed before training has the aligned weights, and so has the policy."""
     options = {**SGD, "max_steps": 2, "safety": ASFT, "subspace": gqa_subspace}
     here = trained("dpo", tmp_path, **options)

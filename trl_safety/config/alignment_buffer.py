@@ -11,6 +11,7 @@ from trl_safety.config.method import MethodOptions, Stage
 from trl_safety.config.options import Options
 from trl_safety.config.requirements import (
     BESIDE_A_BUFFER,
+    BUFFER_OUTSIDE_SFT,
     BUFFERS,
     HOOKS_BESIDE_COMPILATION,
     HOOKS_BESIDE_FUSED_KERNELS,
@@ -30,7 +31,7 @@ class BufferOptions(MethodOptions):
     """Base of the options of the methods that train the adapter on W_aligned − γ·V."""
 
     excludes: ClassVar[tuple[str, str] | None] = BUFFERS
-    shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
+    shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS, **BUFFER_OUTSIDE_SFT}
     whole_model: ClassVar[str | None] = "acts on the whole model with how: weights"
     requirements: ClassVar[tuple[Requirement, ...]] = (
         revised(HOOKS_BESIDE_FUSED_KERNELS, **_LOW_RANK),

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from trl_safety.config.method import MethodOptions, Stage
 from trl_safety.config.options import Operator
-from trl_safety.config.requirements import ON_SHARDS, PLUGIN_TRAINER, SHOWN, Requirement
+from trl_safety.config.requirements import ON_SHARDS, OUTSIDE_SFT, PLUGIN_TRAINER, SHOWN, Requirement
 
 
 class AsftConfig(MethodOptions):
@@ -21,7 +21,13 @@ class AsftConfig(MethodOptions):
     needs: ClassVar[str] = "an alignment subspace"
     requirements: ClassVar[tuple[Requirement, ...]] = (PLUGIN_TRAINER,)
     curves: ClassVar[Mapping[str, str]] = {"asft_penalty": "squared norm of the update outside the subspace, before the weight λ"}
-    shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
+    shown: ClassVar[Mapping[str, str]] = {
+        **SHOWN,
+        **ON_SHARDS,
+        **OUTSIDE_SFT,
+        "reference: computed before training, or by a second model": "tests/training/test_preference.py::test_another_reference_without_a_buffer",
+        "unsloth: true": "tests/training/test_unsloth.py::test_what_reads_the_factors_acts_and_the_rest_is_refused",
+    }
     costs: ClassVar[str] = "a few per cent of a step, and the subspace's factors on the device"
 
     weight: Annotated[float, Field(ge=0)] = 1.0

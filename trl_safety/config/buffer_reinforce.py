@@ -12,6 +12,7 @@ from trl_safety.config.method import MethodOptions, Stage
 from trl_safety.config.options import Options
 from trl_safety.config.requirements import (
     BESIDE_A_BUFFER,
+    BUFFER_OUTSIDE_SFT,
     BUFFERS,
     HOOKS_BESIDE_COMPILATION,
     HOOKS_BESIDE_FUSED_KERNELS,
@@ -75,7 +76,7 @@ class BufferReinforceConfig(_MergeOptions, MethodOptions):
         "removed_share": "share of its squared norm that was removed, along the user's directions",
         "kept_directions": "number of the user's directions",
     }
-    shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS}
+    shown: ClassVar[Mapping[str, str]] = {**SHOWN, **ON_SHARDS, **BUFFER_OUTSIDE_SFT}
     costs: ClassVar[str] = "a second frozen adapter in every training step; the merge takes seconds"
     whole_model: ClassVar[str | None] = "acts on the whole model"
     requirements: ClassVar[tuple[Requirement, ...]] = (

@@ -387,3 +387,11 @@ SHOWN = {
 """What this package's tests show for all of its methods that have no requirement there."""
 ON_SHARDS = {"engine: FSDP": "tests/training/test_engines.py::test_two_processes_equal_one"}
 """What they show for the methods that act only on whole factors."""
+_PREFERENCE = "tests/training/test_preference.py"
+OUTSIDE_SFT = {
+    "objective: any but supervised fine-tuning": f"{_PREFERENCE}::test_a_run_with_a_correction",
+    "objective: grpo, and every other whose model generates": f"{_PREFERENCE}::test_a_run_with_a_correction",
+}
+"""What they show in DPO, KTO and GRPO for the methods of that test."""
+BUFFER_OUTSIDE_SFT = {"objective: any but supervised fine-tuning": f"{_PREFERENCE}::test_policy_and_reference_see_the_same_buffer"}
+"""What they show there for the buffers."""

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from trl_safety.config.correction import CorrectionConfig
 from trl_safety.config.options import Operator
+from trl_safety.config.requirements import OUTSIDE_SFT
 
 
 class SafeLoraConfig(CorrectionConfig):
@@ -16,6 +17,11 @@ class SafeLoraConfig(CorrectionConfig):
 
     hook: ClassVar[str] = "trl_safety.corrections.safe_lora:SafeLoraCorrection"
     source: ClassVar[str] = "Safe LoRA, arXiv 2405.16833"
+    shown: ClassVar[Mapping[str, str]] = {
+        **CorrectionConfig.shown,
+        **OUTSIDE_SFT,
+        "unsloth: true": "tests/training/test_unsloth.py::test_what_reads_the_factors_acts_and_the_rest_is_refused",
+    }
 
     threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
     """τ: correct the layers with cos(C·ΔW, ΔW) ≤ τ, rounded to 5 decimals as in the authors' code. Default 0.5."""

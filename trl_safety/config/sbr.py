@@ -8,7 +8,16 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from trl_safety.config.method import MethodOptions, Stage
-from trl_safety.config.requirements import HOOKS_BESIDE_COMPILATION, PLUGIN_TRAINER, SHOWN, UNSLOTH, Requirement, one_of, revised
+from trl_safety.config.requirements import (
+    HOOKS_BESIDE_COMPILATION,
+    OUTSIDE_SFT,
+    PLUGIN_TRAINER,
+    SHOWN,
+    UNSLOTH,
+    Requirement,
+    one_of,
+    revised,
+)
 
 
 class SbrConfig(MethodOptions):
@@ -18,7 +27,7 @@ class SbrConfig(MethodOptions):
     source: ClassVar[str] = "SBR, arXiv 2605.05995"
     stage: ClassVar[Stage] = "loss"
     needs: ClassVar[str] = "eight harmful prompts that the aligned model refuses, without answers"
-    shown: ClassVar[Mapping[str, str]] = SHOWN
+    shown: ClassVar[Mapping[str, str]] = {**SHOWN, **OUTSIDE_SFT}
     costs: ClassVar[str] = "a forward and a backward pass of the prompts, without logits, in every optimizer step"
     curves: ClassVar[Mapping[str, str]] = {"sbr": "squared distance of the harmful prompts' states from the starting model's"}
     requirements: ClassVar[tuple[Requirement, ...]] = (

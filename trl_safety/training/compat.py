@@ -29,6 +29,15 @@ def loads_adapter_shards() -> bool:
     return bool(compare_versions("accelerate", ">=", "1.15.0"))
 
 
+def loads_default_adapter() -> bool:
+    """Whether Transformers resumes PEFT's `default` adapter also where a checkpoint holds further ones in folders of their own.
+
+    5.20 silently leaves it as the trainer was made with it, 5.23 loads it. `resume.LoadedAdapter` goes once 5.23 is the oldest supported
+    version.
+    """
+    return bool(compare_versions("transformers", ">=", "5.23.0"))
+
+
 def scaling_class(trainer: Any) -> type:
     """The class that decides how a trainer scales its loss: the first outside this package that defines a training step or a loss."""
     own = {"compute_loss", "training_step"}

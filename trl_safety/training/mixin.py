@@ -21,6 +21,7 @@ from trl_safety.reports.source import ReportSource
 from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.training.engines import LoadedShards, refuse_unjoined
 from trl_safety.training.facts import trainer_facts
+from trl_safety.training.resume import LoadedAdapter
 from trl_safety.training.run import Run, Start
 from trl_safety.training.safety_eval import SafetyEvalCallback, refuse_stopping
 from trl_safety.training.start import block_subspace, checkpoint_of, refuse_empty, tell
@@ -77,6 +78,7 @@ class SafetyMixin:
         if config.eval and (config.correction or run.last):
             refuse_stopping(config.eval.stop_above, "eval.stop_above", run.corrections[0].correction.name)
         LoadedShards.add_to(trainer, lambda: self._resumed)
+        LoadedAdapter.add_to(trainer, lambda: self._resumed)
         trainer.add_callback(Start(self))
         if config.correction:
             trainer.add_callback(run.correction)

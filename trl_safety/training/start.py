@@ -27,6 +27,7 @@ from trl_safety.subspace.artifact import AlignmentSubspace
 from trl_safety.subspace.build import build_subspace
 from trl_safety.training.engines import LoadedShards, refuse_unjoined
 from trl_safety.training.facts import trainer_facts
+from trl_safety.training.resume import LoadedAdapter
 from trl_safety.training.run import correction_callback
 from trl_safety.training.safety_eval import SafetyEvalCallback, refuse_stopping
 
@@ -78,6 +79,7 @@ def add_correction(trainer: Any, safety: SafetyConfig, switched_off: Iterable[st
     callback.switched_off = switched
     callback.prepare(trainer.model)
     LoadedShards.add_to(trainer)
+    LoadedAdapter.add_to(trainer)
     trainer.add_callback(callback)
     if safety.eval:
         refuse_stopping(safety.eval.stop_above, "eval.stop_above", callback.correction.name)
