@@ -142,7 +142,8 @@ def test_policy_and_reference_see_the_same_buffer(kind: str, how: str, world: Pa
         "low_rank": {"alignment_buffer": {"how": "low_rank", "gamma": 0.7}},
         "buffer_reinforce": {"buffer_reinforce": {"buffer": str(world / "buffer")}},
     }
-    options = {**tiny.WELL_CONDITIONED, "peft_config": tiny.lora(init_lora_weights=True), "max_steps": 3, "learning_rate": 0.02}
+    # A buffer beside a layer rounds differently from one in its weights, which Adam magnifies.
+    options = {**SGD, "peft_config": tiny.lora(init_lora_weights=True), "max_steps": 3}
     options |= {"gradient_checkpointing": True, "eval_dataset": preference.rows(kind, 8, seed=9)}
     protected = preference.trainer(
         kind,
@@ -165,8 +166,7 @@ def test_policy_and_reference_see_the_same_buffer(kind: str, how: str, world: Pa
     else:
         buffered = merged(world) if how == "buffer_reinforce" else tiny.model("gqa-base")
     expected = trained(kind, tmp_path / "buffered", safe=False, base=buffered, **options)
-    # A buffer beside a layer rounds differently from one in its weights.
-    assert tiny.largest_difference(tiny.factors(protected.model), expected) < 1e-4
+    assert tiny.largest_difference(tiny.factors(protected.model), expected) < 2e-5
     plain = preference.trainer(kind, tmp_path / "plain", safe=False, **options)
     plain.train()
     assert tiny.largest_difference(tiny.factors(protected.model), tiny.factors(plain.model)) > 1e-2

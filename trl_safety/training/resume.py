@@ -52,5 +52,7 @@ class LoadedAdapter(TrainerCallback):
         checkpoint = self._resumed() or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         file = adapter_folder(inner, checkpoint, adapter) / WEIGHTS
         if not file.is_file():
-            raise AdapterError(f"{str(file)!r}: is missing, so the run cannot go on with adapter {adapter!r}; resume from a whole checkpoint")
+            raise AdapterError(
+                f"{str(file)!r}: is missing, so the run cannot go on with adapter {adapter!r}; resume from a whole checkpoint"
+            )
         set_peft_model_state_dict(inner, load_file(file), adapter_name=adapter)
